@@ -1,0 +1,185 @@
+"""The typed shape of a run's configuration: every field a user may set, with its unit and default.
+
+The YAML groups in ``recipes/`` are merged into these dataclasses by Hydra, so an unknown key or a value of
+the wrong type is refused while composing. What one field alone cannot decide (does the layout divide the
+model, is the data there) is decided in :mod:`nemo_pre.config.checks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower: a ``transformers`` vision model and the resolution it is fed."""
+
+    family: str = "clip"  # clip | siglip
+    path: str | None = None  # local directory or hub id; null: random weights in the shape given below
+    image_size: int = MISSING  # pixels, square
+    patch_size: int = MISSING  # pixels, square
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
+    drop_class_token: bool = True
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+
+@dataclass
+class LanguageConfig:
+    """The language model: a Llama- or Qwen2-shaped decoder."""
+
+    family: str = "llama"  # llama | qwen2 (qwen2: bias on the query, key and value projections)
+    path: str | None = None  # a NeMo checkpoint directory with the language weights; null: random weights
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    vocab_size: int = MISSING  # tokenizer's size; padded to a multiple of 128 x TP inside the model
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    projector: str = "mlp2x_gelu"
+    tokenizer: str | None = None  # HF tokenizer directory; null: the one that lies with the data
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    path: str = MISSING  # directory that `nemo-pre data ...` wrote
+    sequence_length: int = MISSING  # tokens of text and image together; longer samples are cut
+    num_workers: int = 0  # loader processes per rank
+    shuffle_seed: int = 0
+    chat_template: str = "plain"  # plain | vicuna_v1
+    on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None  # model chunks per pipeline rank
+    context: int = 1
+    sequence: bool = False  # sequence parallelism inside the tensor-parallel group
+    data: int = 1
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: str = "none"  # none | selective | full
+    recompute_num_layers: int = 1
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = MISSING  # fp32 | bf16
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with a cosine schedule; a module's own learning rate overrides ``lr``, and 0 means 0."""
+
+    lr: float = MISSING
+    lr_vision: float | None = None
+    lr_projector: float | None = None
+    lr_language: float | None = None
+    lr_heads: float | None = None
+    min_lr_ratio: float = 0.0  # of each module's own peak
+    warmup_ratio: float = 0.03  # of max_steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    freeze_vision: bool = False
+    freeze_projector: bool = False
+    freeze_language: bool = False
+
+
+@dataclass
+class ScheduleConfig:
+    """A weight over training: ``constant``, or from ``start`` to the full weight by ``linear``/``cosine``."""
+
+    kind: str = "constant"  # constant | linear | cosine
+    start: float = 0.0  # fraction of the weight at step 0
+    steps: int = 0  # optimizer steps the ramp lasts
+
+
+@dataclass
+class PReConfig:
+    """Predictive Regularization (arXiv 2603.20808)."""
+
+    enabled: bool = False
+    weight: float = 0.5  # lambda
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    layers: list[int] | None = None  # 1-based decoder layers; null: L/2; -1: the last
+    variant: str = "patch"  # patch | global (mean-pooled per image)
+    anchor: str = "pre_llm"  # pre_llm | pre_projector | external
+    external_path: str | None = None  # HF vision model for anchor=external
+    external_image_size: int | None = None  # pixels; null: the external model's own
+    ema_momentum: float | None = None  # moving anchor: EMA of the projector; null: the live projector
+    head_hidden_ratio: float = 0.25  # hidden width of the MLP as a fraction of the decoder's width
+    head_activation: str = "gelu"  # gelu | relu | silu
+    head_norm: bool = False  # LayerNorm before the MLP
+
+
+@dataclass
+class ObjectiveConfig:
+    name: str = "none"
+    pre: PReConfig = field(default_factory=PReConfig)
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: int = MISSING  # optimizer steps
+    global_batch_size: int = MISSING  # samples
+    micro_batch_size: int = MISSING  # samples
+    log_every: int = 1  # steps
+    val_every: int | None = None  # steps; null: at the end only
+    val_samples: int = 256  # scenes whose answers are generated for exact match
+    checkpoint_every: int | None = None  # steps; null: at the end only
+    keep_checkpoints: int = 2
+    async_checkpoint: bool = False
+    rank_timeout: int = 600  # seconds a collective may wait before the job is ended
+
+
+@dataclass
+class ClusterConfig:
+    name: str = "local"
+    nodes: int = 1
+    devices_per_node: int | None = None  # null: as many as the layout needs
+
+
+@dataclass
+class RunConfig:
+    """One run. ``nemo-pre train experiment=NAME`` fills it; the resolved copy is saved with the run."""
+
+    name: str = MISSING
+    seed: int = 1234
+    platform: str = "auto"  # auto | cpu | gpu
+    output_dir: str = "runs/${name}"
+    dry_run: bool = False
+    init_from: str | None = None  # weights to start from: a former stage's checkpoint directory
+    resume: bool = True  # continue from the newest checkpoint in output_dir
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    experiment: Any = None  # set by the defaults list; the name of the experiment file

@@ -1,0 +1,124 @@
+"""From a run's configuration to NeVA's: the only place a model is described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, local_layer_spec
+from nemo.collections.llm.gpt.model.llama import LlamaConfig
+from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
+from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
+
+from nemo_pre.compat.cpu_backend import TRANSFORMER_CONFIG
+from nemo_pre.config.schema import ModelConfig, RunConfig
+from nemo_pre.neva.model import VisualNevaConfig
+from nemo_pre.neva.seeding import seeded
+from nemo_pre.neva.vision import VisionTowerConfig
+
+VOCAB_MULTIPLE = 128  # divisible by every tensor-parallel size in use, so that padding never depends on the layout
+
+
+@dataclass
+class ProjectorConfig(MultimodalProjectorConfig):
+    """NeMo's projector with initial weights that do not depend on the layout."""
+
+    seed: int = 0
+
+    def configure_model(self) -> torch.nn.Module:
+        with seeded(self.seed, "vision_projection"):
+            return super().configure_model()
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
+    """NeVA's config for a run. On a GPU the layers are Transformer Engine's and fused; on a CPU Megatron's own."""
+    language = _language_config(config, on_gpu)
+    vision = config.model.vision
+    backend = {} if on_gpu else TRANSFORMER_CONFIG
+    return VisualNevaConfig(
+        language_transformer_config=language,
+        vision_transformer_config=VisionTowerConfig(
+            family=vision.family,
+            path=vision.path,
+            seed=config.seed,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_layers=vision.num_layers,
+            num_attention_heads=vision.num_attention_heads,
+            image_mean=vision.image_mean,
+            image_std=vision.image_std,
+        ),
+        vision_projection_config=ProjectorConfig(
+            projector_type=config.model.projector,
+            input_size=vision.hidden_size,
+            hidden_size=config.model.language.hidden_size,
+            ffn_hidden_size=config.model.language.hidden_size,
+            seed=config.seed,
+            params_dtype=torch.float32,
+            **backend,
+        ),
+        vision_feature_layer=vision.feature_layer,
+        drop_vision_class_token=vision.drop_class_token,
+        language_model_from_pretrained=config.model.language.path,
+        freeze_language_model=config.optim.freeze_language,
+        freeze_vision_model=config.optim.freeze_vision,
+        freeze_vision_projection=config.optim.freeze_projector,
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
+        **backend,
+    )
+
+
+def _language_config(config: RunConfig, on_gpu: bool) -> GPTConfig:
+    model: ModelConfig = config.model
+    language = model.language
+    family: type[GPTConfig] = {"llama": LlamaConfig, "qwen2": Qwen2Config}[language.family]
+    return family(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        seq_length=config.data.sequence_length,
+        vocab_size=padded_vocab_size(language.vocab_size),
+        rotary_base=language.rotary_base,
+        layernorm_epsilon=language.layernorm_epsilon,
+        share_embeddings_and_output_weights=language.tie_embeddings,
+        init_method_std=language.init_std,
+        # Megatron then divides the summed loss by the global number of loss tokens, whatever the layout.
+        calculate_per_token_loss=True,
+        params_dtype=torch.float32,
+        transformer_layer_spec=_layer_spec(config, on_gpu),
+        **_recompute_options(config),
+        **({} if on_gpu else TRANSFORMER_CONFIG),
+    )
+
+
+def _layer_spec(config: RunConfig, on_gpu: bool) -> Any:
+    if on_gpu:
+        return default_layer_spec
+    if config.parallel.context > 1:
+        from nemo_pre.compat.context_parallel_attention import context_parallel_layer_spec
+
+        return context_parallel_layer_spec
+    return local_layer_spec
+
+
+def _recompute_options(config: RunConfig) -> dict[str, Any]:
+    kind = config.parallel.recompute
+    if kind == "none":
+        return {}
+    if kind == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": config.parallel.recompute_num_layers,
+    }

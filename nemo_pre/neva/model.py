@@ -1,0 +1,291 @@
+"""NeVA, subclassed. Differences from NeMo's, each a defect there or a need here:
+
+- The combined sequence is laid out by :mod:`nemo_pre.parallel.sequence_layout`, identically on every stage.
+  (NeVA's mid-stage branch swaps labels and loss mask, leaves ``padded_seq_len`` unbound with sequence parallelism
+  and overlapped TP communication at full length, and pads every batch to the maximum under pipelining.)
+- A micro-batch without an image keeps the encoder and projector in the graph, so that overlapped gradient
+  reductions do not wait for them.
+- Virtual pipeline stages work: the language model's config learns of them, and chunks share one config.
+- The visual tokens are handed to whoever asks (``on_visual_tokens``), and the micro-batch at hand is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as ps
+from nemo.collections.vlm.neva.data.multimodal_tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, NevaModel
+from torch import Tensor, nn
+
+from nemo_pre.neva.heads import PredictionHeadSpec, sum_gradients_over_tensor_parallel
+from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
+from nemo_pre.neva.vision import freeze_unused_layers
+from nemo_pre.objective import StepPlan
+from nemo_pre.parallel.sequence_layout import combined_lengths, expand_labels, sequence_layout
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of a micro-batch on the first stage, in the layout's numbering.
+
+    Attributes:
+        features: ``[n, d_vision]``, the encoder's, before the projector.
+        tokens: ``[n, d]``, the projector's output: what enters the language model.
+        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them.
+    """
+
+    features: Tensor
+    tokens: Tensor
+    images: Tensor | None
+
+
+MicroBatchListener = Callable[[MicroBatch], None]
+VisualTokensListener = Callable[["MCoreVisualNevaModel", MicroBatch, VisualTokens], None]
+
+
+@dataclass
+class VisualNevaConfig(NevaConfig):
+    """NeVA's config plus the heads that training adds.
+
+    Attributes:
+        pre_heads: prediction heads of PRe; None builds none.
+        ema_projector: keep a moving average of the projector beside it (PRe's moving anchor).
+    """
+
+    pre_heads: PredictionHeadSpec | None = None
+    ema_projector: bool = False
+
+    def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
+        language = self.language_transformer_config
+        for name in (
+            "virtual_pipeline_model_parallel_size",
+            "microbatch_group_size_per_vp_stage",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+            "pipeline_dtype",
+        ):
+            setattr(language, name, getattr(self, name))
+        for name in (
+            "tensor_model_parallel_size",
+            "sequence_parallel",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+        ):
+            setattr(language, name, getattr(self, name))
+        language.scatter_embedding_sequence_parallel = False
+        self.vision_projection_config.tensor_model_parallel_size = self.tensor_model_parallel_size
+
+        # Lightning configures the first chunk without saying which virtual stage it is.
+        if vp_stage is None and self.virtual_pipeline_model_parallel_size is not None:
+            vp_stage = 0
+        first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        return MCoreVisualNevaModel(
+            config=self,
+            tokenizer=tokenizer,
+            pre_process=first,
+            post_process=last,
+            add_encoder=first,
+            add_decoder=True,
+            drop_vision_class_token=self.drop_vision_class_token,
+            vp_stage=vp_stage,
+        )
+
+
+class MCoreVisualNevaModel(MCoreNevaModel):
+    """One chunk of the model: on the first stage with encoder and projector, on the last with the output layer.
+
+    Attributes:
+        on_micro_batch: called when a micro-batch enters this chunk.
+        on_visual_tokens: called on the first stage with each micro-batch's visual tokens.
+        micro_batch: the micro-batch of the latest forward pass.
+    """
+
+    def __init__(self, config: VisualNevaConfig, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.on_micro_batch: list[MicroBatchListener] = []
+        self.on_visual_tokens: list[VisualTokensListener] = []
+        self.micro_batch: MicroBatch | None = None
+        if self.add_encoder:
+            freeze_unused_layers(self.vision_model, config.vision_feature_layer)
+        if config.ema_projector and self.add_encoder:
+            self.ema_projection = config.vision_projection_config.configure_model().requires_grad_(False)
+            self.ema_projection.load_state_dict(self.vision_projection.state_dict())
+        if config.pre_heads is not None:
+            self._add_pre_heads(config.pre_heads, config.sequence_parallel)
+
+    def _add_pre_heads(self, spec: PredictionHeadSpec, sequence_parallel: bool) -> None:
+        own_layers = {layer.layer_number for layer in self.language_model.decoder.layers}
+        heads = {str(number): spec.build(number) for number in spec.layers if number in own_layers}
+        if heads:
+            self.pre_heads = nn.ModuleDict(heads)
+            if sequence_parallel:
+                sum_gradients_over_tensor_parallel(self.pre_heads)
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens per image tile."""
+        return self._img_seq_len
+
+    def decoder_layer(self, number: int) -> nn.Module | None:
+        """The decoder layer with this 1-based number in the whole model, if this chunk has it."""
+        return next((layer for layer in self.language_model.decoder.layers if layer.layer_number == number), None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_image_tiles: list[int] | None = None,
+        micro_batch: MicroBatch | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run this chunk on one micro-batch.
+
+        Args:
+            input_ids: ``[B, T]``, -200 standing for an image.
+            images: ``[num_tiles, 3, H, W]`` or None; read on the first stage.
+            labels, loss_mask: ``[B, T]``; read on the last stage. Without them it returns logits.
+            num_image_tiles: tiles of each image; None means one each.
+            micro_batch: layout and counts; None lays this micro-batch out by itself.
+
+        Returns:
+            Losses ``[B, S]`` and their mask ``[B, S]`` with labels, else logits ``[B, S, vocabulary]``, on the
+            last stage (S is the context-parallel shard's length); hidden states elsewhere.
+        """
+        if micro_batch is None:
+            micro_batch = self.lay_out(input_ids, num_image_tiles)
+        self.micro_batch = micro_batch = micro_batch.on_this_rank(self.sequence_parallel_lm)
+        for enter in self.on_micro_batch:
+            enter(micro_batch)
+
+        decoder_input = self._embed(input_ids, position_ids, images, micro_batch) if self.pre_process else None
+        has_labels = self.post_process and labels is not None and loss_mask is not None
+        if has_labels:
+            labels, loss_mask = expand_labels(micro_batch.layout, labels, loss_mask, IGNORE_INDEX)
+        if self.context_parallel_lm > 1 or self.sequence_parallel_lm:
+            decoder_input, labels, loss_mask, _ = self._process_embedding_token_parallel(
+                decoder_input, labels if has_labels else None, loss_mask if has_labels else None, None
+            )
+        output = self.language_model(
+            input_ids=None,
+            position_ids=None,
+            attention_mask=attention_mask,
+            decoder_input=decoder_input,
+            labels=labels if has_labels else None,
+            runtime_gather_output=runtime_gather_output,
+        )
+        return (output, loss_mask.contiguous()) if has_labels else output
+
+    def lay_out(self, input_ids: Tensor, num_image_tiles: list[int] | None) -> MicroBatch:
+        """A micro-batch by itself, for inference and evaluation outside a planned step."""
+        tokens = input_ids.cpu()
+        tiles = num_image_tiles or [1] * int((tokens == IMAGE_TOKEN_INDEX).sum())
+        length = self.padded_length(int(combined_lengths(tokens, tiles, self.tile_tokens, IMAGE_TOKEN_INDEX).max()))
+        layout = sequence_layout(tokens, tiles, self.tile_tokens, IMAGE_TOKEN_INDEX, length)
+        plan = StepPlan(1, length, 0, layout.num_visual_tokens, layout.num_images)
+        return MicroBatch(index=0, plan=plan, layout=layout)
+
+    def padded_length(self, longest: int) -> int:
+        """The length a batch whose longest sample has ``longest`` tokens is padded or cut to."""
+        if self.tp_comm_overlap_lm:  # its buffers are allocated once, for the maximum
+            return self._language_max_sequence_length
+        factor, _ = self._get_shard_factor(None)
+        return min(-(-longest // factor) * factor, self._language_max_sequence_length)
+
+    def _embed(
+        self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch
+    ) -> Tensor:
+        """Decoder input ``[S, B, d]``: text embeddings and visual tokens at their places, zeros at padding."""
+        text_BTd = self.language_model.embedding(
+            input_ids=input_ids.clamp(min=0), position_ids=position_ids
+        ).transpose(0, 1)
+        layout = micro_batch.layout
+        batch, _, width = text_BTd.shape
+        combined = text_BTd.new_zeros(batch, layout.sequence_length, width)
+
+        row, column = torch.where(layout.text_source_BS >= 0)
+        combined[row, column] = text_BTd[row, layout.text_source_BS[row, column]]
+        if images is not None and len(images) > 0:
+            visual = self._encode(images)
+            row, column = torch.where(layout.visual_source_BS >= 0)
+            combined[row, column] = visual.tokens[layout.visual_source_BS[row, column]].to(combined.dtype)
+        else:
+            visual = self._no_visual_tokens(width)
+            combined = combined + self._zero_from_vision()
+        for receive in self.on_visual_tokens:
+            receive(self, micro_batch, visual)
+        return combined.transpose(0, 1).contiguous()
+
+    def _encode(self, images: Tensor) -> VisualTokens:
+        pixels = images.to(next(self.vision_model.parameters()).dtype)
+        hidden_states = self.vision_model.eval()(pixels, output_hidden_states=True).hidden_states
+        features = hidden_states[self.config.vision_feature_layer]
+        if self._drop_vision_class_token:
+            features = features[:, -self.tile_tokens :]
+        features = features.reshape(-1, features.shape[-1])
+        return VisualTokens(features, self.vision_projection(features), images)
+
+    def _no_visual_tokens(self, width: int) -> VisualTokens:
+        some = next(self.vision_projection.parameters()).detach()
+        features = some.new_zeros(0, self.config.vision_projection_config.input_size)
+        return VisualTokens(features, some.new_zeros(0, width), None)
+
+    def _zero_from_vision(self) -> Tensor:
+        """A zero that depends on every trainable parameter of encoder and projector."""
+        parameters = [*self.vision_model.parameters(), *self.vision_projection.parameters()]
+        zeros = [parameter.reshape(-1)[0] * 0 for parameter in parameters if parameter.requires_grad]
+        return torch.stack(zeros).sum() if zeros else torch.zeros((), device=parameters[0].device)
+
+
+class VisualNevaModel(NevaModel):
+    """The Lightning module around a chunk."""
+
+    config: VisualNevaConfig
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        if not hasattr(self, "module"):
+            self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
+
+    def reinit(self) -> VisualNevaModel:
+        """Another chunk for a further virtual pipeline stage, sharing this one's config.
+
+        NeMo rebuilds chunks from captured constructor arguments otherwise, and would lose what callbacks and
+        the strategy have set on the config since.
+        """
+        return type(self)(config=self.config, optim=self.optim, tokenizer=self.tokenizer)
+
+    def forward(self, **batch: Any) -> Any:
+        return self.module(**batch)
+
+    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
+        return load_micro_batch(dataloader_iter, self.module.pre_process, self.module.post_process)
+
+    def forward_step(self, batch: dict[str, Any]) -> Any:
+        return self(
+            input_ids=batch["tokens"],
+            position_ids=batch["position_ids"],
+            images=batch["media"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            num_image_tiles=batch["num_media_tiles"],
+            micro_batch=batch["micro_batch"],
+        )
+
+
+def model_chunks(trainer: Any) -> list[MCoreVisualNevaModel]:
+    """The unwrapped chunks this rank holds, in the order of their virtual stages."""
+    from nemo.utils.model_utils import unwrap_model
+
+    chunks = [unwrap_model(chunk) for chunk in trainer.strategy.megatron_parallel]
+    for chunk in chunks:
+        if not isinstance(chunk, MCoreVisualNevaModel):
+            raise ValueError(f"The model is a {type(chunk).__name__}: build it with nemo_pre.neva.build.build_model.")
+    return chunks

@@ -1,0 +1,64 @@
+"""The one place where loss terms are weighted and divided by the counts of the global batch.
+
+Megatron accumulates, over micro-batches and data-parallel and context-parallel ranks, the gradient of whatever
+each pipeline stage backpropagates, and then divides the accumulated sum once:
+
+- with ``calculate_per_token_loss`` by the number of loss tokens of the global batch,
+- otherwise by data-parallel x context-parallel ranks (the gradient all-reduce averages).
+
+The language-model loss follows that convention by itself. An auxiliary term is injected on the stage that
+computes it, so what it injects must carry ``weight / (its own global count)`` times that later divisor.
+Every factor in it is known before the step's first backward pass, because :class:`StepPlan` counts first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is known of an optimizer step (or validation step) before its first micro-batch runs.
+
+    Attributes:
+        num_microbatches: micro-batches on this rank.
+        sequence_length: combined text and image tokens every micro-batch of this rank is padded to.
+        loss_tokens: loss tokens of the global batch (all data-parallel ranks, all micro-batches).
+        visual_tokens: visual tokens of the global batch.
+        images: images of the global batch with at least one token left after truncation.
+    """
+
+    num_microbatches: int
+    sequence_length: int
+    loss_tokens: int
+    visual_tokens: int
+    images: int
+
+
+def gradient_divisor(plan: StepPlan, per_token_loss: bool, data_context_ranks: int) -> float:
+    """What Megatron divides the accumulated gradient by after the step's last backward pass."""
+    if per_token_loss:
+        return float(max(plan.loss_tokens, 1))  # finalize_model_grads leaves the sum alone when there are none
+    return float(data_context_ranks)
+
+
+def auxiliary_loss_scale(
+    weight: float,
+    global_count: int,
+    divisor: float,
+    grad_scale_func: Callable[[float], float] | None = None,
+) -> float:
+    """Factor for an auxiliary ``loss_sum`` so that, after all of Megatron's reductions, the gradient is that of
+    ``weight * loss_sum_over_the_global_batch / global_count``.
+
+    Args:
+        weight: the term's weight at this step, schedule applied.
+        global_count: what the term is averaged over, summed over the global batch; 0 gives scale 0.
+        divisor: :func:`gradient_divisor`.
+        grad_scale_func: Megatron's loss scaling for fp16 (``config.grad_scale_func``), or None.
+    """
+    if global_count == 0:
+        return 0.0
+    scale = weight * divisor / global_count
+    return scale if grad_scale_func is None else float(grad_scale_func(scale))

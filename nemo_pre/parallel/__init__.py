@@ -1,0 +1,1 @@
+"""What losses need to work on sharded sequences: layouts, pooling, transport and gradient injection."""

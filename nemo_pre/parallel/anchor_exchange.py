@@ -1,0 +1,100 @@
+"""Carries the detached anchor from the first pipeline stage straight to the stages that need it.
+
+The anchor travels in process groups of its own, so it neither changes the activations' shape nor the order of the
+schedule's own messages. Why this cannot deadlock, under 1F1B and interleaved 1F1B alike:
+
+- Sends are asynchronous, and the first stage never waits for one before the step's end.
+- A stage asks for micro-batch i's anchor only while it runs micro-batch i, whose activations left the first stage
+  after the anchor was sent.
+- Model chunks run their micro-batches in ascending order, and a stage's first tapped chunk gets micro-batch i
+  before its later ones do; so both ends name the micro-batches of a pair in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+FIRST_STAGE = 0
+
+
+@dataclass
+class _Incoming:
+    buffer: Tensor
+    work: dist.Work | None
+    readers_left: int
+
+
+@dataclass
+class AnchorExchange:
+    """One rank's end of the exchange.
+
+    Args:
+        group: process group of this pipeline's ranks, in stage order, used for nothing else.
+        stage: this rank's pipeline stage.
+        readers: for every stage, how many taps on it (over all its virtual stages) read each anchor.
+    """
+
+    group: dist.ProcessGroup
+    stage: int
+    readers: Sequence[int]
+    _incoming: dict[int, _Incoming] = field(default_factory=dict)
+    _outgoing: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def publish(self, micro_batch: int, anchor: Tensor) -> None:
+        """On the first stage: hand micro-batch ``micro_batch``'s anchor, ``[n, d]``, to every stage with a reader."""
+        anchor = anchor.detach().contiguous()
+        if self.readers[FIRST_STAGE]:
+            self._incoming[micro_batch] = _Incoming(anchor, None, self.readers[FIRST_STAGE])
+        self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not work.is_completed()]
+        if anchor.numel() == 0:
+            return  # every stage knows from the token ids that there is nothing to receive
+        for stage, readers in enumerate(self.readers):
+            if readers and stage != FIRST_STAGE:
+                work = dist.isend(anchor, group=self.group, group_dst=stage, tag=micro_batch)
+                self._outgoing.append((work, anchor))
+
+    def expect(self, micro_batch: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        """Start receiving, so that the transfer runs while the layers before the tap do."""
+        if self.stage == FIRST_STAGE or micro_batch in self._incoming:
+            return
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        work = dist.irecv(buffer, group=self.group, group_src=FIRST_STAGE, tag=micro_batch) if shape[0] else None
+        self._incoming[micro_batch] = _Incoming(buffer, work, self.readers[self.stage])
+
+    def take(self, micro_batch: int) -> Tensor:
+        """The anchor; forgotten once every reader of this stage has taken it."""
+        incoming = self._incoming[micro_batch]
+        if incoming.work is not None:
+            incoming.work.wait()
+            incoming.work = None
+        incoming.readers_left -= 1
+        if incoming.readers_left == 0:
+            del self._incoming[micro_batch]
+        return incoming.buffer
+
+    def finish_step(self) -> None:
+        """Wait for sends still under way and check that nothing is left over."""
+        for work, _ in self._outgoing:
+            work.wait()
+        self._outgoing.clear()
+        assert not self._incoming, f"anchors of micro-batches {sorted(self._incoming)} were never read"
+
+
+def anchor_group() -> dist.ProcessGroup:
+    """A new process group over this rank's pipeline, in stage order. Every rank of the job must call this."""
+    from megatron.core import parallel_state as ps
+
+    pipelines: list[list[int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, dist.get_process_group_ranks(ps.get_pipeline_model_parallel_group()))
+    mine = None
+    for ranks in sorted({tuple(ranks) for ranks in pipelines if ranks is not None}):
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine

@@ -1,0 +1,177 @@
+"""Where text and visual tokens lie in the combined sequence, on every rank, without communication.
+
+Every rank of a replica reads the same samples, so every rank can work out, from the token ids alone, which
+positions of the combined sequence are visual and which visual token each one holds. Only the first pipeline
+stage ever has the embeddings themselves.
+
+Shape suffixes: B micro-batch, T text tokens (an image is one token), S combined sequence, L its local shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The combined sequence of one micro-batch.
+
+    Attributes:
+        text_source_BS: index along T of the text token at each position, -1 where there is none.
+        visual_source_BS: index of the visual token at each position, -1 where there is none. Visual tokens are
+            numbered through the micro-batch: sample by sample, image by image, tile by tile, patch by patch.
+        visual_image_BS: index of the image a visual token belongs to, -1 where there is none.
+        num_visual_tokens: visual tokens left after truncation.
+        num_images: images with at least one token left after truncation.
+    """
+
+    text_source_BS: Tensor
+    visual_source_BS: Tensor
+    visual_image_BS: Tensor
+    num_visual_tokens: int
+    num_images: int
+
+    @property
+    def sequence_length(self) -> int:
+        return self.text_source_BS.shape[1]
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return SequenceLayout(
+            move(self.text_source_BS),
+            move(self.visual_source_BS),
+            move(self.visual_image_BS),
+            self.num_visual_tokens,
+            self.num_images,
+        )
+
+
+def combined_lengths(tokens_BT: Tensor, tiles_per_image: Sequence[int], tile_tokens: int, image_token: int) -> Tensor:
+    """Length ``[B]`` of each sample once every image token is replaced by its visual tokens."""
+    return _token_lengths(tokens_BT, tiles_per_image, tile_tokens, image_token).sum(dim=1)
+
+
+def sequence_layout(
+    tokens_BT: Tensor,
+    tiles_per_image: Sequence[int],
+    tile_tokens: int,
+    image_token: int,
+    sequence_length: int,
+) -> SequenceLayout:
+    """Lay a micro-batch out: text tokens in order, each image token replaced by ``tiles * tile_tokens`` visual
+    tokens, right-padded or cut to ``sequence_length``.
+
+    Args:
+        tokens_BT: token ids, ``image_token`` standing for one image.
+        tiles_per_image: tiles of each image, in the order their tokens appear in ``tokens_BT``.
+        tile_tokens: visual tokens per tile.
+        image_token: the id that stands for an image.
+        sequence_length: S.
+
+    Raises:
+        ValueError: if the number of image tokens and of images differ.
+    """
+    batch, num_text = tokens_BT.shape
+    lengths_BT = _token_lengths(tokens_BT, tiles_per_image, tile_tokens, image_token)
+    ends_BT = lengths_BT.cumsum(dim=1)
+    full_length = max(int(ends_BT[:, -1].max()) if num_text else 0, sequence_length)
+
+    is_image_BT = tokens_BT == image_token
+    image_index_BT = is_image_BT.reshape(-1).cumsum(0).reshape(batch, num_text) - 1
+
+    text_source = torch.full((batch, full_length), -1, dtype=torch.int64)
+    visual_image = torch.full((batch, full_length), -1, dtype=torch.int64)
+    token_of_position = torch.searchsorted(
+        ends_BT, torch.arange(full_length).expand(batch, full_length).contiguous(), right=True
+    )
+    inside = token_of_position < num_text
+    token_of_position = token_of_position.clamp(max=num_text - 1)
+    on_image = is_image_BT.gather(1, token_of_position) & inside
+    text_source = torch.where(inside & ~on_image, token_of_position, text_source)
+    visual_image = torch.where(on_image, image_index_BT.gather(1, token_of_position), visual_image)
+    # Numbered before the cut, so that a cut image keeps the numbers its tokens have in the encoder's output.
+    visual_source = torch.where(on_image, on_image.reshape(-1).cumsum(0).reshape(on_image.shape) - 1, -1)
+
+    text_source, visual_source, visual_image = (
+        tensor[:, :sequence_length].contiguous() for tensor in (text_source, visual_source, visual_image)
+    )
+    return SequenceLayout(
+        text_source,
+        visual_source,
+        visual_image,
+        num_visual_tokens=int((visual_source >= 0).sum()),
+        num_images=int(visual_image[visual_image >= 0].unique().numel()),
+    )
+
+
+def expand_labels(
+    layout: SequenceLayout, labels_BT: Tensor, loss_mask_BT: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Labels and loss mask on the combined sequence, ``[B, S]`` each.
+
+    A visual token and the text token just before an image have no loss: the one predicts no word, the other
+    would have to predict an image. Labels are already shifted (``labels[t]`` is what follows token ``t``).
+    """
+    is_text_BS = layout.text_source_BS >= 0
+    source = layout.text_source_BS.clamp(min=0)
+    labels_BS = torch.where(is_text_BS, labels_BT.gather(1, source), ignore_index)
+    loss_mask_BS = torch.where(is_text_BS, loss_mask_BT.gather(1, source), 0)
+    next_is_visual = torch.zeros_like(is_text_BS)
+    next_is_visual[:, :-1] = layout.visual_source_BS[:, 1:] >= 0
+    return labels_BS, loss_mask_BS.masked_fill(next_is_visual, 0)
+
+
+@dataclass(frozen=True)
+class LocalVisualTokens:
+    """The visual tokens that lie in this rank's shard of the sequence.
+
+    Attributes:
+        position: ``[n]`` index into ``hidden_states.reshape(L * B, hidden)``.
+        source: ``[n]`` index of the visual token in the micro-batch.
+        image: ``[n]`` index of its image in the micro-batch.
+    """
+
+    position: Tensor
+    source: Tensor
+    image: Tensor
+
+
+def local_positions(sequence_length: int, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int) -> Tensor:
+    """Positions ``[L]`` of the combined sequence on this rank, in the order its hidden states hold them.
+
+    Context parallelism gives rank ``r`` the chunks ``r`` and ``2 * cp_size - 1 - r`` of ``2 * cp_size`` (zigzag,
+    so that causal attention is balanced); sequence parallelism cuts what is left into ``tp_size`` runs.
+    Pass ``tp_size=1`` without sequence parallelism.
+    """
+    positions = torch.arange(sequence_length)
+    if cp_size > 1:
+        chunks = positions.view(2 * cp_size, -1)
+        positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+    return positions.view(tp_size, -1)[tp_rank]
+
+
+def local_visual_tokens(layout: SequenceLayout, positions_L: Tensor) -> LocalVisualTokens:
+    """Select the visual tokens of this rank's shard, in the order of the flattened hidden states."""
+    source_LB = layout.visual_source_BS[:, positions_L].transpose(0, 1)
+    image_LB = layout.visual_image_BS[:, positions_L].transpose(0, 1)
+    position = (source_LB.reshape(-1) >= 0).nonzero().squeeze(1)
+    return LocalVisualTokens(position, source_LB.reshape(-1)[position], image_LB.reshape(-1)[position])
+
+
+def _token_lengths(tokens_BT: Tensor, tiles_per_image: Sequence[int], tile_tokens: int, image_token: int) -> Tensor:
+    is_image_BT = tokens_BT == image_token
+    num_image_tokens = int(is_image_BT.sum())
+    if num_image_tokens != len(tiles_per_image):
+        raise ValueError(
+            f"A micro-batch has {num_image_tokens} image tokens but {len(tiles_per_image)} images: every image needs "
+            f"one image token (id {image_token}) in its sample's text."
+        )
+    lengths_BT = torch.ones_like(tokens_BT)
+    lengths_BT[is_image_BT] = torch.tensor(tiles_per_image, dtype=tokens_BT.dtype) * tile_tokens
+    return lengths_BT

@@ -1,0 +1,123 @@
+"""A training run on one rank: build, restore, fit. Started on every rank by :mod:`nemo_pre.launch`."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import RunConfig
+
+
+def run_rank(config: RunConfig) -> None:
+    """Train on this rank. Expects RANK, WORLD_SIZE and MASTER_ADDR in the environment."""
+    from nemo_pre.compat import cpu_backend
+
+    on_gpu = not cpu_backend.use_cpu(config.platform)
+    if not on_gpu:
+        cpu_backend.apply()
+    from nemo_pre.data.module import build_data_module
+
+    trainer = build_trainer(config, on_gpu)
+    model = build_model(config, on_gpu)
+    data = build_data_module(config)
+    trainer.fit(model, data, ckpt_path=newest_checkpoint(config) if config.resume else None)
+
+
+def build_model(config: RunConfig, on_gpu: bool) -> Any:
+    """The Lightning module, with its optimizer; weights are created when the trainer sets it up."""
+    from nemo_pre.neva.build import build_neva_config
+    from nemo_pre.neva.model import VisualNevaModel
+    from nemo_pre.optim import build_optimizer
+
+    return VisualNevaModel(build_neva_config(config, on_gpu), optim=build_optimizer(config), tokenizer=None)
+
+
+def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None = None) -> Any:
+    """The NeMo trainer for the run's layout, with the run's callbacks (or those given instead)."""
+    from nemo import lightning as nl
+
+    world_size = config.parallel.tensor * config.parallel.pipeline * config.parallel.context * config.parallel.data
+    nodes = config.cluster.nodes
+    precision = {"fp32": "32", "bf16": "bf16-mixed"}[config.precision.name]
+    return nl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=world_size // nodes,
+        num_nodes=nodes,
+        strategy=build_strategy(config, on_gpu),
+        plugins=nl.MegatronMixedPrecision(precision=precision),
+        callbacks=run_callbacks(config) if callbacks is None else callbacks,
+        logger=run_loggers(config) if callbacks is None else False,
+        max_steps=config.trainer.max_steps,
+        log_every_n_steps=config.trainer.log_every,
+        val_check_interval=config.trainer.val_every or config.trainer.max_steps,
+        check_val_every_n_epoch=None,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,  # NeMo's enters a collective on rank 0 alone; ProgressCallback reports instead
+        enable_model_summary=False,
+        enable_checkpointing=callbacks is None,
+        use_distributed_sampler=False,
+        default_root_dir=config.output_dir,
+    )
+
+
+def build_strategy(config: RunConfig, on_gpu: bool) -> Any:
+    import torch
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from nemo import lightning as nl
+
+    layout = config.parallel
+    restore = None
+    if config.init_from and not (config.resume and newest_checkpoint(config)):
+        restore = nl.RestoreConfig(path=config.init_from, load_model_state=True, load_optim_state=False)
+    return nl.MegatronStrategy(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            check_for_nan_in_grad=True,
+        ),
+        process_group_backend="nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=config.trainer.rank_timeout),
+        ckpt_async_save=config.trainer.async_checkpoint,
+        ckpt_optim_fully_reshardable=layout.distributed_optimizer,
+        ckpt_load_strictness=StrictHandling.LOG_ALL,
+        restore_config=restore,
+    )
+
+
+def run_callbacks(config: RunConfig) -> list[Any]:
+    """What a run does beside training, in order."""
+    from nemo_pre.callbacks.step_planner import StepPlanner
+
+    callbacks: list[Any] = [StepPlanner()]
+    if config.objective.pre.enabled:
+        from nemo_pre.callbacks.pre import PReCallback
+
+        callbacks.append(PReCallback(config.objective.pre, seed=config.seed))
+    return callbacks
+
+
+def run_loggers(config: RunConfig) -> Any:
+    return False
+
+
+def checkpoint_dir(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def newest_checkpoint(config: RunConfig) -> str | None:
+    """The newest complete checkpoint of this run, if any. NeMo marks those still being written."""
+    complete = [
+        path
+        for path in checkpoint_dir(config).glob("step=*")
+        if path.is_dir() and not path.with_name(path.name + "-unfinished").exists()
+    ]
+    return str(max(complete, key=lambda path: int(path.name.removeprefix("step=")))) if complete else None
