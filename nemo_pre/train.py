@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import RunConfig
@@ -11,17 +10,26 @@ from nemo_pre.config.schema import RunConfig
 
 def run_rank(config: RunConfig) -> None:
     """Train on this rank. Expects RANK, WORLD_SIZE and MASTER_ADDR in the environment."""
-    from nemo_pre.compat import cpu_backend
-
-    on_gpu = not cpu_backend.use_cpu(config.platform)
-    if not on_gpu:
-        cpu_backend.apply()
+    on_gpu = prepare_process(config)
+    from nemo_pre.callbacks.checkpoint import newest_checkpoint
     from nemo_pre.data.module import build_data_module
 
     trainer = build_trainer(config, on_gpu)
     model = build_model(config, on_gpu)
     data = build_data_module(config)
     trainer.fit(model, data, ckpt_path=newest_checkpoint(config) if config.resume else None)
+
+
+def prepare_process(config: RunConfig) -> bool:
+    """Apply the patches this run needs; returns whether it runs on a GPU. Once per process, before building."""
+    from nemo_pre.compat import cpu_backend, learning_rates, telemetry
+
+    on_gpu = not cpu_backend.use_cpu(config.platform)
+    if not on_gpu:
+        cpu_backend.apply()
+    learning_rates.apply()
+    telemetry.apply()
+    return on_gpu
 
 
 def build_model(config: RunConfig, on_gpu: bool) -> Any:
@@ -56,7 +64,7 @@ def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None =
         num_sanity_val_steps=0,
         enable_progress_bar=False,  # NeMo's enters a collective on rank 0 alone; ProgressCallback reports instead
         enable_model_summary=False,
-        enable_checkpointing=callbacks is None,
+        enable_checkpointing=True,
         use_distributed_sampler=False,
         default_root_dir=config.output_dir,
     )
@@ -67,6 +75,8 @@ def build_strategy(config: RunConfig, on_gpu: bool) -> Any:
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import DistributedDataParallelConfig
     from nemo import lightning as nl
+
+    from nemo_pre.callbacks.checkpoint import newest_checkpoint
 
     layout = config.parallel
     restore = None
@@ -93,8 +103,8 @@ def build_strategy(config: RunConfig, on_gpu: bool) -> Any:
     )
 
 
-def run_callbacks(config: RunConfig) -> list[Any]:
-    """What a run does beside training, in order."""
+def objective_callbacks(config: RunConfig) -> list[Any]:
+    """The callbacks that decide what is optimised."""
     from nemo_pre.callbacks.step_planner import StepPlanner
 
     callbacks: list[Any] = [StepPlanner()]
@@ -105,19 +115,25 @@ def run_callbacks(config: RunConfig) -> list[Any]:
     return callbacks
 
 
+def run_callbacks(config: RunConfig) -> list[Any]:
+    """Everything a run does beside computing gradients, in order."""
+    from nemo_pre.callbacks.checkpoint import RunCheckpoint
+    from nemo_pre.callbacks.metrics import MetricsCallback
+    from nemo_pre.callbacks.progress import ProgressCallback
+
+    log_every, batch_size = config.trainer.log_every, config.trainer.global_batch_size
+    callbacks = objective_callbacks(config)
+    callbacks.append(ProgressCallback(log_every, batch_size))
+    callbacks.append(MetricsCallback(config.output_dir, log_every, batch_size))
+    if config.trainer.val_samples > 0:
+        from nemo_pre.callbacks.exact_match import ExactMatchCallback
+
+        callbacks.append(ExactMatchCallback(config))
+    return [*callbacks, RunCheckpoint(config)]
+
+
 def run_loggers(config: RunConfig) -> Any:
-    return False
+    """TensorBoard; metrics.jsonl is written by a callback, which knows what a resume repeats."""
+    from nemo_pre.callbacks.metrics import RunTensorBoard
 
-
-def checkpoint_dir(config: RunConfig) -> Path:
-    return Path(config.output_dir) / "checkpoints"
-
-
-def newest_checkpoint(config: RunConfig) -> str | None:
-    """The newest complete checkpoint of this run, if any. NeMo marks those still being written."""
-    complete = [
-        path
-        for path in checkpoint_dir(config).glob("step=*")
-        if path.is_dir() and not path.with_name(path.name + "-unfinished").exists()
-    ]
-    return str(max(complete, key=lambda path: int(path.name.removeprefix("step=")))) if complete else None
+    return RunTensorBoard(config.output_dir)

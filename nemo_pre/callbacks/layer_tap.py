@@ -37,6 +37,8 @@ class LayerTap:
         self._to_recompute.clear()
 
     def _on_output(self, layer: nn.Module, _: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        if not self._chunk.observed:
+            return output
         hidden_states, context = output
         micro_batch = self._chunk.micro_batch
         assert micro_batch is not None

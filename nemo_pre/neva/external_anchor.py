@@ -20,7 +20,7 @@ def _load_config(path: str | None) -> Any:
         raise ValueError("objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory.")
     try:
         config = AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"The external anchor '{path}' is neither a local directory nor a hub id that can be reached from here: "
             f"set objective.pre.external_path to a downloaded copy."

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,11 @@ class VisualNevaConfig(NevaConfig):
     ema_projector: bool = False
 
     def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
+        if self.encoder_pipeline_model_parallel_size:
+            raise ValueError(
+                "encoder_pipeline_model_parallel_size must be 0: NeVA's separate encoder stage is broken in NeMo 2.7, and "
+                "the encoder lives on the first pipeline stage."
+            )
         language = self.language_transformer_config
         for name in (
             "virtual_pipeline_model_parallel_size",
@@ -103,6 +109,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         on_micro_batch: called when a micro-batch enters this chunk.
         on_visual_tokens: called on the first stage with each micro-batch's visual tokens.
         micro_batch: the micro-batch of the latest forward pass.
+        observed: whether listeners and taps see forward passes; see :func:`unobserved`.
     """
 
     def __init__(self, config: VisualNevaConfig, **kwargs: Any) -> None:
@@ -110,6 +117,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         self.on_micro_batch: list[MicroBatchListener] = []
         self.on_visual_tokens: list[VisualTokensListener] = []
         self.micro_batch: MicroBatch | None = None
+        self.observed = True
         if self.add_encoder:
             freeze_unused_layers(self.vision_model, config.vision_feature_layer)
         if config.ema_projector and self.add_encoder:
@@ -163,7 +171,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         if micro_batch is None:
             micro_batch = self.lay_out(input_ids, num_image_tiles)
         self.micro_batch = micro_batch = micro_batch.on_this_rank(self.sequence_parallel_lm)
-        for enter in self.on_micro_batch:
+        for enter in self.on_micro_batch if self.observed else ():
             enter(micro_batch)
 
         decoder_input = self._embed(input_ids, position_ids, images, micro_batch) if self.pre_process else None
@@ -220,7 +228,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         else:
             visual = self._no_visual_tokens(width)
             combined = combined + self._zero_from_vision()
-        for receive in self.on_visual_tokens:
+        for receive in self.on_visual_tokens if self.observed else ():
             receive(self, micro_batch, visual)
         return combined.transpose(0, 1).contiguous()
 
@@ -289,3 +297,18 @@ def model_chunks(trainer: Any) -> list[MCoreVisualNevaModel]:
         if not isinstance(chunk, MCoreVisualNevaModel):
             raise ValueError(f"The model is a {type(chunk).__name__}: build it with nemo_pre.neva.build.build_model.")
     return chunks
+
+
+@contextmanager
+def unobserved(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
+    """Forward passes inside belong to no step (generation, evaluation): no listener and no tap sees them.
+
+    Every pipeline stage must enter it: what one stage publishes another would have to take.
+    """
+    for chunk in chunks:
+        chunk.observed = False
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.observed = True

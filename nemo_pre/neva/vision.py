@@ -71,7 +71,7 @@ class VisionTowerConfig:
         model_class, _ = _classes(self.family)
         try:
             model = model_class.from_pretrained(self.path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"The vision tower '{self.path}' is neither a local directory with weights nor a hub id that can be "
                 f"reached from here: set model.vision.path to a downloaded copy."

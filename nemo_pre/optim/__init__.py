@@ -4,21 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.schema import OptimConfig, RunConfig
+
+# Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes.
+MODULE_RATES = {
+    "vision_model.": "lr_vision",
+    "vision_projection.": "lr_projector",
+    "language_model.": "lr_language",
+    "pre_heads.": "lr_heads",
+}
+
+
+def learning_rate(name: str, optim: OptimConfig) -> float:
+    """Peak learning rate of the parameter called ``name``; a module without a rate of its own has ``optim.lr``."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    for prefix, field in MODULE_RATES.items():
+        if name.startswith(prefix):
+            own = getattr(optim, field)
+            return optim.lr if own is None else own  # 0 is a rate, not an absent one
+    raise AssertionError(f"parameter {name} belongs to no module with a learning rate")
 
 
 def build_optimizer(config: RunConfig) -> Any:
-    """NeMo's optimizer module for the run."""
+    """NeMo's optimizer module for the run. Needs :func:`nemo_pre.compat.learning_rates.apply`."""
     from megatron.core.optimizer import OptimizerConfig
     from nemo import lightning as nl
 
+    from nemo_pre.compat import learning_rates
+
     optim = config.optim
-    base = optim.lr
+    min_lr = optim.lr * optim.min_lr_ratio
     return nl.MegatronOptimizerModule(
         config=OptimizerConfig(
             optimizer="adam",
-            lr=base,
-            min_lr=base * optim.min_lr_ratio,
+            lr=optim.lr,
+            min_lr=min_lr,
             weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1,
             adam_beta2=optim.beta2,
@@ -31,6 +52,7 @@ def build_optimizer(config: RunConfig) -> Any:
             max_steps=config.trainer.max_steps,
             warmup_steps=round(optim.warmup_ratio * config.trainer.max_steps),
             constant_steps=0,
-            min_lr=base * optim.min_lr_ratio,
+            min_lr=min_lr,
         ),
+        scale_lr_cond=learning_rates.PerParameter(lambda name, _: learning_rate(name, optim) / optim.lr),
     )

@@ -1,0 +1,99 @@
+"""A run's metrics as ``metrics.jsonl``, one object per line, and as TensorBoard events.
+
+Neither stops a run: a disk that is full gives one warning and a gap in the record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile, Tolerant
+from nemo_pre.callbacks.progress import READABLE, StepClock, logged_metrics
+
+log = logging.getLogger(__name__)
+
+
+class MetricsCallback(Callback):
+    """On rank 0: appends to ``output_dir/metrics.jsonl`` every ``every`` steps, and at the last.
+
+    A line has ``step`` (optimizer steps done), ``time`` (seconds since 1970), ``step_time`` (seconds, mean since the
+    last line), ``samples_per_second`` and every logged scalar; a value that is not finite becomes null. Validation
+    results come on lines of their own, without the speed. After a resume the lines behind the checkpoint are cut off.
+    """
+
+    def __init__(self, output_dir: str | Path, every: int, global_batch_size: int) -> None:
+        self.file = MetricsFile(Path(output_dir) / METRICS)
+        self.every = every
+        self.global_batch_size = global_batch_size
+        self._clock = StepClock()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Not in on_fit_start: Lightning restores the step after it.
+        if trainer.is_global_zero:
+            self.file.cut_behind(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self._clock.start()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._clock.stop()
+        step = trainer.global_step
+        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
+            return
+        step_time = self._clock.take()
+        speed = {"step_time": step_time, "samples_per_second": self.global_batch_size / step_time}
+        # callback_metrics still holds what the latest validation logged.
+        metrics = {name: value for name, value in logged_metrics(trainer).items() if not name.startswith("val")}
+        self.file.append(step, metrics | speed)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            metrics = logged_metrics(trainer)
+            self.file.append(
+                trainer.global_step, {name: value for name, value in metrics.items() if name.startswith("val")}
+            )
+
+
+def record_metrics(trainer: Any, metrics: Mapping[str, float]) -> None:
+    """Put results that belong to the current step, and not to every step, on record: file and loggers.
+
+    ``LightningModule.log`` would repeat them at every later step. Call it on every rank.
+    """
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step)
+    if trainer.is_global_zero:
+        for callback in trainer.callbacks:
+            if isinstance(callback, MetricsCallback):
+                callback.file.append(step, metrics)
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """Lightning's TensorBoard logger with readable names, which warns once instead of raising when it cannot write."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        super().__init__(save_dir=str(output_dir), name="tensorboard", version="", default_hp_metric=False)
+        self._warned = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with Tolerant(self._failed):
+            super().log_metrics({READABLE.get(name, name): value for name, value in metrics.items()}, step)
+
+    def save(self) -> None:
+        with Tolerant(self._failed):
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        with Tolerant(self._failed):
+            super().finalize(status)
+
+    def _failed(self, error: OSError) -> None:
+        if not self._warned:
+            log.warning("TensorBoard events are not recorded: %s. Training goes on.", error)
+            self._warned = True

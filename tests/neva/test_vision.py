@@ -1,0 +1,133 @@
+"""Vision towers and external anchors on tiny random models made with transformers' own classes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_pre.neva.external_anchor import ExternalAnchor
+from nemo_pre.neva.heads import PredictionHeadSpec
+from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
+
+SHAPE = dict(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=2)
+STATISTICS = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def tower(family="clip", **changes):
+    return VisionTowerConfig(**{"family": family, "path": None, "seed": 7, **SHAPE, **STATISTICS, **changes})
+
+
+@pytest.mark.parametrize("family, class_tokens", [("clip", 1), ("siglip", 0)])
+def test_a_tower_gives_the_tokens_its_config_promises(family, class_tokens):
+    config = tower(family)
+    hidden_states = config.configure_model()(torch.zeros(2, 3, 28, 28), output_hidden_states=True).hidden_states
+    assert hidden_states[-2].shape == (2, 16 + class_tokens, 32)
+    assert config.num_image_embeddings_per_tile == 16 + class_tokens
+    assert config.class_token_len == class_tokens
+
+
+def test_random_weights_do_not_depend_on_what_was_drawn_before():
+    first = tower().configure_model().state_dict()
+    torch.rand(5)
+    state = torch.get_rng_state()
+    second = tower().configure_model().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), state), "building a tower advanced the rank's generator"
+
+
+def test_layers_behind_the_feature_layer_are_frozen_and_no_others():
+    model = tower().configure_model()
+    freeze_unused_layers(model, feature_layer=-2)
+    model(torch.zeros(1, 3, 28, 28), output_hidden_states=True).hidden_states[-2].sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_a_tower_is_loaded_from_a_directory(tmp_path):
+    saved = tower().configure_model()
+    saved.save_pretrained(tmp_path)
+    loaded = tower(path=str(tmp_path)).configure_model()
+    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_a_missing_tower_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="set model.vision.path to a downloaded copy"):
+        tower(path=str(tmp_path / "nowhere")).configure_model()
+
+
+def test_a_tower_of_another_shape_is_refused(tmp_path):
+    tower().configure_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has num_hidden_layers=3 but model.vision.num_layers=4"):
+        tower(path=str(tmp_path), num_layers=4).configure_model()
+
+
+def tiny_dinov2(path):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = Dinov2WithRegistersConfig(
+        image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_register_tokens=4
+    )
+    model = Dinov2WithRegistersModel(config)
+    model.save_pretrained(path)
+    return model
+
+
+def tiny_sam(path):
+    from transformers import SamConfig, SamModel, SamVisionConfig
+
+    vision = SamVisionConfig(
+        image_size=64, patch_size=16, hidden_size=24, output_channels=20, num_hidden_layers=1, num_attention_heads=2,
+        global_attn_indexes=[0], window_size=2, mlp_dim=48,
+    )  # fmt: skip
+    model = SamModel(SamConfig(vision_config=vision.to_dict()))
+    model.save_pretrained(path)
+    return model
+
+
+def external(path, image_size=None):
+    return ExternalAnchor(str(path), image_size, torch.device("cpu"), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_dinov2_anchor_is_its_patch_tokens_without_class_and_register_tokens(tmp_path):
+    model = tiny_dinov2(tmp_path).eval()
+    images = torch.randn(2, 3, 28, 28)
+    features = external(tmp_path)(images, tile_tokens=16)
+    expected = model(pixel_values=images).last_hidden_state[:, 5:].reshape(-1, 24)  # 1 class and 4 register tokens
+    assert ExternalAnchor.width(str(tmp_path)) == 24
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+    assert not features.requires_grad
+
+
+def test_sam_anchor_is_resampled_to_the_token_grid(tmp_path):
+    tiny_sam(tmp_path)
+    features = external(tmp_path)(torch.randn(1, 3, 28, 28), tile_tokens=4)
+    assert ExternalAnchor.width(str(tmp_path)) == 20
+    assert features.shape == (4, 20)
+
+
+def test_resampling_keeps_the_places_of_patches(tmp_path):
+    """Features that say where they are (row, column of an 8x8 grid) say so still on a 4x4 grid."""
+    tiny_dinov2(tmp_path)
+    anchor = external(tmp_path, image_size=56)
+    row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    places = torch.stack([row, column], dim=-1).reshape(1, 64, 2)
+    tokens = torch.cat([torch.full((1, 5, 2), -100.0), places], dim=1)  # class and register tokens come first
+    anchor.model = lambda pixel_values: SimpleNamespace(last_hidden_state=tokens)
+    resampled = anchor(torch.zeros(1, 3, 28, 28), tile_tokens=16).view(4, 4, 2)
+    expected = torch.stack(torch.meshgrid(*[torch.tensor([2.5, 4.5])] * 2, indexing="ij"), dim=-1)
+    torch.testing.assert_close(resampled[1:3, 1:3], expected)  # the border is averaged over fewer neighbours
+    assert (resampled.diff(dim=0)[..., 0] > 0).all() and (resampled.diff(dim=1)[..., 1] > 0).all()
+
+
+def test_an_external_anchor_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="set objective.pre.external_path"):
+        ExternalAnchor.width(str(tmp_path / "nowhere"))
+
+
+def test_heads_of_different_layers_start_differently_and_reproducibly():
+    spec = PredictionHeadSpec((2, 3), 8, 4, 6, "gelu", norm=True, seed=0)
+    assert torch.equal(spec.build(2).fc1.weight, spec.build(2).fc1.weight)
+    assert not torch.equal(spec.build(2).fc1.weight, spec.build(3).fc1.weight)
+    assert spec.build(2)(torch.zeros(0, 8)).shape == (0, 6)
