@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from nemo_pre.config.derived import world_size
 from nemo_pre.config.schema import RunConfig
 
 
@@ -45,12 +46,11 @@ def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None =
     """The NeMo trainer for the run's layout, with the run's callbacks (or those given instead)."""
     from nemo import lightning as nl
 
-    world_size = config.parallel.tensor * config.parallel.pipeline * config.parallel.context * config.parallel.data
     nodes = config.cluster.nodes
     precision = {"fp32": "32", "bf16": "bf16-mixed"}[config.precision.name]
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=world_size // nodes,
+        devices=world_size(config.parallel) // nodes,
         num_nodes=nodes,
         strategy=build_strategy(config, on_gpu),
         plugins=nl.MegatronMixedPrecision(precision=precision),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_pre.callbacks.layer_tap import LayerTap
 from nemo_pre.callbacks.step_planner import StepPlanner
+from nemo_pre.config.derived import target_layers
 from nemo_pre.config.schema import PReConfig
 from nemo_pre.losses import predictive_loss
 from nemo_pre.neva.external_anchor import ExternalAnchor
@@ -263,20 +264,6 @@ class PReCallback(Callback):
             if chunk.add_encoder:
                 live = [parameter.float() for parameter in chunk.vision_projection.parameters()]
                 torch._foreach_lerp_(list(chunk.ema_projection.parameters()), live, 1.0 - momentum)
-
-
-def target_layers(config: PReConfig, num_layers: int) -> tuple[int, ...]:
-    """The 1-based target layers: L/2 by default, -1 for the last.
-
-    Raises:
-        ValueError: if one is not in the model or named twice.
-    """
-    chosen = [num_layers // 2] if config.layers is None else [n if n != -1 else num_layers for n in config.layers]
-    if not chosen or len(set(chosen)) != len(chosen) or not all(1 <= number <= num_layers for number in chosen):
-        raise ValueError(
-            f"objective.pre.layers is {config.layers}: name different layers between 1 and {num_layers}, or -1."
-        )
-    return tuple(sorted(chosen))
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -58,17 +58,16 @@ class StepClock:
 class ProgressCallback(Callback):
     """Reports every ``log_every`` steps, and at the last: step, loss, PRe's cosine, gradient norm, speed, ETA.
 
+    It writes to standard output; on a terminal one line is rewritten.
+
     Args:
         log_every: steps.
         global_batch_size: samples of a step.
-        stream: where to; standard output by default. A terminal gets one line that is rewritten.
     """
 
-    def __init__(self, log_every: int, global_batch_size: int, stream: TextIO | None = None) -> None:
+    def __init__(self, log_every: int, global_batch_size: int) -> None:
         self.log_every = log_every
         self.global_batch_size = global_batch_size
-        self._stream = stream or sys.stdout
-        self._rewrites = self._stream.isatty()
         self._clock = StepClock()
         self._sequence_length = 0
         self._on_line = False  # the cursor stands behind a line that the next one replaces
@@ -97,7 +96,7 @@ class ProgressCallback(Callback):
             samples_per_second * self._sequence_length,
             (last - done) * self.global_batch_size / samples_per_second,
         )
-        if self._rewrites:
+        if sys.stdout.isatty():
             self.status(line)
         else:
             self.say(line)
@@ -117,7 +116,7 @@ class ProgressCallback(Callback):
 
     def status(self, text: str) -> None:
         """A passing state: on a terminal in place of the former one, nothing in a log."""
-        if self._rewrites:
+        if sys.stdout.isatty():
             self._write("\r\x1b[K" + text)
             self._on_line = True
 
@@ -128,8 +127,8 @@ class ProgressCallback(Callback):
 
     def _write(self, text: str) -> None:
         try:
-            self._stream.write(text)
-            self._stream.flush()
+            sys.stdout.write(text)
+            sys.stdout.flush()
         except (OSError, ValueError):
             pass  # a terminal that is gone, a log on a full disk: no reason to lose the run
 

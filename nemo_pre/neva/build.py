@@ -12,13 +12,11 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import TRANSFORMER_CONFIG
+from nemo_pre.config.derived import padded_vocab_size
 from nemo_pre.config.schema import ModelConfig, RunConfig
 from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.vision import VisionTowerConfig
-
-VOCAB_MULTIPLE = 128  # divisible by every tensor-parallel size in use, so that padding never depends on the layout
-
 
 @dataclass
 class ProjectorConfig(MultimodalProjectorConfig):
@@ -29,10 +27,6 @@ class ProjectorConfig(MultimodalProjectorConfig):
     def configure_model(self) -> torch.nn.Module:
         with seeded(self.seed, "vision_projection"):
             return super().configure_model()
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
