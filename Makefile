@@ -1,0 +1,70 @@
+# make demo | make test: everything else is installed on the way. Needs python3 (3.10 to 3.12) and make.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format lock clean
+
+unexport PYTHONDONTWRITEBYTECODE # byte code halves the time NeMo takes to import
+unexport PYTHONPATH
+
+# The newest interpreter that works; an interpreter manager's placeholder that does not run is passed over.
+PYTHON ?= $(shell for name in python3.12 python3.11 python3.10 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$name && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+UV := $(BIN)/uv
+INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --compile-bytecode
+
+# Two ranks need two GPUs or none: on a machine with a single GPU the demo runs on one rank.
+DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus; print("parallel=single" * (visible_gpus() == 1))')
+
+help:
+	@echo "make install | demo | test | lint | format | lock | clean"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements/dev.txt requirements/build.txt requirements/uv.txt
+	@requirements/make_venv.sh "$(PYTHON)" $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/uv.txt
+	$(INSTALL) --require-hashes --build-constraints requirements/build.txt -r requirements/dev.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/nemo-pre data demo
+	$(BIN)/nemo-pre train experiment=digits_tiny_pre $(DEMO_LAYOUT)
+	@echo
+	@echo "resolved config  runs/digits_tiny_pre/config.yaml"
+	@echo "metrics          runs/digits_tiny_pre/metrics.jsonl"
+	@echo "plot             runs/digits_tiny_pre/metrics.png"
+	@echo "checkpoint       runs/digits_tiny_pre/checkpoints"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Hashes, but neither an index nor an address: the lock works with any mirror. See requirements/README.md.
+COMPILE := $(UV) pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command "make lock" --quiet
+
+lock:
+	@test -x $(UV) || { requirements/make_venv.sh "$(PYTHON)" $(VENV); $(BIN)/python -m pip install --quiet uv; }
+	$(COMPILE) pyproject.toml -o requirements/base.txt
+	$(COMPILE) pyproject.toml --extra dev -c requirements/base.txt -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra gpu -c requirements/base.txt -o requirements/gpu.txt
+	$(COMPILE) pyproject.toml --extra eval -c requirements/base.txt -o requirements/eval.txt
+	echo setuptools | $(COMPILE) - -o requirements/build.txt
+	echo uv | $(COMPILE) - -o requirements/uv.txt
+	@! grep -nE '://|find-links|index-url|file:' requirements/*.txt || { echo "an address got into the lock"; exit 1; }
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,362 @@
+"""Everything about a run that can be decided before a model is built: refused with one sentence, or warned of.
+
+:func:`check_run` is what ``nemo-pre train`` asks first and all that ``dry_run=true`` asks. The rules stand in small
+functions, one per part of the config, in the order in which they are applied; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
+from nemo_pre.config.memory import MemoryEstimate, estimate_memory
+from nemo_pre.config.presence import check_presence
+from nemo_pre.config.schema import PReConfig, RunConfig
+from nemo_pre.launch import external_job, uses_gpu, visible_gpus
+
+
+@dataclass
+class Report:
+    """What a checked run will look like, and the options in it that have no effect."""
+
+    config: RunConfig
+    ranks: int
+    num_microbatches: int
+    memory: MemoryEstimate
+    data: str
+    warnings: list[str]
+
+    def summary(self) -> str:
+        layout, trainer = self.config.parallel, self.config.trainer
+        chunks = f" x VPP{layout.virtual_pipeline}" if layout.virtual_pipeline else ""
+        sequence = " + SP" if layout.sequence and layout.tensor > 1 else ""
+        pre = self.config.objective.pre
+        layers = target_layers(pre, self.config.model.language.num_layers) if pre.enabled else ()
+        objective = f" + PRe at layer {', '.join(map(str, layers))}, weight {pre.weight:g}" if pre.enabled else ""
+        return "\n".join(
+            [
+                f"run {self.config.name} -> {self.config.output_dir}",
+                f"  layout      {self.ranks} rank(s) on {'GPU' if uses_gpu(self.config.platform) else 'CPU'}: "
+                f"TP{layout.tensor}{sequence} x PP{layout.pipeline}{chunks} x CP{layout.context} x DP{layout.data}, "
+                f"{self.config.precision.name}",
+                f"  batch       {trainer.global_batch_size} samples = {self.num_microbatches} micro-batches of "
+                f"{trainer.micro_batch_size} on {layout.data} replica(s), {trainer.max_steps} steps",
+                f"  sequence    {self.config.data.sequence_length} tokens, "
+                f"{num_visual_tokens(self.config.model)} of them per image",
+                f"  objective   language model{objective}",
+                f"  data        {self.data}",
+                f"  memory      {self.memory.summary()}",
+            ]
+        )
+
+
+def check_run(config: RunConfig) -> Report:
+    """Check a composed run: its options, layout, batch and objective, then what must lie on disk.
+
+    Raises:
+        ValueError: one sentence that says what to change.
+    """
+    warnings = check_options(config)
+    data = check_presence(config)
+    layout = config.parallel
+    report = Report(
+        config=config,
+        ranks=world_size(layout),
+        num_microbatches=config.trainer.global_batch_size // (config.trainer.micro_batch_size * layout.data),
+        memory=estimate_memory(config),
+        data=data,
+        warnings=warnings,
+    )
+    report.memory.refuse_if_too_much()
+    return report
+
+
+def check_options(config: RunConfig) -> list[str]:
+    """The part of :func:`check_run` that looks at no file; returns the warnings.
+
+    Raises:
+        ValueError: one sentence that says what to change.
+    """
+    for problem in _problems(config):
+        raise ValueError(problem)
+    return list(_ignored_options(config))
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    """Every reason to refuse the run, the most basic first; later rules rely on the former."""
+    yield from _choices(config)
+    yield from _ranges(config)
+    yield from _model_shape(config)
+    yield from _layout(config)
+    yield from _sequence(config)
+    yield from _batch(config)
+    yield from _objective(config)
+    yield from _machines(config)
+
+
+# --- single values --------------------------------------------------------------------------------------------------
+
+
+def _choices(config: RunConfig) -> Iterator[str]:
+    from nemo_pre.data.conversation import TEMPLATES
+
+    pre = config.objective.pre
+    for name, value, choices in (
+        ("platform", config.platform, ("auto", "cpu", "gpu")),
+        ("precision.name", config.precision.name, ("fp32", "bf16")),
+        ("model.vision.family", config.model.vision.family, ("clip", "siglip")),
+        ("model.language.family", config.model.language.family, ("llama", "qwen2")),
+        ("data.chat_template", config.data.chat_template, tuple(TEMPLATES)),
+        ("data.on_error", config.data.on_error, ("raise", "skip")),
+        ("parallel.recompute", config.parallel.recompute, ("none", "selective", "full")),
+        ("objective.pre.variant", pre.variant, ("patch", "global")),
+        ("objective.pre.anchor", pre.anchor, ("pre_llm", "pre_projector", "external")),
+        ("objective.pre.head_activation", pre.head_activation, ("gelu", "relu", "silu")),
+        ("objective.pre.schedule.kind", pre.schedule.kind, ("constant", "linear", "cosine")),
+    ):
+        if value not in choices:
+            yield f"{name}={value} is unknown: choose one of {', '.join(choices)}."
+    projector = config.model.projector
+    if not re.fullmatch(r"mlp[1-9]\d*x_gelu|mcore_mlp|mcore_affine", projector):
+        yield f"model.projector={projector} is unknown: choose mlp<depth>x_gelu (mlp2x_gelu), mcore_mlp or mcore_affine."
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    vision, language, layout = config.model.vision, config.model.language, config.parallel
+    trainer, optim, pre = config.trainer, config.optim, config.objective.pre
+    for name, number in (
+        *((f"model.vision.{key}", getattr(vision, key)) for key in _integer_fields(vision, but="feature_layer")),
+        *((f"model.language.{key}", getattr(language, key)) for key in _integer_fields(language)),
+        *((f"parallel.{key}", getattr(layout, key)) for key in _integer_fields(layout)),
+        *((f"trainer.{key}", getattr(trainer, key)) for key in _integer_fields(trainer, but="val_samples")),
+        ("trainer.val_every", trainer.val_every),
+        ("trainer.checkpoint_every", trainer.checkpoint_every),
+        ("parallel.virtual_pipeline", layout.virtual_pipeline),
+        ("cluster.nodes", config.cluster.nodes),
+        ("cluster.devices_per_node", config.cluster.devices_per_node),
+        ("objective.pre.external_image_size", pre.external_image_size),
+        ("data.sequence_length", config.data.sequence_length),
+    ):
+        if number is not None and number < 1:
+            yield f"{name}={number} must be 1 or more."
+    for name, value in (
+        ("seed", config.seed),
+        ("data.num_workers", config.data.num_workers),
+        ("trainer.val_samples", trainer.val_samples),
+        *((f"optim.{key}", getattr(optim, key)) for key in ("lr", *MODULE_RATES)),
+        ("optim.weight_decay", optim.weight_decay),
+        ("optim.clip_grad", optim.clip_grad),
+        ("objective.pre.weight", pre.weight),
+        ("objective.pre.schedule.start", pre.schedule.start),
+        ("objective.pre.schedule.steps", pre.schedule.steps),
+    ):
+        if value is not None and not value >= 0:
+            yield f"{name}={value} must be 0 or more."
+    for name, fraction in (
+        ("optim.min_lr_ratio", optim.min_lr_ratio),
+        ("optim.warmup_ratio", optim.warmup_ratio),
+        ("optim.beta1", optim.beta1),
+        ("optim.beta2", optim.beta2),
+        ("objective.pre.ema_momentum", pre.ema_momentum),
+    ):
+        if fraction is not None and not 0 <= fraction <= 1:
+            yield f"{name}={fraction} must lie between 0 and 1."
+    for name, positive in (
+        ("optim.eps", optim.eps),
+        ("model.language.init_std", language.init_std),
+        ("objective.pre.head_hidden_ratio", pre.head_hidden_ratio),
+    ):
+        if not positive > 0:
+            yield f"{name}={positive} must be more than 0."
+
+
+MODULE_RATES = ("lr_vision", "lr_projector", "lr_language", "lr_heads")
+
+
+def _integer_fields(part: Any, but: str = "") -> list[str]:
+    """The names of a dataclass's fields whose type is plainly int."""
+    return [f.name for f in dataclasses.fields(part) if f.type in ("int", int) and f.name != but]
+
+
+# --- the model and its layout ---------------------------------------------------------------------------------------
+
+
+def _model_shape(config: RunConfig) -> Iterator[str]:
+    vision, language, optim = config.model.vision, config.model.language, config.optim
+    if vision.image_size % vision.patch_size:
+        yield (
+            f"model.vision.image_size={vision.image_size} must be a multiple of "
+            f"model.vision.patch_size={vision.patch_size}."
+        )
+    if not -vision.num_layers - 1 <= vision.feature_layer <= vision.num_layers:
+        yield (
+            f"model.vision.feature_layer={vision.feature_layer} does not exist: a tower of {vision.num_layers} layers "
+            f"has {-vision.num_layers - 1} to {vision.num_layers}."
+        )
+    if vision.family == "siglip" and vision.drop_class_token:
+        yield "model.vision.family=siglip has no class token: set model.vision.drop_class_token=false."
+    if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or not all(std > 0 for std in vision.image_std):
+        yield "model.vision.image_mean and image_std need three numbers each, the latter more than 0."
+    for name, part in (("vision", vision), ("language", language)):
+        if part.hidden_size % part.num_attention_heads:
+            yield (
+                f"model.{name}.hidden_size={part.hidden_size} must be a multiple of "
+                f"model.{name}.num_attention_heads={part.num_attention_heads}."
+            )
+    if language.num_attention_heads % language.num_query_groups:
+        yield (
+            f"model.language.num_attention_heads={language.num_attention_heads} must be a multiple of "
+            f"model.language.num_query_groups={language.num_query_groups}."
+        )
+    if optim.freeze_vision and optim.freeze_projector and optim.freeze_language:
+        yield (
+            "Nothing would be trained: set one of optim.freeze_vision, freeze_projector and freeze_language to false."
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[str]:
+    layout, language = config.parallel, config.model.language
+    for name, size in (
+        ("num_attention_heads", language.num_attention_heads),
+        ("num_query_groups", language.num_query_groups),
+        ("ffn_hidden_size", language.ffn_hidden_size),
+    ):
+        if size % layout.tensor:
+            yield f"parallel.tensor={layout.tensor} must divide model.language.{name}={size}."
+    padded = padded_vocab_size(language.vocab_size)
+    if padded % layout.tensor:
+        yield f"parallel.tensor={layout.tensor} must divide the vocabulary, which is padded to {padded}."
+    if layout.virtual_pipeline is not None and layout.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline={layout.virtual_pipeline} needs more than one pipeline stage: "
+            f"raise parallel.pipeline or set parallel.virtual_pipeline=null."
+        )
+    if layout.virtual_pipeline == 1:
+        yield "parallel.virtual_pipeline=1 is no interleaving: set it to null, or to 2 or more."
+    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
+    if language.num_layers % chunks:
+        what = "parallel.pipeline" + (" x parallel.virtual_pipeline" if layout.virtual_pipeline else "")
+        yield f"{what}={chunks} must divide model.language.num_layers={language.num_layers}."
+    if layout.recompute == "full" and (language.num_layers // chunks) % layout.recompute_num_layers:
+        yield (
+            f"parallel.recompute_num_layers={layout.recompute_num_layers} must divide the "
+            f"{language.num_layers // chunks} layers of a pipeline chunk."
+        )
+
+
+def _sequence(config: RunConfig) -> Iterator[str]:
+    layout, length, visual = config.parallel, config.data.sequence_length, num_visual_tokens(config.model)
+    factor = (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
+    if length % factor:
+        parts = [
+            *(["2 x parallel.context"] if layout.context > 1 else []),
+            *(["parallel.tensor"] if layout.sequence else []),
+        ]
+        yield f"data.sequence_length={length} must be a multiple of {factor} ({' x '.join(parts)})."
+    if visual + 1 > length - 1:
+        yield (
+            f"data.sequence_length={length} leaves no room for text beside an image of {visual} visual tokens: "
+            f"raise it, or lower model.vision.image_size."
+        )
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    layout, trainer = config.parallel, config.trainer
+    per_pass = trainer.micro_batch_size * layout.data
+    if trainer.global_batch_size % per_pass:
+        yield (
+            f"trainer.global_batch_size={trainer.global_batch_size} must be a multiple of {per_pass} "
+            f"(trainer.micro_batch_size x parallel.data)."
+        )
+    num_microbatches = trainer.global_batch_size // per_pass
+    if layout.virtual_pipeline and num_microbatches % layout.pipeline:
+        yield (
+            f"parallel.virtual_pipeline needs a number of micro-batches that is a multiple of "
+            f"parallel.pipeline={layout.pipeline}, not {num_microbatches}: change trainer.global_batch_size or "
+            f"micro_batch_size."
+        )
+
+
+# --- the objective --------------------------------------------------------------------------------------------------
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    pre, count = config.objective.pre, config.model.language.num_layers
+    if not pre.enabled:
+        return
+    target_layers(pre, count)  # raises the sentence itself
+    if pre.anchor == "external" and not pre.external_path:
+        yield "objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory or hub id."
+    if pre.ema_momentum is not None and pre.anchor != "pre_llm":
+        yield (
+            f"objective.pre.ema_momentum averages the projector and needs objective.pre.anchor=pre_llm, "
+            f"not {pre.anchor}."
+        )
+
+
+# --- the machines ---------------------------------------------------------------------------------------------------
+
+
+def _machines(config: RunConfig) -> Iterator[str]:
+    cluster, ranks, gpus = config.cluster, world_size(config.parallel), visible_gpus()
+    if ranks % cluster.nodes:
+        yield f"The layout's {ranks} ranks cannot be divided among cluster.nodes={cluster.nodes}: change one of them."
+    if cluster.devices_per_node is not None and ranks != cluster.nodes * cluster.devices_per_node:
+        yield (
+            f"The layout has {ranks} ranks (tensor x pipeline x context x data) but the cluster "
+            f"{cluster.nodes} x {cluster.devices_per_node} devices: change parallel, or cluster=local."
+        )
+    started_here = external_job(os.environ) is None and cluster.nodes == 1
+    if config.platform == "gpu" and gpus == 0 and started_here and not config.dry_run:
+        yield "platform=gpu, but this machine shows no NVIDIA GPU: set platform=cpu or auto."
+    if started_here and not config.dry_run and uses_gpu(config.platform) and 0 < gpus < ranks:
+        yield (
+            f"The layout has {ranks} ranks but this machine {gpus} GPU(s): choose a smaller layout "
+            f"(parallel=single) or platform=cpu."
+        )
+
+
+# --- options without effect -----------------------------------------------------------------------------------------
+
+
+def _ignored_options(config: RunConfig) -> Iterator[str]:
+    layout, optim, pre, cluster = config.parallel, config.optim, config.objective.pre, config.cluster
+    if layout.sequence and layout.tensor == 1:
+        yield "parallel.sequence has no effect with parallel.tensor=1."
+    if layout.recompute != "full" and layout.recompute_num_layers != 1:
+        yield f"parallel.recompute_num_layers has no effect with parallel.recompute={layout.recompute}."
+    for module in ("vision", "projector", "language"):
+        if getattr(optim, f"freeze_{module}") and getattr(optim, f"lr_{module}") is not None:
+            yield f"optim.lr_{module} has no effect with optim.freeze_{module}=true."
+    if config.data.name != "digits" and config.data.num_workers == 0:
+        yield "data.num_workers=0 reads and decodes images in the training process; a few workers are faster."
+    if layout.tensor > (cluster.devices_per_node or layout.tensor):
+        yield "parallel.tensor is larger than cluster.devices_per_node: tensor parallelism across nodes is slow."
+    if config.init_from and config.model.language.path:
+        yield "model.language.path has no effect: the weights of init_from replace it."
+    yield from _ignored_pre_options(pre, optim.lr_heads)
+
+
+def _ignored_pre_options(pre: PReConfig, lr_heads: float | None) -> Iterator[str]:
+    if not pre.enabled:
+        default = PReConfig()
+        changed = [f.name for f in dataclasses.fields(pre) if getattr(pre, f.name) != getattr(default, f.name)]
+        if changed:
+            yield f"objective.pre.{', '.join(changed)} have no effect with objective.pre.enabled=false."
+        if lr_heads is not None:
+            yield "optim.lr_heads has no effect with objective.pre.enabled=false."
+        return
+    if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
+        yield (
+            f"objective.pre.external_path and external_image_size have no effect with "
+            f"objective.pre.anchor={pre.anchor}."
+        )
+    if pre.schedule.kind == "constant" and (pre.schedule.start, pre.schedule.steps) != (0.0, 0):
+        yield "objective.pre.schedule.start and steps have no effect with objective.pre.schedule.kind=constant."
+    if pre.schedule.kind != "constant" and pre.schedule.steps == 0:
+        yield f"objective.pre.schedule.kind={pre.schedule.kind} has no effect with objective.pre.schedule.steps=0."

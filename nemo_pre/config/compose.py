@@ -1,0 +1,141 @@
+"""From ``recipes/`` and a user's overrides to a :class:`~nemo_pre.config.schema.RunConfig`.
+
+Hydra merges the YAML groups into the dataclasses of the schema, so an unknown key or a value of the wrong type is
+refused here. Hydra's errors are several lines long and name its own classes; a user sees one sentence instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import RunConfig
+
+SCHEMA = "run_schema"  # the name by which recipes/config.yaml inherits the dataclasses
+
+
+def recipes_directory() -> Path:
+    """The directory of the installed ``recipes`` package."""
+    from importlib.resources import files
+
+    return Path(str(files("recipes")))
+
+
+def experiments() -> list[str]:
+    """The names that ``experiment=`` accepts."""
+    return sorted(path.stem for path in (recipes_directory() / "experiment").glob("*.yaml"))
+
+
+def compose_config(overrides: Sequence[str]) -> Any:
+    """The composed OmegaConf config, in which values may still be missing (``???``).
+
+    Raises:
+        ValueError: one sentence on an override that names no option, or a value that does not fit.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
+    with _one_sentence(), initialize_config_dir(config_dir=str(recipes_directory()), version_base="1.3"):
+        composed = compose("config", overrides=list(overrides), return_hydra_config=True)
+        values = OmegaConf.to_container(composed, resolve=False)
+        assert isinstance(values, dict)
+        values["experiment"] = values.pop("hydra")["runtime"]["choices"].get("experiment")
+        return OmegaConf.merge(OmegaConf.structured(RunConfig), values)  # refuses what a "+key" override added
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """The run that ``nemo-pre train OVERRIDES`` describes, complete and typed.
+
+    Raises:
+        ValueError: one sentence: an unknown option, a value of the wrong type, or a value that is still missing.
+    """
+    from omegaconf import OmegaConf
+
+    config = compose_config(overrides)
+    missing = missing_values(config)
+    if missing:
+        hint = f"choose an experiment, e.g. experiment={experiments()[0]}" if config.experiment is None else "set them"
+        raise ValueError(f"The run is not complete, {', '.join(missing)} have no value: {hint}.")
+    with _one_sentence():
+        run = OmegaConf.to_object(config)
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def missing_values(config: Any) -> list[str]:
+    """The dotted names of a composed config's values that are still ``???``."""
+    from omegaconf import OmegaConf
+
+    def walk(node: Any, name: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from walk(value, f"{name}.{key}" if name else str(key))
+        elif node == "???":
+            yield name
+
+    return sorted(walk(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def to_yaml(config: Any) -> str:
+    """A composed config or a :class:`RunConfig` as YAML, interpolations resolved where nothing is missing."""
+    from omegaconf import OmegaConf
+
+    if isinstance(config, RunConfig):
+        config = OmegaConf.structured(config)
+    with _one_sentence():
+        return OmegaConf.to_yaml(config, resolve=not missing_values(config))
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Write the run's every value as YAML to ``path``; its directory is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turns what Hydra and OmegaConf raise into a ValueError of one sentence."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except MissingConfigException as error:
+        raise ValueError(_missing_choice(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error)) from error
+
+
+def _missing_choice(error: Exception) -> str:
+    text = str(error)
+    name = re.search(r"Could not find '(.+?)'", text)
+    choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+    group, _, choice = (name[1] if name else "config").rpartition("/")
+    if not group:
+        return f"There is no config group '{choice}': see nemo-pre train --cfg job for what can be set."
+    return f"{group}={choice} does not exist: choose one of {', '.join(choices)}."
+
+
+def _explain(error: Exception) -> str:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]
+    for cause in reversed(causes):
+        key = getattr(cause, "full_key", None)
+        if not key:
+            continue
+        what = str(getattr(cause, "msg", cause)).splitlines()[0]
+        if re.search(r"not in struct|not in '", what):
+            return f"There is no option {key}: see nemo-pre train --cfg job for what can be set."
+        return f"{key} has a value that does not fit: {what.rstrip('.')}."
+    first = str(error).splitlines()[0].rstrip(".")
+    override = re.match(r"Could not override '(.+?)'", first)
+    if override:
+        return f"There is no option {override[1]}: see nemo-pre train --cfg job for what can be set."
+    return f"The overrides cannot be read: {first}."

@@ -1,0 +1,101 @@
+"""What must lie on disk, or be within reach, before a run starts: weights, tokenizer, data, a former stage."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import RunConfig
+
+# model.vision's field: the name in the config.json of a transformers vision model
+TOWER_SHAPE = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+}
+
+
+def check_presence(config: RunConfig) -> str:
+    """Check every file a run starts from; returns one line on the data.
+
+    Raises:
+        ValueError: one sentence on what is missing or does not fit, and what to do.
+    """
+    from nemo_pre.data.manifest import check_data
+
+    model, pre = config.model, config.objective.pre
+    manifest = check_data(config.data.path, None if model.tokenizer else model.language.vocab_size)
+    if model.tokenizer:
+        find_hf_file("model.tokenizer", model.tokenizer, "tokenizer_config.json")
+    elif manifest.tokenizer is None:
+        raise ValueError(
+            f"No tokenizer lies with data.path={config.data.path}: set model.tokenizer to an HF tokenizer directory."
+        )
+    if model.vision.path:
+        _check_tower(config, find_hf_file("model.vision.path", model.vision.path, "config.json"))
+    if pre.enabled and pre.anchor == "external" and pre.external_path:
+        find_hf_file("objective.pre.external_path", pre.external_path, "config.json")
+    if config.init_from:
+        _check_directory("init_from", config.init_from, "train the former stage first, or name its checkpoint")
+    elif model.language.path:
+        _check_directory("model.language.path", model.language.path, "convert the language weights first")
+    sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
+    return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
+
+
+def find_hf_file(option: str, source: str, name: str) -> Path:
+    """The file ``name`` of a local directory, or of a hub repository that is cached or within reach.
+
+    Raises:
+        ValueError: ``source`` is neither.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"{option}={source} is a directory without {name}: name a transformers model's directory."
+            )
+        return directory / name
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise ValueError(f"{option}={source} does not exist: name a transformers model's directory, or a hub id.")
+    return _hub_file(option, source, name)
+
+
+def _hub_file(option: str, source: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    cached = try_to_load_from_cache(source, name)
+    if isinstance(cached, str):
+        return Path(cached)
+    reason = "HF_HUB_OFFLINE is set"
+    if not HF_HUB_OFFLINE and not os.environ.get("TRANSFORMERS_OFFLINE"):
+        try:
+            return Path(hf_hub_download(source, name, etag_timeout=10))
+        except Exception as error:  # every transport has its own; the reason is told
+            reason = f"the hub answers: {type(error).__name__}"
+    raise ValueError(
+        f"{option}={source} is neither a local directory nor in the hub's cache, and cannot be fetched ({reason}): "
+        f"download it elsewhere and name its directory."
+    )
+
+
+def _check_tower(config: RunConfig, file: Path) -> None:
+    stated: dict[str, Any] = json.loads(file.read_text())
+    stated = stated.get("vision_config", stated)
+    for ours, theirs in TOWER_SHAPE.items():
+        expected = getattr(config.model.vision, ours)
+        if theirs in stated and stated[theirs] != expected:
+            raise ValueError(
+                f"model.vision.{ours}={expected} but {file} says {theirs}={stated[theirs]}: make them equal."
+            )
+
+
+def _check_directory(option: str, path: str, remedy: str) -> None:
+    if not Path(path).expanduser().is_dir():
+        raise ValueError(f"{option}={path} is not a directory: {remedy}.")

@@ -1,0 +1,284 @@
+"""The one way a run's ranks are started and watched.
+
+A process that a launcher already started as a rank (torchrun, srun) runs in place. Otherwise the layout's ranks are
+started on this machine, forked from a server process that imported NeMo once, and watched: when one dies, the
+others get ``GRACE`` seconds to report their own error, then are ended, and the caller gets one sentence that says
+which rank died of what, within ``GRACE + TERM_WAIT`` seconds and a little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_pre.config.schema import RunConfig
+
+GRACE = 5.0  # seconds the survivors of a dead rank may go on
+TERM_WAIT = 4.0  # seconds between asking them to end and killing them
+MESSAGE_LIMIT, TRACEBACK_LIMIT = 2_000, 20_000  # characters a rank reports; a pipe holds them without a reader
+
+
+class RankFailure(RuntimeError):
+    """A rank died: the message is one sentence; ``traceback`` is the rank's, empty when a signal ended it."""
+
+    def __init__(self, sentence: str, traceback: str = "") -> None:
+        super().__init__(sentence)
+        self.traceback = traceback
+
+
+def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.preload") -> None:
+    """Run ``entry`` (``"module:function"``, called with ``config``) on every rank of the run's layout.
+
+    ``preload`` names the module that CPU ranks find already imported. Ranks other than 0 write their output to
+    ``output_dir/rank<N>.log``.
+
+    Raises:
+        RankFailure: a rank raised, or was ended by a signal.
+        ValueError: the launcher's job and the layout disagree, or several nodes are asked for without a launcher.
+    """
+    from nemo_pre.config.derived import world_size
+
+    ranks = world_size(config.parallel)
+    job = external_job(os.environ)
+    if job is not None:
+        if int(job["WORLD_SIZE"]) != ranks:
+            raise ValueError(
+                f"The layout needs {ranks} ranks but the launcher started {job['WORLD_SIZE']}: "
+                f"change parallel or the number of tasks."
+            )
+        os.environ.update(job)
+        prepare_environment(config.platform, ranks // config.cluster.nodes)
+        _resolve(entry)(config)
+        return
+    if config.cluster.nodes > 1:
+        raise ValueError(
+            f"cluster.nodes={config.cluster.nodes} needs a launcher that starts the ranks on every node, "
+            f"such as srun or torchrun."
+        )
+    prepare_environment(config.platform, ranks)
+    if ranks > 1 or not uses_gpu(config.platform):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    context = multiprocessing.get_context("forkserver")
+    # A process that forks must not have touched CUDA, which importing NeMo may do: GPU ranks import for themselves.
+    context.set_forkserver_preload([preload] if preload and not uses_gpu(config.platform) else [])
+    with _sigterm_interrupts():
+        _run_local_ranks(context, config, entry, ranks)
+
+
+# --- the environment ------------------------------------------------------------------------------------------------
+
+
+def visible_gpus() -> int:
+    """The number of NVIDIA GPUs this process may use, found without importing torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and (not chosen.strip() or chosen.strip().startswith("-")):
+        return 0
+    present = len(glob.glob("/dev/nvidia[0-9]*"))
+    if not present and os.path.exists("/dev/dxg") and shutil.which("nvidia-smi"):  # Windows Subsystem for Linux
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        present = len(re.findall(r"^GPU \d", listing, re.MULTILINE))
+    return min(present, len(chosen.split(","))) if chosen else present
+
+
+def uses_gpu(platform: str) -> bool:
+    """Whether a run with this ``platform`` (auto, cpu, gpu) goes to GPUs here."""
+    return platform == "gpu" or (platform == "auto" and visible_gpus() > 0)
+
+
+def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:
+    """Set what torch, Megatron and the tokenizers read at import, where the user has not set it."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked after its first use
+    if platform == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not uses_gpu(platform):
+        # With nvcc but no GPU Megatron compiles a helper at import and dies asking the GPU for its architecture.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+
+
+def external_job(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The variables of the rank this process already is, in torch's names; None if no launcher started it."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        job = {name: environment[name] for name in names if name in environment}
+        return {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **job}
+    # SLURM_STEP_ID tells a task that srun started from the batch script, which carries the other two as well.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment or int(tasks) < 2:
+        return None
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    job_number = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment["SLURM_STEP_ID"])
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_host(nodes)),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + job_number % 10_000)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's compressed node list: ``gpu[07-09,12],login`` gives ``gpu07``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None, nodes
+    return match[1] + (match[2] or "") + (match[3] or "")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or no rank at all: the one that prints and writes what concerns the job."""
+    job = external_job(os.environ)
+    return job is None or job["RANK"] == "0"
+
+
+# --- local ranks ----------------------------------------------------------------------------------------------------
+
+
+class _Rank:
+    """One rank's process, and the pipe through which it reports an exception."""
+
+    def __init__(self, context: Any, config: RunConfig, entry: str, variables: dict[str, str]) -> None:
+        self.number = int(variables["RANK"])
+        self.log = Path(config.output_dir) / f"rank{self.number}.log" if self.number else None
+        self._reports, sender = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_rank_main, args=(entry, config, variables, self.log, sender), name=f"rank {self.number}"
+        )
+        self.process.start()
+        sender.close()
+
+    def failure(self, ranks: int) -> RankFailure:
+        """Why the rank ended, of which it is known that its exit code is not 0."""
+        code = self.process.exitcode
+        where = f"; its output is in {self.log}" if self.log else ""
+        with contextlib.suppress(EOFError):
+            if self._reports.poll():
+                error, trace = self._reports.recv()
+                return RankFailure(f"Rank {self.number} of {ranks} ended with {error}{where}.", trace)
+        if code is not None and code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+            how += " (out of memory?)" if -code == signal.SIGKILL else ""
+        else:
+            how = f"exited with code {code}"
+        return RankFailure(f"Rank {self.number} of {ranks} {how}{where}.")
+
+
+def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) -> None:
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks: list[_Rank] = []
+    try:
+        for number in range(count):
+            ranks.append(_Rank(context, config, entry, {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}))
+        _watch(ranks)
+    finally:
+        _end(ranks)
+
+
+def _watch(ranks: list[_Rank]) -> None:
+    """Wait for every rank; raise for the first that fails once the others have ended or had their time."""
+    failure: RankFailure | None = None
+    deadline: float | None = None
+    running = list(ranks)
+    while running and (deadline is None or time.monotonic() < deadline):
+        timeout = None if deadline is None else deadline - time.monotonic()
+        multiprocessing.connection.wait([rank.process.sentinel for rank in running], timeout)
+        ended = [rank for rank in running if rank.process.exitcode is not None]
+        running = [rank for rank in running if rank not in ended]
+        failed = [rank for rank in ended if rank.process.exitcode != 0]
+        if failed and failure is None:
+            # Of several at once, the one a signal ended is the cause: the others lost their connection to it.
+            failure = min(failed, key=lambda rank: rank.process.exitcode).failure(len(ranks))
+            deadline = time.monotonic() + GRACE
+    if failure is not None:
+        raise failure
+
+
+def _end(ranks: list[_Rank]) -> None:
+    """No rank is left behind."""
+    alive = [rank.process for rank in ranks if rank.process.is_alive()]
+    for process in alive:
+        process.terminate()
+    deadline = time.monotonic() + TERM_WAIT
+    for process in alive:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Path | None, reports: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends the ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the process that forked it
+    os.environ.update(variables)
+    if log is not None:
+        _write_output_to(log)
+    try:
+        if "torch" in sys.modules:  # imported by the server, before this rank's environment was known
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        _resolve(entry)(config)
+    except BaseException as error:
+        trace = traceback.format_exc()
+        if log is not None:
+            print(trace, file=sys.stderr)
+        sentence = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip(".")
+        reports.send((sentence[:MESSAGE_LIMIT], trace[-TRACEBACK_LIMIT:]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: threads of gloo and Megatron may wait for ranks that will never answer
+
+
+def _write_output_to(log: Path) -> None:
+    file = log.open("w", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = file
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the ranks as Ctrl-C does; handlers can only be set in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _resolve(entry: str) -> Any:
+    module, _, function = entry.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

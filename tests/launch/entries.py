@@ -1,0 +1,98 @@
+"""Toy ranks for :mod:`tests.launch.test_launch`, and the program that launches one of them.
+
+python -m tests.launch.entries FUNCTION OUTPUT_DIR OVERRIDE ...
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nemo_pre.config.schema import RunConfig
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def report(config: RunConfig) -> None:
+    """Each rank writes what it was told and says so on its output."""
+    values = {name: os.environ.get(name) for name in VARIABLES}
+    (Path(config.output_dir) / f"report{values['RANK']}").write_text(repr((os.getpid(), os.getppid(), values)))
+    print(f"rank {values['RANK']} speaks", flush=True)
+
+
+def rank_1_raises(config: RunConfig) -> None:
+    _started(config)
+    if _rank() == 1:
+        raise RuntimeError("the reactor is cold")
+    time.sleep(60)
+
+
+def rank_1_complains(config: RunConfig) -> None:
+    if _rank() == 1:
+        raise ValueError("turn the other knob")
+
+
+def rank_1_is_killed(config: RunConfig) -> None:
+    _started(config)
+    if _rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def rank_1_exits(config: RunConfig) -> None:
+    if _rank() == 1:
+        os._exit(7)
+
+
+def rank_0_ignores_everything(config: RunConfig) -> None:
+    """Rank 1 raises; rank 0 hangs and does not listen to SIGTERM."""
+    _started(config)
+    if _rank() == 1:
+        raise RuntimeError("the reactor is cold")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        time.sleep(1)
+
+
+def rank_0_fails_of_rank_1s_death(config: RunConfig) -> None:
+    """Rank 1 is killed and rank 0 notices, as gloo's ranks do when a connection closes."""
+    if _rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    raise RuntimeError("connection closed by peer")
+
+
+def sleep(config: RunConfig) -> None:
+    _started(config)
+    time.sleep(60)
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _started(config: RunConfig) -> None:
+    (Path(config.output_dir) / f"pid{_rank()}").write_text(str(os.getpid()))
+
+
+def main(function: str, output_dir: str, *overrides: str) -> int:
+    from nemo_pre.config.compose import compose_run
+    from nemo_pre.launch import RankFailure, launch
+
+    config = compose_run(["experiment=digits_tiny", "platform=cpu", f"output_dir={output_dir}", *overrides])
+    try:
+        launch(config, f"tests.launch.entries:{function}", preload=None)
+    except RankFailure as failure:
+        print(f"{failure}\n{failure.traceback}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
