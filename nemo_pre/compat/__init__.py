@@ -1,0 +1,8 @@
+"""Everything that changes Megatron-Core, NeMo or torch at run time, as named and reversible patches.
+
+``cpu_backend``     runs the whole stack on CPU ranks over gloo; applied only where no GPU is used.
+``learning_rates``  a learning rate per module, on CPUs and GPUs alike.
+``progress``        NeMo's progress printer without the collective that only rank 0 enters.
+
+Nothing is patched by importing; the entry point (or a test's conftest) calls ``apply()``.
+"""

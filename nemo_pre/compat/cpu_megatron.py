@@ -1,0 +1,156 @@
+"""Patches of Megatron-Core for CPU ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemo_pre.compat.cpu_device import get_rng_state, set_rng_state
+from nemo_pre.compat.registry import Change, patch
+
+
+@contextlib.contextmanager
+def _fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+    if name not in self.states_:
+        raise ValueError(f"the random state {name!r} was not added; seed the model-parallel generators first.")
+    outside = get_rng_state()
+    set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = get_rng_state()
+        set_rng_state(outside)
+
+
+@patch(
+    "rng-tracker-on-cpu",
+    why="CudaRNGStatesTracker.fork warns whenever the CPU generator moved inside it; on CPU that is what it is for.",
+    until="Megatron-Core's RNG tracker takes a device.",
+)
+def rng_tracker_on_cpu():
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    yield Change(megatron_random, "_get_cuda_rng_state", get_rng_state)
+    yield Change(megatron_random, "_set_cuda_rng_state", set_rng_state)
+    yield Change(megatron_random.CudaRNGStatesTracker, "fork", _fork, written_for="4fa03c68df45")
+
+
+def _new_torch_norm(
+    cls: type,
+    config: Any,
+    hidden_size: int,
+    eps: float = 1e-5,
+    persist_layer_norm: bool = False,
+    zero_centered_gamma: bool = False,
+    normalization: str = "LayerNorm",
+) -> torch.nn.Module:
+    assert not config.layernorm_zero_centered_gamma, "torch's norms have no zero-centred weight"
+    norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+    for parameter in norm.parameters():
+        # Each rank sees its part of the sequence only: finalize_model_grads sums what carries this mark.
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
+@patch(
+    "torch-norm",
+    why="Without Apex and Transformer Engine the norms are torch's, which Megatron's wrapper refuses under sequence"
+    " parallelism, for persist_layer_norm and for memory_efficient_layer_norm: two of them only choose a CUDA kernel,"
+    " and the first needs nothing but a mark on the weights.",
+    until="WrappedTorchNorm supports sequence parallelism.",
+)
+def torch_norm():
+    import megatron.core.models.backends as backends
+    import megatron.core.models.gpt.gpt_layer_specs as gpt_layer_specs
+    import megatron.core.transformer.transformer_block as transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    yield Change(WrappedTorchNorm, "__new__", staticmethod(_new_torch_norm), written_for="6cb54a06fa41")
+    # With Apex or Transformer Engine installed these name CUDA kernels.
+    yield Change(backends, "LNImpl", WrappedTorchNorm)
+    yield Change(gpt_layer_specs, "LNImpl", WrappedTorchNorm)
+    yield Change(transformer_block, "LayerNormImpl", WrappedTorchNorm)
+
+
+def _logits_and_max(vocab_parallel_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(vocab_parallel_logits.dtype, torch.float32)
+    vocab_parallel_logits = vocab_parallel_logits.to(wide)
+    return vocab_parallel_logits, torch.max(vocab_parallel_logits, dim=-1)[0]
+
+
+@patch(
+    "float64-cross-entropy",
+    why="Megatron's cross entropy casts its logits to float32; without this narrowing, gradients of a float64 model"
+    " agree between layouts to 1e-15, which tells a wrong term from rounding.",
+    until="VocabParallelCrossEntropy widens instead of casting.",
+)
+def float64_cross_entropy():
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    yield Change(
+        VocabParallelCrossEntropy, "calculate_logits_max", staticmethod(_logits_and_max), written_for="b0f98c9624e7"
+    )
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _with_cuda_type_names(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with _CudaTypeNames():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@patch(
+    "optimizer-type-names",
+    why="Megatron's optimizers sort parameters by Tensor.type() == 'torch.cuda.FloatTensor' and refuse the rest; the"
+    " CPU types answer with the CUDA names while those functions run, and nowhere else.",
+    until="Megatron-Core compares dtypes.",
+)
+def optimizer_type_names():
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for cls in (optimizer.Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        yield Change(cls, "__init__", _with_cuda_type_names(cls.__init__))
+    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    yield Change(clip_grads, "clip_grad_by_total_norm_fp32", clip)
+    yield Change(optimizer, "clip_grad_by_total_norm_fp32", clip)
+
+
+@patch(
+    "group-step-adamw",
+    why="torch's AdamW keeps 'step' per parameter, which breaks Megatron's reshardable optimizer checkpoints and its"
+    " loading of optimizer states; FusedAdam, which they are written for, needs CUDA.",
+    until="Megatron-Core's distributed checkpoints support torch's optimizers.",
+)
+def group_step_adamw():
+    import megatron.core.optimizer as optimizer_package
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    from nemo_pre.compat.cpu_adamw import GroupStepAdamW
+
+    yield Change(optimizer_package, "Adam", GroupStepAdamW)
+    yield Change(optimizer_package, "SGD", torch.optim.SGD)
+    yield Change(optimizer_package, "USING_PYTORCH_OPTIMIZER", False)  # hands over adam_w_mode, as to FusedAdam
+    yield Change(distrib_optimizer, "Adam", GroupStepAdamW)
+    yield Change(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    yield Change(distrib_optimizer, "USING_TE_OPTIMIZER", True)  # 'step' is in the parameter groups
+
+
+PATCHES = [rng_tracker_on_cpu, torch_norm, float64_cross_entropy, optimizer_type_names, group_step_adamw]

@@ -1,0 +1,91 @@
+"""What the ranks of tests/compat/test_checkpoints.py do."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.compat import tiny_gpt
+from tests.compat.tiny_gpt import Layout, Run
+from tests.ranks.sharded import load_full
+
+
+def _metadata(sharding: str) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": sharding,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+
+
+def _sharded_state(run: Run, sharding: str, is_loading: bool = False) -> dict[str, Any]:
+    (module,) = tiny_gpt.modules(run)
+    metadata = _metadata(sharding)
+    model = module.sharded_state_dict(metadata=metadata)
+    return {
+        "model": model,
+        "optimizer": run.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
+    }
+
+
+def train_save_train(
+    layout: Layout, weights: dict[str, Any], directory: Path, sharding: str, asynchronous: bool = False
+) -> tuple[list[float], bool]:
+    """Three steps, a checkpoint, three steps; the losses of the last three, and whether these overlapped writing."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    run = tiny_gpt.start(layout)
+    load_full(tiny_gpt.modules(run), weights)
+    run.optimizer.reload_model_params()
+    tiny_gpt.train(run, steps=3)
+    state = _sharded_state(run, sharding)
+    if not asynchronous:
+        dist_checkpointing.save(state, str(directory))
+        return tiny_gpt.train(run, steps=3, first_step=3), False
+    request = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
+    # Hold the writers back until training has changed every parameter.
+    request = request._replace(async_fn=_Slow(request.async_fn))
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(request)
+    losses = tiny_gpt.train(run, steps=3, first_step=3)
+    overlapped = queue.get_num_unfinalized_calls() == 1 and not (directory / "metadata.json").exists()
+    queue.maybe_finalize_async_calls(blocking=True)
+    return losses, overlapped and (directory / "metadata.json").exists()
+
+
+class _Slow:
+    def __init__(self, write: Any):
+        self.write = write
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(3)
+        return self.write(*args, **kwargs)
+
+
+def load_save_train(layout: Layout, source: Path, copy: Path, sharding: str) -> list[float]:
+    """Load a checkpoint, save what was loaded, and train three steps more; their losses."""
+    from megatron.core import dist_checkpointing
+
+    run = tiny_gpt.start(layout)
+    loaded = dist_checkpointing.load(_sharded_state(run, sharding, is_loading=True), str(source))
+    tiny_gpt.modules(run)[0].load_state_dict(loaded["model"])
+    run.optimizer.load_state_dict(loaded["optimizer"])
+    dist_checkpointing.save(_sharded_state(run, sharding), str(copy))
+    return tiny_gpt.train(run, steps=3, first_step=3)
+
+
+def contents(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Every tensor of a checkpoint in full, and the optimizer's parameter groups."""
+    tiny_gpt.start(Layout(), use_optimizer=False)
+    import torch
+    from megatron.core import dist_checkpointing
+
+    everything = dist_checkpointing.load_plain_tensors(str(directory))
+    tensors = {name: value for name, value in everything.items() if isinstance(value, torch.Tensor)}
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    optimizer = common.get("optimizer", {})
+    groups = optimizer.get("optimizer", optimizer).get("param_groups", [])
+    return tensors, [{k: v for k, v in group.items() if k != "params"} for group in groups]
