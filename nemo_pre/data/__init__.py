@@ -1,0 +1,1 @@
+"""Reading prepared data: shards, conversations, images, batches and the order in which samples are consumed."""

@@ -1,0 +1,46 @@
+"""From items to a micro-batch in NeVA's raw format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_pre.data.conversation import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from nemo_pre.data.dataset import Item
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Pads the text of B items to the constant T = ``text_tokens``.
+
+    Returns ``tokens`` int64 [B, T] (-200 stands for a whole image), ``labels`` int64 [B, T] (shifted, -100
+    where nothing is predicted), ``loss_mask`` float32 [B, T], ``position_ids`` int64 [B, T],
+    ``attention_mask`` None (causal), ``media`` float32 [num_images, 3, H, W] in the order of the tags, or None
+    where no item has an image, and ``num_media_tiles``, one entry (1) per image.
+    """
+
+    text_tokens: int
+    padding_id: int
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        import torch
+
+        shape = (len(items), self.text_tokens)
+        tokens = torch.full(shape, self.padding_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        for row, item in enumerate(items):
+            assert len(item.tokens) == len(item.labels) <= self.text_tokens, item.key
+            tokens[row, : len(item.tokens)] = torch.tensor(item.tokens, dtype=torch.int64)
+            labels[row, : len(item.labels)] = torch.tensor(item.labels, dtype=torch.int64)
+        images = [item.image for item in items if item.image is not None]
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": (labels != IGNORE_INDEX).float(),
+            "position_ids": torch.arange(self.text_tokens).expand(shape).contiguous(),
+            "attention_mask": None,
+            "media": torch.stack(images) if images else None,
+            "num_media_tiles": [1] * len(images),
+        }

@@ -1,0 +1,58 @@
+"""Validation by generation: prompts without their answers, to be answered by the model and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nemo_pre.config.schema import RunConfig
+from nemo_pre.data.conversation import encode_prompt
+from nemo_pre.data.images import image_tensor
+from nemo_pre.data.manifest import read_manifest, verify_shards
+from nemo_pre.data.preprocessing import build_preprocessing
+from nemo_pre.data.shards import ShardedSamples
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ValidationSample:
+    """``prompt`` int64 [t] ends where the first answer starts, with -200 for the image; ``media`` float32
+    [1, 3, H, W] or None; ``answer`` is the expected text; ``question_type`` is "all" where data states none."""
+
+    key: str
+    prompt: torch.Tensor
+    media: torch.Tensor | None
+    answer: str
+    question_type: str
+
+
+def load_validation_samples(config: RunConfig, count: int, tokenizer: Any = None) -> list[ValidationSample]:
+    """The first ``count`` samples of the val split (fewer if it has fewer), each with its first question.
+
+    Raises:
+        ValueError: the data is missing, or a sample cannot be read.
+    """
+    manifest = read_manifest(config.data.path)
+    if not manifest.shards.get("val"):
+        raise ValueError(f"{manifest.directory} has no val shards: prepare the data again")
+    verify_shards(manifest.shards["val"])
+    samples = ShardedSamples(manifest.shards["val"])
+    how = build_preprocessing(config, tokenizer)
+    return [_load(samples, position, how) for position in range(min(count, len(samples)))]
+
+
+def _load(samples: ShardedSamples, position: int, how: Any) -> ValidationSample:
+    import torch
+
+    raw = samples.read(position)
+    conversation = raw.record["conversations"]
+    prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, int(raw.image is not None), raw.where)
+    media = None
+    if raw.image is not None:
+        media = image_tensor(raw.image, how.image_size, how.image_mean, how.image_std, raw.where)[None]
+    types = raw.record.get("question_types") or ["all"]
+    return ValidationSample(
+        raw.key, torch.tensor(prompt, dtype=torch.int64), media, conversation[1]["value"], types[0]
+    )

@@ -1,0 +1,133 @@
+"""The manifest that data preparation leaves in a data directory, and the cheap check that stands on it.
+
+Nothing heavy is imported here: ``nemo-pre train dry_run=true`` and data preparation both use it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = "nemo-pre shards"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of samples and the index that tells where each lies; sizes in bytes."""
+
+    path: Path
+    index_path: Path
+    samples: int
+    bytes: int
+    index_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    directory: Path
+    dataset: str
+    shards: dict[str, list[Shard]]  # by split
+    fingerprint: str  # changes with the training samples; a resumed run must find the same
+    tokenizer: Path | None
+    raw: dict[str, Any]
+
+    def num_samples(self, split: str) -> int:
+        return sum(shard.samples for shard in self.shards[split])
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Parses ``path/manifest.json``.
+
+    Raises:
+        ValueError: there is none, or it is not one of this format.
+    """
+    directory = Path(path)
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise ValueError(
+            f"data.path={directory} has no {MANIFEST}: prepare the data first (nemo-pre data demo out={directory})"
+        )
+    try:
+        raw = json.loads(file.read_text())
+        if raw["format"] != FORMAT or raw["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"it states format {raw['format']!r} version {raw['format_version']!r}")
+        shards = {
+            split: [
+                Shard(
+                    path=directory / entry["file"],
+                    index_path=directory / entry["index"],
+                    samples=int(entry["samples"]),
+                    bytes=int(entry["bytes"]),
+                    index_bytes=int(entry["index_bytes"]),
+                )
+                for entry in content["shards"]
+            ]
+            for split, content in raw["splits"].items()
+        }
+        fingerprint = " ".join(entry["sha256"][:16] for entry in raw["splits"]["train"]["shards"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a manifest of {FORMAT} version {FORMAT_VERSION} ({error!r}): prepare the data again"
+        ) from error
+    tokenizer = directory / raw["tokenizer"] if raw.get("tokenizer") else None
+    return Manifest(directory, str(raw.get("dataset", "")), shards, _short(fingerprint), tokenizer, raw)
+
+
+def verify_shards(shards: list[Shard], tolerate_wrong_size: bool = False) -> None:
+    """Checks that every shard and index is there, in the size the manifest states.
+
+    Raises:
+        ValueError: naming the first file that is missing or, unless tolerated for the tar, of another size.
+    """
+    for shard in shards:
+        for file, size in ((shard.path, shard.bytes), (shard.index_path, shard.index_bytes)):
+            if not file.is_file():
+                raise ValueError(f"{file} is named in the manifest but missing: prepare the data again")
+            found = file.stat().st_size
+            if found != size and not (tolerate_wrong_size and file == shard.path):
+                raise ValueError(f"{file} has {found} bytes where the manifest says {size}: prepare the data again")
+
+
+def check_data(path: str | Path, vocab_size: int | None = None) -> Manifest:
+    """Presence and schema of prepared data, in milliseconds and without torch: what a dry run asks.
+
+    Every shard of every split must be there in its size, the first training sample must parse, and the
+    tokenizer that lies with the data (if one does) must fit into ``vocab_size``.
+
+    Raises:
+        ValueError: one sentence on what is wrong and what to do.
+    """
+    from nemo_pre.data.shards import ShardedSamples
+
+    manifest = read_manifest(path)
+    for split in ("train", "val"):
+        if not manifest.shards.get(split):
+            raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
+        verify_shards(manifest.shards[split])
+    ShardedSamples(manifest.shards["train"][:1]).read(0)
+    if manifest.tokenizer is not None:
+        _check_tokenizer(manifest.tokenizer, vocab_size)
+    return manifest
+
+
+def _check_tokenizer(directory: Path, vocab_size: int | None) -> None:
+    file = directory / "tokenizer.json"
+    try:
+        content = json.loads(file.read_text())
+        size = 1 + max([*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a readable tokenizer ({error!r}): prepare the data again") from error
+    if vocab_size is not None and size > vocab_size:
+        raise ValueError(
+            f"{file} has {size} tokens: set model.language.vocab_size to {size} or more, not {vocab_size}"
+        )
+
+
+def _short(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

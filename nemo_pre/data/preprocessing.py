@@ -1,0 +1,56 @@
+"""From a run's configuration to how its samples become numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_pre.config.schema import ModelConfig, RunConfig
+from nemo_pre.data.dataset import Preprocessing
+from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
+
+
+def num_visual_tokens(model: ModelConfig) -> int:
+    """Visual tokens of one image in the decoder's sequence."""
+    vision = model.vision
+    patches = (vision.image_size // vision.patch_size) ** 2
+    has_class_token = vision.family == "clip"
+    return patches + int(has_class_token and not vision.drop_class_token)
+
+
+def num_text_tokens(config: RunConfig) -> int:
+    """T, the width of the text of a batch: the image is one of its tokens and expands to all visual ones.
+
+    Raises:
+        ValueError: the sequence does not hold the image.
+    """
+    visual = num_visual_tokens(config.model)
+    text = config.data.sequence_length - visual + 1
+    if text < 2:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} leaves no room for text beside an image of {visual} "
+            f"visual tokens: raise it"
+        )
+    return text
+
+
+def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessing:
+    """``tokenizer``: an already loaded ``transformers`` tokenizer; None loads the run's.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded or is larger than the model's vocabulary.
+    """
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(tokenizer_path(config))
+    if len(tokenizer) > config.model.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens: set model.language.vocab_size to "
+            f"{len(tokenizer)} or more, not {config.model.language.vocab_size}"
+        )
+    vision = config.model.vision
+    return Preprocessing(
+        tokenizer=tokenizer,
+        chat_template=config.data.chat_template,
+        max_text_tokens=num_text_tokens(config),
+        image_size=vision.image_size,
+        image_mean=tuple(vision.image_mean),
+        image_std=tuple(vision.image_std),
+    )
