@@ -1,0 +1,160 @@
+"""The rank's side of a parity test: one NeMo run whose losses and gradients are recorded.
+
+It is the product's own run (its trainer, strategy, model and callbacks); only the data and the weights are given.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# steps[step][data-parallel rank][micro-batch]: a batch in NeVA's raw format
+Steps = list[list[list[dict[str, Any]]]]
+
+
+@dataclass
+class Job:
+    """What one group of ranks runs.
+
+    Attributes:
+        parallel: fields of ParallelConfig.
+        pre: fields of PReConfig; None runs plain NeVA.
+        steps: the data; every step sees the same weights.
+        state: the whole model's weights.
+        language: fields of LanguageConfig that differ from the tiny model's.
+        max_length: where sequences are cut.
+        settings: attributes of NeVA's and the language model's config, over what the product sets.
+        pre_gradient_factor: multiplies PRe's injected gradient: what the tests must notice.
+    """
+
+    parallel: dict[str, Any]
+    pre: dict[str, Any] | None
+    steps: Steps
+    state: dict[str, Tensor]
+    precision: str = "fp32"
+    language: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    pre_gradient_factor: float = 1.0
+
+    @property
+    def world_size(self) -> int:
+        world = 1
+        for axis in ("tensor", "pipeline", "context", "data"):
+            world *= self.parallel.get(axis, 1)
+        return world
+
+
+@dataclass
+class StepRecord:
+    """What a rank saw of one step: the logged metrics and its shards of the gradient."""
+
+    metrics: dict[str, float]
+    gradients: list[Any]
+
+
+def train(job: Job) -> list[StepRecord]:
+    """On a rank: run ``job``; returns what each step gave."""
+    from nemo_pre.compat import cpu_backend
+
+    cpu_backend.apply()
+    from nemo_pre.callbacks import PReCallback, StepPlanner
+    from nemo_pre.train import build_model, build_trainer
+    from tests.parity.shape import tiny_run
+
+    micro_batches = job.steps[0][0]
+    run = tiny_run(
+        output_dir=os.devnull,
+        parallel=job.parallel,
+        pre=job.pre,
+        num_microbatches=len(micro_batches),
+        micro_batch_size=len(micro_batches[0]["tokens"]),
+        max_steps=len(job.steps),
+        precision=job.precision,
+        language=job.language,
+    )
+    if job.max_length is not None:
+        run.data.sequence_length = job.max_length
+    recorder = build_recorder(job.state)
+    callbacks = [StepPlanner(), recorder]
+    if job.pre is not None:
+        callbacks.insert(1, PReCallback(run.objective.pre, seed=run.seed))
+    trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
+    model = build_model(run, on_gpu=False)
+    for name, value in job.settings.items():
+        for config in (model.config, model.config.language_transformer_config):
+            assert hasattr(config, name), name
+            setattr(config, name, value)
+    if job.pre_gradient_factor != 1.0:
+        spoil_gradient(job.pre_gradient_factor)
+    trainer.fit(model, build_data(job, run))
+    return recorder.records
+
+
+def build_recorder(state: dict[str, Tensor]) -> Any:
+    from lightning.pytorch.callbacks import Callback
+
+    from nemo_pre.neva.model import model_chunks
+    from tests.ranks.sharded import gather_gradients, gradient_shards, load_full
+
+    class Recorder(Callback):
+        """Puts the given weights in before each step; notes gradients once they are final."""
+
+        def __init__(self) -> None:
+            self.records: list[StepRecord] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            load_full(model_chunks(trainer), state)
+            for optimizer in trainer.optimizers:
+                optimizer.mcore_optimizer.reload_model_params()
+
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gather_gradients([chunk.module for chunk in trainer.strategy.megatron_parallel])
+            self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer))))
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self.records[-1].metrics = metrics
+
+    return Recorder()
+
+
+def build_data(job: Job, run: Any) -> Any:
+    """A data module that deals the job's micro-batches out as they are."""
+    import lightning.pytorch as pl
+    from nemo.lightning.pytorch.plugins import MegatronDataSampler
+    from torch.utils.data import DataLoader
+
+    class GivenBatches(MegatronDataSampler):
+        def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+            from megatron.core import parallel_state
+
+            rank = parallel_state.get_data_parallel_rank()
+            mine = [batch for step in job.steps for batch in step[rank]]
+            return DataLoader(mine, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+    class GivenData(pl.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.data_sampler = GivenBatches(
+                seq_len=run.data.sequence_length,
+                micro_batch_size=run.trainer.micro_batch_size,
+                global_batch_size=run.trainer.global_batch_size,
+                output_log=False,
+            )
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader([0])  # type: ignore[arg-type]
+
+    return GivenData()
+
+
+def spoil_gradient(factor: float) -> None:
+    """Make the injected gradient wrong, to see that the comparison notices."""
+    import nemo_pre.callbacks.pre as pre
+
+    right = pre.auxiliary_loss_scale
+    pre.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)

@@ -1,0 +1,76 @@
+"""The tiny model of the parity tests, as a run's configuration: the shapes of :mod:`tests.reference.tiny`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_pre.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    PReConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainerConfig,
+    VisionConfig,
+)
+
+
+def tiny_run(
+    output_dir: str,
+    parallel: dict[str, Any],
+    pre: dict[str, Any] | None,
+    num_microbatches: int,
+    micro_batch_size: int,
+    max_steps: int,
+    precision: str = "fp32",
+    language: dict[str, Any] | None = None,
+) -> RunConfig:
+    """A run of ``max_steps`` steps; ``pre`` holds PReConfig's fields; None switches PRe off.
+    """
+    from tests.reference import tiny
+
+    vision = tiny.VISION
+    data = parallel.get("data", 1)
+    return RunConfig(
+        name="parity",
+        platform="cpu",
+        output_dir=output_dir,
+        resume=False,
+        model=ModelConfig(
+            name="tiny",
+            vision=VisionConfig(
+                family="clip",
+                image_size=vision["image_size"],
+                patch_size=vision["patch_size"],
+                hidden_size=vision["hidden_size"],
+                intermediate_size=vision["intermediate_size"],
+                num_layers=vision["num_hidden_layers"],
+                num_attention_heads=vision["num_attention_heads"],
+            ),
+            language=LanguageConfig(
+                **{
+                    "num_layers": tiny.LAYERS,
+                    "hidden_size": tiny.WIDTH,
+                    "ffn_hidden_size": tiny.FFN,
+                    "num_attention_heads": tiny.HEADS,
+                    "num_query_groups": tiny.GROUPS,
+                    "vocab_size": tiny.VOCABULARY,
+                    **(language or {}),
+                }
+            ),
+        ),
+        data=DataConfig(name="parity", path="unused", sequence_length=tiny.MAX_LENGTH),
+        parallel=ParallelConfig(**{"distributed_optimizer": False, **parallel}),
+        precision=PrecisionConfig(name=precision),
+        optim=OptimConfig(lr=1e-3, warmup_ratio=0.0),
+        objective=ObjectiveConfig(name="pre", pre=PReConfig(enabled=pre is not None, **(pre or {}))),
+        trainer=TrainerConfig(
+            max_steps=max_steps,
+            global_batch_size=num_microbatches * micro_batch_size * data,
+            micro_batch_size=micro_batch_size,
+        ),
+    )

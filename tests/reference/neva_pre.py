@@ -1,0 +1,281 @@
+"""NeVA + PRe in plain torch: the oracle the parity tests compare every layout with.
+
+Slow and obvious on purpose. One sample at a time, one file, no Megatron, no NeMo, no batching, no padding: what is
+shared with the implementation under test is only the naming of the weights (Megatron's, unsharded) and the batch
+format. The loss is the one of arXiv 2603.20808 over the *global* batch, that is over all micro-batches and all
+data-parallel ranks together:
+
+    L     = L_LM + weight * L_PRe
+    L_LM  = sum_t loss_mask_t * CE_t / sum_t loss_mask_t
+    L_PRe = mean over target layers l of  -(1/N_vis) sum_i cos(f_l(h^l_i), stopgrad(h^0_i))
+
+``i`` runs over the visual tokens that entered the language model (those cut off by the maximum length did not),
+h^0 is the output of the projector, h^l the output of decoder layer ``l`` (1-based) before the final norm. The paper
+has one target layer; that several layers are averaged, not summed, is this project's definition.
+
+Legend of shape suffixes: s sequence, d decoder width, n visual tokens, v vision width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGE_TOKEN = -200
+NO_LABEL = -100
+LM = "language_model."
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    max_sequence_length: int
+    vision: Any  # a transformers CLIPVisionConfig or SiglipVisionConfig
+    head_dim: int | None = None  # null: hidden size / heads
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    feature_layer: int = -2
+    drop_class_token: bool = True
+    pre_layers: tuple[int, ...] = ()  # 1-based; empty: no PRe
+    pre_weight: float = 0.5
+    pre_variant: str = "patch"  # patch | global
+    pre_anchor: str = "pre_llm"  # pre_llm | pre_projector
+    head_activation: str = "gelu"
+    literal_algorithm_1: bool = False  # the supplement's typo: the anchor is the target layer itself
+
+
+def expand_sample(
+    tokens: list[int], labels: list[int], loss_mask: list[float], tokens_per_image: int, max_length: int
+) -> tuple[list[tuple[str, int]], list[int], list[float]]:
+    """One sample's text with every image token replaced by its visual tokens.
+
+    ``labels[t]`` is the target of position ``t``. Returns, per position of the language model's sequence: where
+    its embedding comes from (``("text", token)`` or ``("image", index into the sample's visual tokens)``), its
+    label and its loss mask, all cut at ``max_length``.
+
+    The text token just before an image predicts nothing (its target would be a visual token); the last visual
+    token carries the label of the text that follows but is masked, as NeVA has it.
+    """
+    source: list[tuple[str, int]] = []
+    out_labels: list[int] = []
+    out_mask: list[float] = []
+    visual_tokens = 0
+    for t, token in enumerate(tokens):
+        before_image = t + 1 < len(tokens) and tokens[t + 1] == IMAGE_TOKEN
+        label = NO_LABEL if before_image else labels[t]
+        if token == IMAGE_TOKEN:
+            for _ in range(tokens_per_image):
+                source.append(("image", visual_tokens))
+                visual_tokens += 1
+            out_labels += [NO_LABEL] * (tokens_per_image - 1) + [label]
+            out_mask += [0.0] * tokens_per_image
+        else:
+            source.append(("text", token))
+            out_labels.append(label)
+            out_mask.append(0.0 if before_image else loss_mask[t])
+    return source[:max_length], out_labels[:max_length], out_mask[:max_length]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary embedding of ``[s, heads, head_dim]`` at positions 0..s-1, the two halves of a head paired."""
+    half = x.shape[-1] // 2
+    inverse_frequency = base ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle = torch.arange(x.shape[0], dtype=x.dtype)[:, None] * inverse_frequency
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention(x_sd: Tensor, w: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
+    """Causal grouped-query attention; rows of ``linear_qkv`` are, per query group, its queries, its key, its value."""
+    length, width = x_sd.shape
+    groups, heads = config.num_query_groups, config.num_attention_heads
+    head_dim = config.head_dim or width // heads
+    queries_per_group = heads // groups
+    qkv = F.linear(x_sd, w["self_attention.linear_qkv.weight"], w.get("self_attention.linear_qkv.bias"))
+    qkv = qkv.view(length, groups, queries_per_group + 2, head_dim)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    context = []
+    for group in range(groups):
+        key = rotate(qkv[:, group, queries_per_group][:, None], config.rotary_base)[:, 0]
+        value = qkv[:, group, queries_per_group + 1]
+        for head in range(queries_per_group):
+            query = rotate(qkv[:, group, head][:, None], config.rotary_base)[:, 0]
+            score = (query @ key.T / math.sqrt(head_dim)).masked_fill(~causal, float("-inf"))
+            context.append(score.softmax(-1) @ value)
+    return F.linear(torch.cat(context, dim=-1), w["self_attention.linear_proj.weight"])
+
+
+def swiglu(x_sd: Tensor, w: dict[str, Tensor]) -> Tensor:
+    gate, up = F.linear(x_sd, w["mlp.linear_fc1.weight"]).chunk(2, dim=-1)  # rows: all of gate, then all of up
+    return F.linear(F.silu(gate) * up, w["mlp.linear_fc2.weight"])
+
+
+def decode(x_sd: Tensor, state: dict[str, Tensor], config: ReferenceConfig) -> tuple[Tensor, list[Tensor]]:
+    """Logits ``[s, padded vocabulary]`` and the hidden states: entry ``l`` is the output of layer ``l``, 0 the input.
+
+    The vocabulary's padding rows take part in the softmax, as they do in Megatron.
+    """
+    hidden = [x_sd]
+    for layer in range(config.num_layers):
+        w = _below(state, f"{LM}decoder.layers.{layer}.")
+        x_sd = x_sd + attention(rms_norm(x_sd, w["input_layernorm.weight"], config.layernorm_epsilon), w, config)
+        x_sd = x_sd + swiglu(rms_norm(x_sd, w["pre_mlp_layernorm.weight"], config.layernorm_epsilon), w)
+        hidden.append(x_sd)
+    final = rms_norm(x_sd, state[f"{LM}decoder.final_layernorm.weight"], config.layernorm_epsilon)
+    output = "embedding.word_embeddings.weight" if config.tie_embeddings else "output_layer.weight"
+    return F.linear(final, state[LM + output]), hidden
+
+
+def vision_tower(config: ReferenceConfig) -> torch.nn.Module:
+    """The ``transformers`` tower in the given shape, on the meta device: weights come from the state dict."""
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    family = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    return family[config.vision.model_type](config.vision).eval()
+
+
+def encode_image(image: Tensor, tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
+    """Vision features ``[n, v]`` of one image ``[3, H, W]``."""
+    weights = _below(state, "vision_model.")
+    dtype = next(iter(weights.values())).dtype
+    output = torch.func.functional_call(
+        tower, weights, args=(image[None].to(dtype),), kwargs={"output_hidden_states": True}
+    )
+    features_nv = output.hidden_states[config.feature_layer][0]
+    return features_nv[1:] if config.drop_class_token else features_nv
+
+
+def project(features_nv: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The mlp2x_gelu projector: ``[n, v]`` to ``[n, d]``."""
+    inner = F.gelu(F.linear(features_nv, state["vision_projection.0.weight"], state["vision_projection.0.bias"]))
+    return F.linear(inner, state["vision_projection.2.weight"], state["vision_projection.2.bias"])
+
+
+def prediction_head(x_nd: Tensor, layer: int, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
+    """f_l: [LayerNorm ->] Linear -> activation -> Linear."""
+    w = _below(state, f"pre_heads.{layer}.")
+    if "norm.weight" in w:
+        x_nd = F.layer_norm(x_nd, x_nd.shape[-1:], w["norm.weight"], w["norm.bias"])
+    activation = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[config.head_activation]
+    return F.linear(activation(F.linear(x_nd, w["fc1.weight"], w["fc1.bias"])), w["fc2.weight"], w["fc2.bias"])
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / (a.norm() * b.norm())
+
+
+def sample_sums(
+    sample: dict[str, Any], tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig
+) -> dict[str, Any]:
+    """One sample's sums: ``lm`` and ``tokens``, ``cosine`` per target layer and ``visual`` (tokens, or images)."""
+    features = [encode_image(image, tower, state, config) for image in sample["images"]]
+    visual = [project(f, state) for f in features]
+    per_image = visual[0].shape[0] if visual else 0
+    visual_nd, features_nv = (torch.cat(x) if x else None for x in (visual, features))
+    source, labels, mask = expand_sample(
+        sample["tokens"], sample["labels"], sample["loss_mask"], per_image, config.max_sequence_length
+    )
+
+    embedding = state[f"{LM}embedding.word_embeddings.weight"]
+    rows = [visual_nd[index] if kind == "image" else embedding[index] for kind, index in source]
+    logits, hidden = decode(torch.stack(rows), state, config)
+
+    zero = embedding.new_zeros(())
+    lm, count = zero, 0.0
+    for position, (label, weight) in enumerate(zip(labels, mask, strict=True)):
+        if weight:
+            assert label != NO_LABEL, f"position {position} counts in the loss but has no label"
+            lm = lm - weight * logits[position].log_softmax(-1)[label]
+            count += weight
+
+    by_image: dict[int, list[tuple[int, int]]] = {}  # image -> its (position in the sequence, visual token)
+    for position, (kind, index) in enumerate(source):
+        if kind == "image":
+            by_image.setdefault(index // per_image, []).append((position, index))
+    cosines = {layer: zero for layer in config.pre_layers}
+    n_visual = 0
+    for pairs in by_image.values():
+        groups = [pairs] if config.pre_variant == "global" else [[pair] for pair in pairs]
+        n_visual += len(groups)
+        for layer in config.pre_layers:
+            for group in groups:
+                positions, indices = [p for p, _ in group], [i for _, i in group]
+                context = hidden[layer][positions].mean(0)  # the mean of one token is that token
+                anchor = (features_nv if config.pre_anchor == "pre_projector" else visual_nd)[indices].mean(0)
+                if config.literal_algorithm_1:
+                    anchor = context
+                prediction = prediction_head(context, layer, state, config)
+                cosines[layer] = cosines[layer] + cosine(prediction, anchor.detach())
+    return {"lm": lm, "tokens": count, "cosine": cosines, "visual": n_visual}
+
+
+def split_samples(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of all micro-batches, each with its own images (a micro-batch lists its images in order)."""
+    samples = []
+    for batch in micro_batches:
+        media = batch["media"]
+        images = [] if media is None else list(media)
+        for tokens, labels, mask in zip(batch["tokens"], batch["labels"], batch["loss_mask"], strict=True):
+            own = [images.pop(0) for token in tokens.tolist() if token == IMAGE_TOKEN]
+            samples.append(
+                {"tokens": tokens.tolist(), "labels": labels.tolist(), "loss_mask": mask.tolist(), "images": own}
+            )
+        assert not images, f"{len(images)} images of the micro-batch belong to no sample"
+    return samples
+
+
+def reference_step(
+    state_dict: dict[str, Tensor],
+    config: ReferenceConfig,
+    micro_batches: list[dict[str, Any]],
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Losses and gradients of one step over the global batch, computed in ``dtype``.
+
+    ``micro_batches`` are those of all data-parallel ranks together. Returns ``loss_lm``, ``loss_pre`` (unweighted,
+    averaged over the target layers), ``loss_pre_by_layer``, ``tokens``, ``visual`` and ``grads``: the gradient of
+    ``loss_lm + pre_weight * loss_pre`` for every entry of ``state_dict``, zero where nothing flows.
+    """
+    state = {k: v.detach().to(dtype).requires_grad_() for k, v in state_dict.items() if v.is_floating_point()}
+    tower = vision_tower(config).to(dtype)
+    lm, tokens, visual = torch.zeros((), dtype=dtype), 0.0, 0
+    cosines = {layer: torch.zeros((), dtype=dtype) for layer in config.pre_layers}
+    for sample in split_samples(micro_batches):
+        sums = sample_sums(sample, tower, state, config)
+        lm, tokens, visual = lm + sums["lm"], tokens + sums["tokens"], visual + sums["visual"]
+        cosines = {layer: cosines[layer] + sums["cosine"][layer] for layer in cosines}
+
+    loss_lm = lm / max(tokens, 1)
+    by_layer = {layer: -total / max(visual, 1) for layer, total in cosines.items()}
+    loss_pre = sum(by_layer.values(), torch.zeros((), dtype=dtype)) / max(len(by_layer), 1)
+    total = loss_lm + config.pre_weight * loss_pre
+    grads = torch.autograd.grad(total, list(state.values()), allow_unused=True) if total.requires_grad else ()
+    grads = grads or (None,) * len(state)
+    return {
+        "loss_lm": loss_lm.detach(),
+        "loss_pre": loss_pre.detach(),
+        "loss_pre_by_layer": {layer: value.detach() for layer, value in by_layer.items()},
+        "tokens": tokens,
+        "visual": visual,
+        "grads": {
+            name: torch.zeros_like(weight) if grad is None else grad
+            for (name, weight), grad in zip(state.items(), grads, strict=True)
+        },
+    }
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,112 @@
+"""A tiny NeVA for tests: its shape, random weights under Megatron's names, and random batches with images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from tests.reference.neva_pre import IMAGE_TOKEN, NO_LABEL, ReferenceConfig, vision_tower
+
+WIDTH, FFN, HEADS, GROUPS, LAYERS, VOCABULARY = 32, 48, 4, 2, 4, 256
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+TOKENS_PER_IMAGE = 4
+TEXT_LENGTH, MAX_LENGTH = 12, 24
+
+
+def tiny_config(**changes: Any) -> ReferenceConfig:
+    shape: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS,
+        "max_sequence_length": MAX_LENGTH,
+        "vision": CLIPVisionConfig(**VISION),
+    }
+    return ReferenceConfig(**{**shape, **changes})
+
+
+def random_state(
+    config: ReferenceConfig, seed: int = 0, qkv_bias: bool = False, head_norm: bool = False, head_hidden: int = 8
+) -> dict[str, Tensor]:
+    """Weights of the whole model, large enough that no gradient vanishes, norms away from 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 0.1, mean: float = 0.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std + mean
+
+    head_dim = config.head_dim or WIDTH // config.num_attention_heads
+    qkv_rows = (config.num_attention_heads + 2 * config.num_query_groups) * head_dim
+    vision_width = config.vision.hidden_size
+    lm = "language_model."
+    state = {
+        f"{lm}embedding.word_embeddings.weight": normal(VOCABULARY, WIDTH),
+        f"{lm}decoder.final_layernorm.weight": normal(WIDTH, mean=1.0),
+        "vision_projection.0.weight": normal(WIDTH, vision_width, std=0.3),
+        "vision_projection.0.bias": normal(WIDTH),
+        "vision_projection.2.weight": normal(WIDTH, WIDTH, std=0.2),
+        "vision_projection.2.bias": normal(WIDTH),
+    }
+    if not config.tie_embeddings:
+        state[f"{lm}output_layer.weight"] = normal(VOCABULARY, WIDTH)
+    for layer in range(config.num_layers):
+        at = f"{lm}decoder.layers.{layer}."
+        state[f"{at}input_layernorm.weight"] = normal(WIDTH, mean=1.0)
+        state[f"{at}self_attention.linear_qkv.weight"] = normal(qkv_rows, WIDTH, std=0.2)
+        if qkv_bias:
+            state[f"{at}self_attention.linear_qkv.bias"] = normal(qkv_rows)
+        state[f"{at}self_attention.linear_proj.weight"] = normal(WIDTH, config.num_attention_heads * head_dim)
+        state[f"{at}pre_mlp_layernorm.weight"] = normal(WIDTH, mean=1.0)
+        state[f"{at}mlp.linear_fc1.weight"] = normal(2 * FFN, WIDTH, std=0.2)
+        state[f"{at}mlp.linear_fc2.weight"] = normal(WIDTH, FFN)
+    for layer in config.pre_layers:
+        at = f"pre_heads.{layer}."
+        anchor_width = vision_width if config.pre_anchor == "pre_projector" else WIDTH
+        if head_norm:
+            state[f"{at}norm.weight"], state[f"{at}norm.bias"] = normal(WIDTH, mean=1.0), normal(WIDTH)
+        state[f"{at}fc1.weight"], state[f"{at}fc1.bias"] = normal(head_hidden, WIDTH, std=0.3), normal(head_hidden)
+        state[f"{at}fc2.weight"], state[f"{at}fc2.bias"] = normal(anchor_width, head_hidden, std=0.3), normal(anchor_width)
+    for name, weight in vision_tower(config).named_parameters():
+        base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        state[f"vision_model.{name}"] = normal(*weight.shape, mean=base)
+    return state
+
+
+def random_batch(
+    images_per_sample: Sequence[int], seed: int = 0, text_length: int = TEXT_LENGTH, answer: int = 5
+) -> dict[str, Any]:
+    """One micro-batch in NeVA's raw format, one sample per entry of ``images_per_sample``.
+
+    The loss counts the last ``answer`` minus (0, 1, 2 ...) text positions, so every sample weighs differently.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(images_per_sample)
+    text = torch.randint(3, VOCABULARY - 6, (rows, text_length + 1), generator=generator)
+    for row, count in enumerate(images_per_sample):
+        where = torch.randperm(text_length - answer, generator=generator)[:count]
+        text[row, where] = IMAGE_TOKEN
+    tokens, labels = text[:, :-1].clone(), text[:, 1:].clone()
+    loss_mask = torch.zeros(rows, text_length)
+    for row in range(rows):
+        loss_mask[row, text_length - answer + (row % 3) :] = 1.0
+    labels[labels == IMAGE_TOKEN] = NO_LABEL
+    labels[loss_mask == 0] = NO_LABEL
+    total = sum(images_per_sample)
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "position_ids": torch.arange(text_length).repeat(rows, 1),
+        "attention_mask": None,
+        "media": torch.randn(total, 3, VISION["image_size"], VISION["image_size"], generator=generator) if total else None,
+        "num_media_tiles": [1] * total,
+    }
