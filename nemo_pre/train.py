@@ -12,13 +12,13 @@ from nemo_pre.config.schema import RunConfig
 def run_rank(config: RunConfig) -> None:
     """Train on this rank. Expects RANK, WORLD_SIZE and MASTER_ADDR in the environment."""
     on_gpu = prepare_process(config)
-    from nemo_pre.callbacks.checkpoint import newest_checkpoint
+    from nemo_pre.callbacks.resume import start_point
     from nemo_pre.data.module import build_data_module
 
-    trainer = build_trainer(config, on_gpu)
-    model = build_model(config, on_gpu)
+    start = start_point(config, training_only_parameters(config))
     data = build_data_module(config)
-    trainer.fit(model, data, ckpt_path=newest_checkpoint(config) if config.resume else None)
+    trainer = build_trainer(config, on_gpu, weights_from=start.weights_from)
+    trainer.fit(build_model(config, on_gpu), data, ckpt_path=start.resume_from)
 
 
 def prepare_process(config: RunConfig) -> bool:
@@ -42,8 +42,15 @@ def build_model(config: RunConfig, on_gpu: bool) -> Any:
     return VisualNevaModel(build_neva_config(config, on_gpu), optim=build_optimizer(config), tokenizer=None)
 
 
-def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None = None) -> Any:
-    """The NeMo trainer for the run's layout, with the run's callbacks (or those given instead)."""
+def build_trainer(
+    config: RunConfig, on_gpu: bool, callbacks: list[Any] | None = None, weights_from: str | None = None
+) -> Any:
+    """The NeMo trainer for the run's layout.
+
+    Args:
+        callbacks: instead of the run's own; loggers are then left out too.
+        weights_from: checkpoint whose weights the model starts with.
+    """
     from nemo import lightning as nl
 
     nodes = config.cluster.nodes
@@ -52,7 +59,7 @@ def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None =
         accelerator="gpu" if on_gpu else "cpu",
         devices=world_size(config.parallel) // nodes,
         num_nodes=nodes,
-        strategy=build_strategy(config, on_gpu),
+        strategy=build_strategy(config, on_gpu, weights_from),
         plugins=nl.MegatronMixedPrecision(precision=precision),
         callbacks=run_callbacks(config) if callbacks is None else callbacks,
         logger=run_loggers(config) if callbacks is None else False,
@@ -70,18 +77,16 @@ def build_trainer(config: RunConfig, on_gpu: bool, callbacks: list[Any] | None =
     )
 
 
-def build_strategy(config: RunConfig, on_gpu: bool) -> Any:
+def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = None) -> Any:
     import torch
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import DistributedDataParallelConfig
     from nemo import lightning as nl
 
-    from nemo_pre.callbacks.checkpoint import newest_checkpoint
-
     layout = config.parallel
     restore = None
-    if config.init_from and not (config.resume and newest_checkpoint(config)):
-        restore = nl.RestoreConfig(path=config.init_from, load_model_state=True, load_optim_state=False)
+    if weights_from is not None:
+        restore = nl.RestoreConfig(path=weights_from, load_model_state=True, load_optim_state=False)
     return nl.MegatronStrategy(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -101,6 +106,30 @@ def build_strategy(config: RunConfig, on_gpu: bool) -> Any:
         ckpt_load_strictness=StrictHandling.LOG_ALL,
         restore_config=restore,
     )
+
+
+def training_only_parameters(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what training adds to the model and inference drops."""
+    import torch
+
+    from nemo_pre.neva.build import build_neva_config
+
+    pre = config.objective.pre
+    if not pre.enabled:
+        return {}
+    from nemo_pre.callbacks.pre import PReCallback
+
+    neva = build_neva_config(config, on_gpu=False)
+    heads = PReCallback(pre, config.seed).head_spec(neva)
+    shapes = {}
+    with torch.device("meta"):
+        for layer in heads.layers:
+            for name, parameter in heads.build(layer).named_parameters():
+                shapes[f"pre_heads.{layer}.{name}"] = tuple(parameter.shape)
+        if pre.ema_momentum is not None:
+            for name, parameter in neva.vision_projection_config.configure_model().named_parameters():
+                shapes[f"ema_projection.{name}"] = tuple(parameter.shape)
+    return shapes
 
 
 def objective_callbacks(config: RunConfig) -> list[Any]:

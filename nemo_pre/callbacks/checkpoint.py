@@ -41,6 +41,11 @@ class RunCheckpoint(ModelCheckpoint):
         # NeMo's moves files of earlier runs and writes the machine's git state; both need its own logger's folders.
         super(ModelCheckpoint, self).on_train_start(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # NeMo's saves a "-last" copy here, or nothing; the last step is a checkpoint like the others.
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         # NeMo logs "step" as the number of the running step; a checkpoint is named by the steps it has done.
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}

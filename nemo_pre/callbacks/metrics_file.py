@@ -56,7 +56,7 @@ class MetricsFile:
 
 
 class Tolerant:
-    """Turns an ``OSError`` into a call of ``on_error``."""
+    """Turns an ``OSError``, or an exception raised from one, into a call of ``on_error``."""
 
     def __init__(self, on_error: Callable[[OSError], None]) -> None:
         self._on_error = on_error
@@ -65,8 +65,9 @@ class Tolerant:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> bool:
-        if isinstance(error, OSError):
-            self._on_error(error)
+        cause = error if isinstance(error, OSError) else getattr(error, "__cause__", None)
+        if isinstance(cause, OSError):
+            self._on_error(cause)
             return True
         return False
 

@@ -24,7 +24,7 @@ from nemo_pre.losses import predictive_loss
 from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
-from nemo_pre.neva.model import MCoreVisualNevaModel, VisualTokens, model_chunks
+from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens, model_chunks
 from nemo_pre.objective import StepPlan, auxiliary_loss_scale, gradient_divisor
 from nemo_pre.parallel.anchor_exchange import AnchorExchange, anchor_group
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
@@ -60,26 +60,33 @@ class PReCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before the model is built: ask it for the heads."""
+        neva = pl_module.config
+        neva.pre_heads = self.head_spec(neva)
+        neva.ema_projector = self.config.ema_momentum is not None
+        self.layers, self.anchor_width = neva.pre_heads.layers, neva.pre_heads.output_width
+        if not any(isinstance(callback, StepPlanner) for callback in trainer.callbacks):
+            trainer.callbacks.append(StepPlanner())
+
+    def head_spec(self, neva: VisualNevaConfig) -> PredictionHeadSpec:
+        """The heads this objective adds to a model.
+
+        Raises:
+            ValueError: for a target layer the model does not have, or an unknown anchor or variant.
+        """
         _check_choice("variant", self.config.variant, ("patch", "global"))
         _check_choice("anchor", self.config.anchor, ("pre_llm", "pre_projector", "external"))
-        neva = pl_module.config
         width = neva.language_transformer_config.hidden_size
-        self.layers = target_layers(self.config, neva.language_transformer_config.num_layers)
-        self.anchor_width = self._anchor_width(neva)
-        neva.pre_heads = PredictionHeadSpec(
-            layers=self.layers,
+        return PredictionHeadSpec(
+            layers=target_layers(self.config, neva.language_transformer_config.num_layers),
             input_width=width,
             hidden_width=max(1, round(width * self.config.head_hidden_ratio)),
-            output_width=self.anchor_width,
+            output_width=self._anchor_width(neva),
             activation=self.config.head_activation,
             norm=self.config.head_norm,
             seed=self.seed,
         )
-        neva.ema_projector = self.config.ema_momentum is not None
-        if not any(isinstance(callback, StepPlanner) for callback in trainer.callbacks):
-            trainer.callbacks.append(StepPlanner())
 
-    def _anchor_width(self, neva: Any) -> int:
+    def _anchor_width(self, neva: VisualNevaConfig) -> int:
         if self.config.anchor == "external":
             return ExternalAnchor.width(self.config.external_path)
         if self.config.anchor == "pre_projector":

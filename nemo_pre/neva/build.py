@@ -18,6 +18,7 @@ from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.vision import VisionTowerConfig
 
+
 @dataclass
 class ProjectorConfig(MultimodalProjectorConfig):
     """NeMo's projector with initial weights that do not depend on the layout."""
@@ -33,7 +34,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     """NeVA's config for a run. On a GPU the layers are Transformer Engine's and fused; on a CPU Megatron's own."""
     language = _language_config(config, on_gpu)
     vision = config.model.vision
-    backend = {} if on_gpu else TRANSFORMER_CONFIG
+    backend: dict[str, Any] = {} if on_gpu else dict(TRANSFORMER_CONFIG)
     return VisualNevaConfig(
         language_transformer_config=language,
         vision_transformer_config=VisionTowerConfig(

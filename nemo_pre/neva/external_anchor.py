@@ -17,7 +17,9 @@ def _load_config(path: str | None) -> Any:
     from transformers import AutoConfig
 
     if path is None:
-        raise ValueError("objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory.")
+        raise ValueError(
+            "objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory."
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

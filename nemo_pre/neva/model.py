@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class VisualNevaConfig(NevaConfig):
     def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
         if self.encoder_pipeline_model_parallel_size:
             raise ValueError(
-                "encoder_pipeline_model_parallel_size must be 0: NeVA's separate encoder stage is broken in NeMo 2.7, and "
+                "encoder_pipeline_model_parallel_size must be 0: NeVA's separate encoder stage is broken in NeMo 2.7; "
                 "the encoder lives on the first pipeline stage."
             )
         language = self.language_transformer_config
@@ -190,7 +190,10 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             labels=labels if has_labels else None,
             runtime_gather_output=runtime_gather_output,
         )
-        return (output, loss_mask.contiguous()) if has_labels else output
+        if not has_labels:
+            return output
+        assert loss_mask is not None
+        return output, loss_mask.contiguous()
 
     def lay_out(self, input_ids: Tensor, num_image_tiles: list[int] | None) -> MicroBatch:
         """A micro-batch by itself, for inference and evaluation outside a planned step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -96,7 +97,7 @@ def _receive_nothing(_: object) -> None:
     """Pipeline schedules offer every stage an input; the tower is on the first stage and has none."""
 
 
-def _classes(family: str) -> tuple[type, type]:
+def _classes(family: str) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
     if family == "clip":

@@ -1,0 +1,90 @@
+"""Where a run's weights come from, and what happens where a checkpoint's training-only parts are not the run's.
+
+PRe's heads lie in checkpoints as parameters of their own. A run that wants other heads than a checkpoint has still
+takes over everything else; since Megatron restores optimizer states all or none, it then takes weights only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_pre.callbacks.checkpoint import newest_checkpoint
+from nemo_pre.config.schema import RunConfig
+
+log = logging.getLogger(__name__)
+
+TRAINING_ONLY = ("pre_heads.", "ema_projection.")
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Attributes:
+    resume_from: checkpoint to continue from, with optimizer, step and data position.
+    weights_from: checkpoint to take the weights of, and nothing else.
+    """
+
+    resume_from: str | None = None
+    weights_from: str | None = None
+
+
+def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> StartPoint:
+    """Decide where the run starts, and say so.
+
+    Args:
+        config: the run.
+        wanted: names and shapes of the training-only parameters of the whole model.
+
+    Raises:
+        ValueError: a head in the checkpoint has another shape than the run's.
+    """
+    newest = newest_checkpoint(config) if config.resume else None
+    source = newest or config.init_from
+    if source is None:
+        return StartPoint()
+    found = training_only_parameters(source)
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            raise ValueError(
+                f"{name} has shape {list(found[name])} in {source} but {list(shape)} in this run: set objective.pre's "
+                f"head, anchor and layers as they were, or start from a checkpoint without them."
+            )
+    missing, unused = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing:
+        log.warning("%s has no %s: they start from their initial weights.", source, _briefly(missing))
+    if unused:
+        log.warning("%s has %s, which this run does not use.", source, _briefly(unused))
+    if newest is None:
+        log.info("Starting from the weights of %s.", source)
+        return StartPoint(weights_from=source)
+    if missing or unused:
+        log.warning("Only the weights of %s are taken over; optimizer and step start anew.", source)
+        return StartPoint(weights_from=source)
+    log.info("Resuming from %s.", source)
+    return StartPoint(resume_from=source)
+
+
+def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the training-only parameters in a checkpoint."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from nemo.lightning.io.pl import ckpt_to_weights_subdir
+
+    try:
+        metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
+    except (CheckpointingException, OSError) as error:
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: {error}") from error
+    found = {}
+    for key, tensor in metadata.items():
+        name = key.removeprefix("module.")
+        if name.startswith(TRAINING_ONLY):
+            found[name] = tuple(tensor.global_shape)
+    return found
+
+
+def _briefly(names: list[str]) -> str:
+    modules = sorted(
+        {".".join(name.split(".")[:2]) if name.startswith("pre_heads.") else name.split(".")[0] for name in names}
+    )
+    return ", ".join(modules)

@@ -1,0 +1,11 @@
+"""The rank's side: whole runs through the product's own entry point."""
+
+from __future__ import annotations
+
+
+def run(overrides: list[str]) -> None:
+    """Train the run that ``nemo-pre train OVERRIDES`` describes, on this rank."""
+    from nemo_pre.config.compose import compose_run
+    from nemo_pre.train import run_rank
+
+    run_rank(compose_run(overrides))
