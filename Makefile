@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	@echo
 	@echo "resolved config  runs/digits_tiny_pre/config.yaml"
 	@echo "metrics          runs/digits_tiny_pre/metrics.jsonl"
-	@echo "plot             runs/digits_tiny_pre/metrics.png"
+	@echo "plot             runs/digits_tiny_pre/curves.png"
 	@echo "checkpoint       runs/digits_tiny_pre/checkpoints"
 
 test: $(INSTALLED)

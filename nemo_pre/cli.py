@@ -136,13 +136,10 @@ def _train_options(arguments: Arguments) -> tuple[list[str], bool]:
 
 
 def train_help() -> str:
-    from nemo_pre.config.compose import recipes_directory
+    import recipes
 
-    groups = sorted(path for path in recipes_directory().iterdir() if path.is_dir() and list(path.glob("*.yaml")))
-    width = max(len(group.name) for group in groups)
-    choices = "\n".join(
-        f"  {group.name:{width}}  {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups
-    )
+    width = max(map(len, recipes.groups()))
+    choices = "\n".join(f"  {group:{width}}  {', '.join(recipes.choices(group))}" for group in recipes.groups())
     return f"""nemo-pre train experiment=NAME [GROUP=CHOICE ...] [OPTION=VALUE ...]
 
 Trains, starting the ranks of the layout on this machine unless torchrun or srun already did.

@@ -9,13 +9,13 @@ which rank died of what, within ``GRACE + TERM_WAIT`` seconds and a little.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -229,8 +229,7 @@ def _end(ranks: list[_Rank]) -> None:
 def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Path | None, reports: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the process that forked it
+    threading.Thread(target=_die_with_launcher, args=(reports,), daemon=True).start()
     os.environ.update(variables)
     if log is not None:
         _write_output_to(log)
@@ -247,6 +246,14 @@ def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Pa
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: threads of gloo and Megatron may wait for ranks that will never answer
+
+
+def _die_with_launcher(reports: Any) -> None:
+    """No rank outlives the launcher: it alone holds the pipe's other end, and the kernel tells when that closes."""
+    poll = select.poll()
+    poll.register(reports.fileno(), 0)  # errors only
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _write_output_to(log: Path) -> None:

@@ -38,15 +38,17 @@ def plot_runs(runs: Mapping[str, str | Path], out: str | Path) -> Path:
 
     series = {label: _series(directory) for label, directory in runs.items()}
     panels = [panel for panel in (_loss, _cosine, _exact_match) if panel(None, series)]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), sharex=True, squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         panel(axis, series)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.02)
+        axis.set_xlim(left=0)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
+            beside = panel is _exact_match  # too many entries to lie on the curves
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
+            axis.legend(fontsize=8, frameon=False, **place)
     figure.tight_layout()
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def _loss(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
 
 def _cosine(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
     if axis is not None:
-        axis.set_title("cosine of predicted and true visual tokens")
+        axis.set_title("PRe: cosine of prediction and anchor")
         _lines(axis, series, [("pre/cosine", "")])
         axis.set_ylim(top=1)
     return any("pre/cosine" in run for run in series.values())
@@ -95,7 +97,7 @@ def _cosine(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
 def _exact_match(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
     kinds = sorted({name for run in series.values() for name in run if name.startswith(EXACT_MATCH)})
     if axis is not None:
-        axis.set_title("exact match of answers, validation")
+        axis.set_title("exact match of validation answers")
         _lines(
             axis, series, [(name, name.removeprefix(EXACT_MATCH).lstrip("/") or "all") for name in kinds], marker="o"
         )
@@ -107,29 +109,33 @@ def _lines(
     axis: Any, series: Mapping[str, dict[str, Points]], shown: list[tuple[str, str]], marker: str | None = None
 ) -> None:
     """A colour per metric, a line style per run; with a single metric the runs take the colours."""
+    by_run = len(shown) == 1
+    named: set[str] = set()
     for run_number, (run_label, run) in enumerate(series.items()):
         for number, (name, label) in enumerate(shown):
             if name not in run:
                 continue
             steps, values = run[name]
-            of_run = len(shown) == 1
-            colour = COLOURS[(run_number if of_run else number) % len(COLOURS)]
-            style = "-" if of_run else STYLES[run_number % len(STYLES)]
+            colour = COLOURS[(run_number if by_run else number) % len(COLOURS)]
             window = max(1, len(values) // SMOOTH_OVER)
             if window > 1 and marker is None:
                 axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
                 values = _moving_mean(values, window)
-            text = ", ".join(part for part in (run_label, label) if part)
+            entry = run_label if by_run else label
             axis.plot(
                 steps,
                 values,
                 color=colour,
-                linestyle=style,
+                linestyle="-" if by_run else STYLES[run_number % len(STYLES)],
                 marker=marker,
                 markersize=3,
                 linewidth=2.2 if label == "all" else 1.4,
-                label=text or None,
+                label=entry if entry and entry not in named else None,
             )
+            named.add(entry)
+    if not by_run and len(series) > 1:  # in the legend the runs' styles stand below the metrics' colours
+        for run_number, run_label in enumerate(series):
+            axis.plot([], [], color="grey", linestyle=STYLES[run_number % len(STYLES)], label=run_label)
 
 
 def _moving_mean(values: list[float], window: int) -> list[float]:

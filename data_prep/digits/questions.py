@@ -15,7 +15,8 @@ from data_prep.digits.scans import Scans
 from data_prep.digits.scene import MAX_DIGITS, MAX_ROW, PlacedDigit, Scene, draw_scene
 from nemo_pre.data.conversation import TEMPLATES
 
-SHARES = {"count": 0.2, "place": 0.25, "exists": 0.2, "read": 0.15, "larger": 0.15, "text": 0.05}
+SHARES = {"count": 0.15, "place": 0.3, "exists": 0.15, "read": 0.25, "larger": 0.1, "text": 0.05}
+SECOND_SHARES = {"count": 1, "place": 2, "exists": 1, "read": 2}  # relative; of those that the scene can answer
 TYPES = tuple(SHARES)
 PLACES = (
     ("top left", "top", "top right"),
@@ -44,7 +45,8 @@ def draw_sample(rng: np.random.Generator, scans: Scans, split: str) -> tuple[Sce
     if first == "text":
         return None, [_ask_text(rng), _ask_text(rng)]
     scene = _scene_for(rng, scans, split, first)
-    second = str(rng.choice([kind for kind in ("count", "place", "exists", "read") if _fits(kind, scene, first)]))
+    weights = np.array([share * _fits(kind, scene, first) for kind, share in SECOND_SHARES.items()], float)
+    second = str(rng.choice(list(SECOND_SHARES), p=weights / weights.sum()))
     return scene, [_ask(rng, first, scene), _ask(rng, second, scene)]
 
 

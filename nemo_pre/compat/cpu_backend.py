@@ -12,6 +12,7 @@ A CPU run also needs :data:`TRANSFORMER_CONFIG` in every ``TransformerConfig``, 
 
 from __future__ import annotations
 
+from nemo_pre.compat import versions
 from nemo_pre.compat.registry import Patch
 
 # What a TransformerConfig must say where neither CUDA kernels nor a compiler exist.
@@ -68,6 +69,7 @@ def apply() -> None:
     Raises:
         ValueError: a package has a version that the patches were not written for.
     """
+    versions.check()  # before anything is imported
     for patch in patches():
         patch.apply()
 

@@ -22,6 +22,10 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)  # an ordinal is a GPU's
 
 
+def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
 class CudaMeansCpu(TorchFunctionMode):
     """Answers every request for a CUDA tensor with a CPU tensor."""
 
@@ -29,8 +33,8 @@ class CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.backward:
-            with self:  # torch leaves the mode inside a handled call; recomputed layers run in there
-                return func(*args, **(kwargs or {}))
+            with self:  # torch leaves the mode inside a handled call, where recomputed layers run
+                return _backward(*args, **(kwargs or {}))
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         if kwargs:

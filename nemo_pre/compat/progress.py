@@ -27,6 +27,9 @@ def progress_without_collective():
     yield Change(ProgressPrinter, "log_megatron_timers", _timers_of_this_rank, written_for="6887e1c5c857")
 
 
+PATCHES = [progress_without_collective]
+
+
 def apply() -> None:
     """Apply the patch; a second call does nothing."""
     progress_without_collective.apply()

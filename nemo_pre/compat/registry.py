@@ -69,8 +69,11 @@ class Change:
                 )
 
     def do(self) -> None:
-        # Through vars(): keeps staticmethod objects as they are, and tells "own" from "inherited".
-        self._original = vars(self.owner).get(self.attribute, _ABSENT)
+        if inspect.isclass(self.owner):
+            # Through vars(): keeps staticmethod objects as they are, and tells "own" from "inherited".
+            self._original = vars(self.owner).get(self.attribute, _ABSENT)
+        else:  # a module; torch's configuration modules have attributes that are not in vars()
+            self._original = getattr(self.owner, self.attribute)
         setattr(self.owner, self.attribute, self.value)
 
     def undo(self) -> None:

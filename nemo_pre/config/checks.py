@@ -123,7 +123,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
             yield f"{name}={value} is unknown: choose one of {', '.join(choices)}."
     projector = config.model.projector
     if not re.fullmatch(r"mlp[1-9]\d*x_gelu|mcore_mlp|mcore_affine", projector):
-        yield f"model.projector={projector} is unknown: choose mlp<depth>x_gelu (mlp2x_gelu), mcore_mlp or mcore_affine."
+        yield f"model.projector={projector} is unknown: choose mlp<depth>x_gelu, mcore_mlp or mcore_affine."
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:

@@ -12,21 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import recipes
 from nemo_pre.config.schema import RunConfig
 
 SCHEMA = "run_schema"  # the name by which recipes/config.yaml inherits the dataclasses
-
-
-def recipes_directory() -> Path:
-    """The directory of the installed ``recipes`` package."""
-    from importlib.resources import files
-
-    return Path(str(files("recipes")))
-
-
-def experiments() -> list[str]:
-    """The names that ``experiment=`` accepts."""
-    return sorted(path.stem for path in (recipes_directory() / "experiment").glob("*.yaml"))
 
 
 def compose_config(overrides: Sequence[str]) -> Any:
@@ -40,7 +29,7 @@ def compose_config(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
-    with _one_sentence(), initialize_config_dir(config_dir=str(recipes_directory()), version_base="1.3"):
+    with _one_sentence(), initialize_config_dir(config_dir=str(recipes.DIRECTORY), version_base="1.3"):
         composed = compose("config", overrides=list(overrides), return_hydra_config=True)
         values = OmegaConf.to_container(composed, resolve=False)
         assert isinstance(values, dict)
@@ -59,7 +48,8 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     config = compose_config(overrides)
     missing = missing_values(config)
     if missing:
-        hint = f"choose an experiment, e.g. experiment={experiments()[0]}" if config.experiment is None else "set them"
+        example = f"experiment={recipes.choices('experiment')[0]}"
+        hint = f"choose an experiment, e.g. {example}" if config.experiment is None else "set them"
         raise ValueError(f"The run is not complete, {', '.join(missing)} have no value: {hint}.")
     with _one_sentence():
         run = OmegaConf.to_object(config)

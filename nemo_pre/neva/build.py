@@ -11,7 +11,7 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
-from nemo_pre.compat.cpu_backend import TRANSFORMER_CONFIG
+from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
 from nemo_pre.config.derived import padded_vocab_size
 from nemo_pre.config.schema import ModelConfig, RunConfig
 from nemo_pre.neva.model import VisualNevaConfig
@@ -67,6 +67,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         freeze_vision_projection=config.optim.freeze_projector,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
+        **(INTERLEAVED_CONFIG if config.parallel.virtual_pipeline else {}),
         **backend,
     )
 
@@ -100,10 +101,14 @@ def _layer_spec(config: RunConfig, on_gpu: bool) -> Any:
     if on_gpu:
         return default_layer_spec
     if config.parallel.context > 1:
-        from nemo_pre.compat.context_parallel_attention import context_parallel_layer_spec
-
-        return context_parallel_layer_spec
+        return _gathered_attention_layer_spec
     return local_layer_spec
+
+
+def _gathered_attention_layer_spec(config: GPTConfig) -> Any:
+    from nemo_pre.compat.context_attention import with_gathered_attention
+
+    return with_gathered_attention(local_layer_spec(config))
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from megatron.core import parallel_state as ps
 from nemo.collections.vlm.neva.data.multimodal_tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, NevaModel
+from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 from nemo_pre.neva.heads import PredictionHeadSpec, sum_gradients_over_tensor_parallel
@@ -241,8 +242,9 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         features = hidden_states[self.config.vision_feature_layer]
         if self._drop_vision_class_token:
             features = features[:, -self.tile_tokens :]
-        features = features.reshape(-1, features.shape[-1])
-        return VisualTokens(features, self.vision_projection(features), images)
+        # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
+        tokens = self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)
+        return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), images)
 
     def _no_visual_tokens(self, width: int) -> VisualTokens:
         some = next(self.vision_projection.parameters()).detach()
@@ -277,7 +279,8 @@ class VisualNevaModel(NevaModel):
         return self.module(**batch)
 
     def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        return load_micro_batch(dataloader_iter, self.module.pre_process, self.module.post_process)
+        chunk = unwrap_model(self.module)
+        return load_micro_batch(dataloader_iter, chunk.pre_process, chunk.post_process)
 
     def forward_step(self, batch: dict[str, Any]) -> Any:
         return self(
@@ -293,8 +296,6 @@ class VisualNevaModel(NevaModel):
 
 def model_chunks(trainer: Any) -> list[MCoreVisualNevaModel]:
     """The unwrapped chunks this rank holds, in the order of their virtual stages."""
-    from nemo.utils.model_utils import unwrap_model
-
     chunks = [unwrap_model(chunk) for chunk in trainer.strategy.megatron_parallel]
     for chunk in chunks:
         if not isinstance(chunk, MCoreVisualNevaModel):

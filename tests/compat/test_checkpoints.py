@@ -44,13 +44,13 @@ def in_order(groups):
     [
         Layout(distributed_optimizer=True),
         Layout(data=2, distributed_optimizer=True),
-        Layout(tensor=2, data=2, distributed_optimizer=True, precision="fp32"),
+        Layout(tensor=2, data=2, distributed_optimizer=True),
     ],
     ids=["1 rank", "data=2", "tensor=2 data=2"],
 )
 def test_checkpoint_of_tp2_pp2_loads_exactly_and_goes_on_elsewhere(saved, layout, tmp_path):
     directory, tensors, groups, losses = saved
-    for state in ("exp_avg", "exp_avg_sq", "fp32_param"):
+    for state in ("exp_avg", "exp_avg_sq", "param"):
         assert any(f"optimizer.state.{state}." in name for name in tensors), sorted(tensors)
     assert [group["step"] for group in groups] == [3, 3]
 

@@ -6,13 +6,14 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+import recipes
 from nemo_pre.config.checks import check_options
-from nemo_pre.config.compose import compose_config, compose_run, experiments, missing_values, save_resolved
+from nemo_pre.config.compose import compose_config, compose_run, missing_values, save_resolved
 from nemo_pre.config.derived import num_visual_tokens, world_size
 from nemo_pre.config.schema import RunConfig
 
 
-@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(name, monkeypatch):
     monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
     run = compose_run([f"experiment={name}"])
@@ -20,22 +21,20 @@ def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(
     assert check_options(run) == []
 
 
-@pytest.mark.parametrize("name", experiments())
+@pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_pre_is_on_exactly_where_the_name_says_so(name):
     assert compose_run([f"experiment={name}"]).objective.pre.enabled == name.endswith("_pre")
 
 
 def test_every_layout_composes_and_its_name_states_its_ranks():
-    from nemo_pre.config.compose import recipes_directory
-
-    for path in sorted((recipes_directory() / "parallel").glob("*.yaml")):
-        run = compose_run(["experiment=digits_tiny", f"parallel={path.stem}"])
-        stated = {key: int(n) for key, n in re.findall(r"(tp|pp|cp|dp|vpp)(\d+)", path.stem)}
+    for name in recipes.choices("parallel"):
+        run = compose_run(["experiment=digits_tiny", f"parallel={name}"])
+        stated = {key: int(n) for key, n in re.findall(r"(tp|pp|cp|dp|vpp)(\d+)", name)}
         layout = run.parallel
         found = {"tp": layout.tensor, "pp": layout.pipeline, "cp": layout.context, "dp": layout.data}
-        assert found == {key: stated.get(key, 1) for key in found}, path.stem
-        assert layout.virtual_pipeline == stated.get("vpp"), path.stem
-        assert layout.sequence == ("sp" in path.stem.split("_")), path.stem
+        assert found == {key: stated.get(key, 1) for key in found}, name
+        assert layout.virtual_pipeline == stated.get("vpp"), name
+        assert layout.sequence == ("sp" in name.split("_")), name
 
 
 def test_the_demo_sends_its_anchor_across_the_pipeline():

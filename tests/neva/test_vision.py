@@ -47,7 +47,9 @@ def test_a_tower_is_loaded_from_a_directory(tmp_path):
     saved = tower().configure_model()
     saved.save_pretrained(tmp_path)
     loaded = tower(path=str(tmp_path)).configure_model()
-    assert all(torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
 def test_a_missing_tower_is_refused_in_one_sentence(tmp_path, monkeypatch):

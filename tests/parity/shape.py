@@ -11,8 +11,8 @@ from nemo_pre.config.schema import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
-    PReConfig,
     PrecisionConfig,
+    PReConfig,
     RunConfig,
     TrainerConfig,
     VisionConfig,
@@ -29,8 +29,7 @@ def tiny_run(
     precision: str = "fp32",
     language: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A run of ``max_steps`` steps; ``pre`` holds PReConfig's fields; None switches PRe off.
-    """
+    """A run of ``max_steps`` steps; ``pre`` holds PReConfig's fields; None switches PRe off."""
     from tests.reference import tiny
 
     vision = tiny.VISION

@@ -15,6 +15,8 @@ parameter it reaches.
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +73,22 @@ def run(job: Job) -> list[list[StepRecord]]:
     return [list(ranks) for ranks in zip(*run_ranks(train, job.world_size, job, timeout=150), strict=True)]
 
 
+ORACLE: dict[str, dict[str, Any]] = {}  # most layouts are asked about the same step
+
+
+def oracle(
+    state: dict[str, torch.Tensor],
+    config: ReferenceConfig,
+    data: list[list[dict[str, Any]]],
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """The oracle's answer for one step of the data of all data-parallel ranks."""
+    key = hashlib.sha256(pickle.dumps((state, str(config), data, dtype))).hexdigest()
+    if key not in ORACLE:
+        ORACLE[key] = reference_step(state, config, [batch for rank in data for batch in rank], dtype)
+    return ORACLE[key]
+
+
 def disagreements(step: list[StepRecord], expected: dict[str, Any], tolerance: float = GRADIENT) -> dict[str, float]:
     """Parameters whose gradient is not the oracle's, and by how much relative to its norm."""
     found = assemble([rank.gradients for rank in step])
@@ -89,7 +107,7 @@ def disagreements(step: list[StepRecord], expected: dict[str, Any], tolerance: f
 
 def check(job: Job, config: ReferenceConfig) -> None:
     for step, (records, data) in enumerate(zip(run(job), job.steps, strict=True)):
-        expected = reference_step(job.state, config, [batch for rank in data for batch in rank])
+        expected = oracle(job.state, config, data)
         loss_lm = records[0].metrics["reduced_train_loss"]
         assert loss_lm == pytest.approx(expected["loss_lm"].item(), rel=LOSS_LM), f"L_LM of step {step}"
         for rank, record in enumerate(records if config.pre_layers else []):
@@ -173,9 +191,12 @@ def test_visual_tokens_cut_off_by_the_maximum_length_count_nowhere(layout):
     check(replace(job, steps=steps, max_length=12), replace(config, max_sequence_length=12))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "PP2", "CP2", "DP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "PP2", "DP2"])
 def test_a_mean_of_micro_batch_means_is_the_same_where_all_weigh_the_same(layout):
-    """Megatron without calculate_per_token_loss; PRe's counts still differ between micro-batches and ranks."""
+    """Megatron without calculate_per_token_loss; PRe's counts still differ between micro-batches and ranks.
+
+    Not under context parallelism: there Megatron also takes the mean over a sequence's shards one by one.
+    """
     job, config = case(layout, (3,))
     for step in job.steps:
         for rank in step:
@@ -190,9 +211,8 @@ def test_a_mean_of_micro_batch_means_is_the_same_where_all_weigh_the_same(layout
 @pytest.mark.parametrize("layout", ["one-rank", "PP2", "DP2"])
 def test_an_auxiliary_gradient_wrong_by_a_factor_of_two_is_noticed_in_every_parameter_it_reaches(layout):
     job, config = case(layout, (3,))
-    data = [batch for rank in job.steps[0] for batch in rank]
-    expected = reference_step(job.state, config, data)
-    doubled = reference_step(job.state, replace(config, pre_weight=2 * config.pre_weight), data)
+    expected = oracle(job.state, config, job.steps[0])
+    doubled = oracle(job.state, replace(config, pre_weight=2 * config.pre_weight), job.steps[0])
     reached = {name for name, g in expected["grads"].items() if not torch.equal(g, doubled["grads"][name])}
     zero_in_theory = {name for name in reached if name.endswith("k_proj.bias")}
     wrong = disagreements(run(replace(job, pre_gradient_factor=2.0))[0], expected)
@@ -205,28 +225,33 @@ def test_algorithm_1_taken_literally_fails():
     """The supplement's Algorithm 1 writes the target layer itself as anchor; the product does not do that."""
     job, config = case("PP2", (3,))
     records = run(job)[0]
-    literal = reference_step(job.state, replace(config, literal_algorithm_1=True), job.steps[0][0])
+    literal = oracle(job.state, replace(config, literal_algorithm_1=True), job.steps[0])
     assert abs(records[0].metrics["pre/loss"] - literal["loss_pre"].item()) > 1e-2
     assert disagreements(records, literal, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "DP2-sharded-optimizer"])
-def test_bf16_agrees_to_its_precision(layout):
-    """bf16 keeps 8 bits: 0.4% per rounding, a few per cent after six layers forth and back.
+def test_bf16_is_as_accurate_as_the_oracle_is_in_bf16(layout):
+    """bf16 keeps 8 bits, so six layers forth and back leave errors of a few per cent: how many, the oracle itself
+    shows when it computes in bf16. Against the oracle in float64 on weights rounded to bf16:
 
-    The oracle gets the weights as bf16 rounds them. Losses to 1%, gradients to 10% of their norm, as one vector
-    over all parameters to 3%.
+    losses to 1%; all gradients as one vector at most 1.25 times as wrong as the oracle's in bf16 (0.6 to 0.9 seen),
+    a single parameter's at most 3 times (1.6 seen), and no parameter's gradient longer or shorter by more than 10%
+    (4% seen), which a wrong factor would make it.
     """
     job, config = case(layout, (3,), precision="bf16")
     state = {name: weight.bfloat16().float() for name, weight in job.state.items()}
     for records, data in zip(run(job), job.steps, strict=True):
-        expected = reference_step(state, config, [batch for rank in data for batch in rank])
-        assert records[0].metrics["reduced_train_loss"] == pytest.approx(expected["loss_lm"].item(), rel=1e-2)
-        assert records[0].metrics["pre/loss"] == pytest.approx(expected["loss_pre"].item(), abs=1e-2)
+        exact, rounded = (oracle(state, config, data, dtype) for dtype in (torch.float64, torch.bfloat16))
+        assert records[0].metrics["reduced_train_loss"] == pytest.approx(exact["loss_lm"].item(), rel=1e-2)
+        assert records[0].metrics["pre/loss"] == pytest.approx(exact["loss_pre"].item(), abs=1e-2)
         found = assemble([rank.gradients for rank in records])
-        errors = {name: (g.double() - expected["grads"][name]).norm() for name, g in found.items()}
-        norms = {name: expected["grads"][name].norm() for name in found}
-        total = torch.stack(list(norms.values())).norm()
-        assert torch.stack(list(errors.values())).norm() < 3e-2 * total
-        wrong = {name: (e / norms[name]).item() for name, e in errors.items() if e > 0.1 * norms[name] + 1e-3 * total}
-        assert not wrong
+        total, error, allowed = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for name, g in found.items():
+            right = exact["grads"][name]
+            deviation, unavoidable = (g.double() - right).norm(), (rounded["grads"][name].double() - right).norm()
+            total, error, allowed = total.hypot(right.norm()), error.hypot(deviation), allowed.hypot(unavoidable)
+            assert deviation <= 3 * unavoidable + 1e-6 * total, name
+            if right.norm() > 1e-6 * total:
+                assert ((g.double() * right).sum() / right.pow(2).sum()).item() == pytest.approx(1, abs=0.1), name
+        assert error < 1.25 * allowed

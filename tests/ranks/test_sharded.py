@@ -28,6 +28,7 @@ def build_chunks(parallel, pre_layers, tie):
 
     cpu_backend.apply()
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
     from nemo_pre.neva.build import build_neva_config
     from nemo_pre.neva.heads import PredictionHeadSpec
     from tests.parity.shape import tiny_run

@@ -184,7 +184,7 @@ def sample_sums(
     features = [encode_image(image, tower, state, config) for image in sample["images"]]
     visual = [project(f, state) for f in features]
     per_image = visual[0].shape[0] if visual else 0
-    visual_nd, features_nv = (torch.cat(x) if x else None for x in (visual, features))
+    visual_nd, features_nv = (torch.cat(x) if x else torch.empty(0) for x in (visual, features))
     source, labels, mask = expand_sample(
         sample["tokens"], sample["labels"], sample["loss_mask"], per_image, config.max_sequence_length
     )
@@ -205,7 +205,7 @@ def sample_sums(
     for position, (kind, index) in enumerate(source):
         if kind == "image":
             by_image.setdefault(index // per_image, []).append((position, index))
-    cosines = {layer: zero for layer in config.pre_layers}
+    cosines = dict.fromkeys(config.pre_layers, zero)
     n_visual = 0
     for pairs in by_image.values():
         groups = [pairs] if config.pre_variant == "global" else [[pair] for pair in pairs]

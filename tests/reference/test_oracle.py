@@ -62,7 +62,17 @@ def neva_preprocess(batch, tokens_per_image, max_length):
     images = -1000.0 - torch.arange(count * tokens_per_image).view(count, tokens_per_image, 1).transpose(0, 1).float()
     tiles = torch.tensor(batch["num_media_tiles"], dtype=torch.int)
     embedding, labels, mask, _ = MCoreNevaModel._preprocess_data(
-        model, images, text, batch["tokens"], batch["loss_mask"], batch["labels"], False, IMAGE_TOKEN, tiles, None, None
+        model,
+        images,
+        text,
+        batch["tokens"],
+        batch["loss_mask"],
+        batch["labels"],
+        False,
+        IMAGE_TOKEN,
+        tiles,
+        None,
+        None,
     )
     assert embedding.shape[1] == rows
     return embedding[..., 0].T.tolist(), labels.tolist(), mask.tolist()

@@ -74,7 +74,10 @@ def random_state(
         if head_norm:
             state[f"{at}norm.weight"], state[f"{at}norm.bias"] = normal(WIDTH, mean=1.0), normal(WIDTH)
         state[f"{at}fc1.weight"], state[f"{at}fc1.bias"] = normal(head_hidden, WIDTH, std=0.3), normal(head_hidden)
-        state[f"{at}fc2.weight"], state[f"{at}fc2.bias"] = normal(anchor_width, head_hidden, std=0.3), normal(anchor_width)
+        state[f"{at}fc2.weight"], state[f"{at}fc2.bias"] = (
+            normal(anchor_width, head_hidden, std=0.3),
+            normal(anchor_width),
+        )
     for name, weight in vision_tower(config).named_parameters():
         base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         state[f"vision_model.{name}"] = normal(*weight.shape, mean=base)
@@ -107,6 +110,8 @@ def random_batch(
         "loss_mask": loss_mask,
         "position_ids": torch.arange(text_length).repeat(rows, 1),
         "attention_mask": None,
-        "media": torch.randn(total, 3, VISION["image_size"], VISION["image_size"], generator=generator) if total else None,
+        "media": torch.randn(total, 3, VISION["image_size"], VISION["image_size"], generator=generator)
+        if total
+        else None,
         "num_media_tiles": [1] * total,
     }

@@ -1,0 +1,65 @@
+"""Each patch does what its reason says, and is undone exactly."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.compat import patch_ranks
+from tests.ranks import run_ranks
+
+
+def test_every_patch_reverts_to_the_original_objects():
+    (names,) = run_ranks(patch_ranks.apply_and_revert, 1)
+    assert len(names) == len(set(names)) >= 15
+
+
+def test_requests_for_cuda_tensors_are_answered_with_cpu_tensors():
+    run_ranks(patch_ranks.cuda_requests, 1)
+
+
+def test_forked_random_states_leave_the_default_generator_alone_and_differ_by_tensor_rank():
+    first, second = run_ranks(patch_ranks.random_states, 2)
+    assert not first["inside"].equal(second["inside"])
+    assert not first["more"].equal(second["more"])
+
+
+def test_nemo_seeds_the_model_parallel_generators():
+    assert run_ranks(patch_ranks.nemo_seeds, 2) == [True, True]
+
+
+def test_recomputation_replays_dropout():
+    assert max(run_ranks(patch_ranks.dropout_is_replayed, 2)) < 1e-14
+
+
+def test_progress_on_rank_zero_enters_no_collective():
+    (entered, printed), (_, nothing) = run_ranks(patch_ranks.rank_zero_prints_progress, 2)
+    assert "forward-backward" in printed
+    assert nothing is None
+    assert entered == 1  # NeMo's own, after the revert
+
+
+@pytest.mark.parametrize("adam_w_mode", [True, False])
+def test_group_step_adamw_is_torchs(adam_w_mode):
+    import torch
+
+    from nemo_pre.compat.cpu_adamw import GroupStepAdamW
+
+    torch.manual_seed(0)
+    ours = [torch.randn(7, 3, requires_grad=True), torch.randn(5, requires_grad=True)]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
+    groups = [{"params": ours}, {"params": []}]
+    optimizer = GroupStepAdamW(groups, **options, adam_w_mode=adam_w_mode)
+    reference = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(theirs, **options, foreach=False)
+    for step in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+        if step == 2:  # through a state dict, as a checkpoint does
+            state = optimizer.state_dict()
+            optimizer = GroupStepAdamW(groups, **options, adam_w_mode=adam_w_mode)
+            optimizer.load_state_dict(state)
+    assert all(p.equal(q) for p, q in zip(ours, theirs, strict=True))
+    assert [group["step"] for group in optimizer.param_groups] == [5, 5]
