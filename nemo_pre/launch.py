@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 GRACE = 5.0  # seconds the survivors of a dead rank may go on
 TERM_WAIT = 4.0  # seconds between asking them to end and killing them
+SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)  # never another rank's doing
 MESSAGE_LIMIT, TRACEBACK_LIMIT = 2_000, 20_000  # characters a rank reports; a pipe holds them without a reader
 
 
@@ -195,8 +196,8 @@ def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) ->
 
 
 def _watch(ranks: list[_Rank]) -> None:
-    """Wait for every rank; raise for the first that fails once the others have ended or had their time."""
-    failure: RankFailure | None = None
+    """Wait for every rank; when one fails, give the others their time and raise for the one that is the cause."""
+    failed: list[_Rank] = []
     deadline: float | None = None
     running = list(ranks)
     while running and (deadline is None or time.monotonic() < deadline):
@@ -204,13 +205,13 @@ def _watch(ranks: list[_Rank]) -> None:
         multiprocessing.connection.wait([rank.process.sentinel for rank in running], timeout)
         ended = [rank for rank in running if rank.process.exitcode is not None]
         running = [rank for rank in running if rank not in ended]
-        failed = [rank for rank in ended if rank.process.exitcode != 0]
-        if failed and failure is None:
-            # Of several at once, the one a signal ended is the cause: the others lost their connection to it.
-            failure = min(failed, key=lambda rank: rank.process.exitcode).failure(len(ranks))
+        failed += [rank for rank in ended if rank.process.exitcode != 0]
+        if failed and deadline is None:
             deadline = time.monotonic() + GRACE
-    if failure is not None:
-        raise failure
+    if failed:
+        # A rank that lost its connection to a killed one may be heard of first, but is not the cause.
+        cause = next((rank for rank in failed if -rank.process.exitcode in SUDDEN), failed[0])
+        raise cause.failure(len(ranks))
 
 
 def _end(ranks: list[_Rank]) -> None:

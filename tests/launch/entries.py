@@ -55,12 +55,14 @@ def rank_0_ignores_everything(config: RunConfig) -> None:
         time.sleep(1)
 
 
-def rank_0_fails_of_rank_1s_death(config: RunConfig) -> None:
-    """Rank 1 is killed and rank 0 notices, as gloo's ranks do when a connection closes."""
-    if _rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1)
-    raise RuntimeError("connection closed by peer")
+def rank_0_is_heard_of_before_rank_1_is_killed(config: RunConfig) -> None:
+    """As when gloo tells rank 0 of the lost connection before the launcher learns of rank 1's death."""
+    _started(config)
+    if _rank() == 0:
+        raise RuntimeError("connection closed by peer")
+    while not _is_gone(Path(config.output_dir) / "pid0"):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sleep(config: RunConfig) -> None:
@@ -74,6 +76,10 @@ def _rank() -> int:
 
 def _started(config: RunConfig) -> None:
     (Path(config.output_dir) / f"pid{_rank()}").write_text(str(os.getpid()))
+
+
+def _is_gone(pid_file: Path) -> bool:
+    return pid_file.exists() and bool(pid := pid_file.read_text()) and not Path("/proc", pid).exists()
 
 
 def main(function: str, output_dir: str, *overrides: str) -> int:

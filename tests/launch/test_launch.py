@@ -103,7 +103,7 @@ def test_a_rank_that_hangs_and_ignores_sigterm_does_not_keep_the_job_alive(tmp_p
 
 
 def test_the_cause_is_named_not_the_rank_that_failed_of_it(tmp_path):
-    code, _, errors, _ = run("rank_0_fails_of_rank_1s_death", tmp_path, "parallel=dp2")
+    code, _, errors, _ = run("rank_0_is_heard_of_before_rank_1_is_killed", tmp_path, "parallel=dp2")
     assert code == 1
     assert errors.startswith("Rank 1 of 2 was ended by SIGKILL")
 
