@@ -19,6 +19,10 @@ def run_rank(config: RunConfig) -> None:
     data = build_data_module(config)
     trainer = build_trainer(config, on_gpu, weights_from=start.weights_from)
     trainer.fit(build_model(config, on_gpu), data, ckpt_path=start.resume_from)
+    if trainer.is_global_zero:
+        from nemo_pre.plots import plot_run
+
+        plot_run(config.output_dir)
 
 
 def prepare_process(config: RunConfig) -> bool:
@@ -30,6 +34,10 @@ def prepare_process(config: RunConfig) -> bool:
         cpu_backend.apply()
     learning_rates.apply()
     telemetry.apply()
+
+    from nemo.utils import logging
+
+    logging.set_verbosity(logging.WARNING)  # NeMo tells of every process group and module at INFO
     return on_gpu
 
 

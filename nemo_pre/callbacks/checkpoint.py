@@ -56,11 +56,11 @@ class RunCheckpoint(ModelCheckpoint):
             save_resolved(self._config, Path(filepath).with_suffix("") / "config.yaml")
 
 
-def newest_checkpoint(config: RunConfig) -> str | None:
-    """Directory of the run's newest complete checkpoint, or None."""
+def newest_checkpoint(directory: Path) -> str | None:
+    """The newest complete checkpoint in ``directory``, or None."""
     steps = {
         int(path.name.removeprefix("step=")): path
-        for path in checkpoint_dir(config).glob("step=*")
+        for path in directory.glob("step=*")
         if path.is_dir() and path.name.removeprefix("step=").isdigit()
         if not ModelCheckpoint.is_checkpoint_unfinished(path)
     }

@@ -2,6 +2,7 @@
 
 ``cpu_backend``     runs the whole stack on CPU ranks over gloo; applied only where no GPU is used.
 ``learning_rates``  a learning rate per module, on CPUs and GPUs alike.
+``checkpoints``     what asynchronous and float32 checkpoints need, on CPUs (``cpu_backend`` applies it) and GPUs.
 ``progress``        NeMo's progress printer without the collective that only rank 0 enters.
 
 Nothing is patched by importing; the entry point (or a test's conftest) calls ``apply()``.

@@ -58,9 +58,9 @@ def patches_of_torch() -> list[Patch]:
 
 def patches() -> list[Patch]:
     """Every patch of the CPU backend, in the order in which they are applied."""
-    from nemo_pre.compat import cpu_device, cpu_megatron, cpu_nemo
+    from nemo_pre.compat import checkpoints, cpu_device, cpu_megatron, cpu_nemo
 
-    return [*cpu_device.PATCHES, *cpu_megatron.PATCHES, *cpu_nemo.PATCHES]
+    return [*cpu_device.PATCHES, *cpu_megatron.PATCHES, *cpu_nemo.PATCHES, *checkpoints.PATCHES]
 
 
 def apply() -> None:

@@ -153,24 +153,10 @@ def group_step_adamw():
     yield Change(distrib_optimizer, "USING_TE_OPTIMIZER", True)  # 'step' is in the parameter groups
 
 
-@patch(
-    "dp-reshardable-load",
-    why="Alone among DistributedOptimizer's load functions the one for dp_reshardable records gradients, and copying"
-    " into a float32 parameter, which with float32 weights is its own main parameter, then raises.",
-    until="load_parameter_state_from_dp_reshardable is decorated with torch.no_grad(), as its neighbours are.",
-)
-def dp_reshardable_load():
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
-    yield Change(DistributedOptimizer, "load_parameter_state_from_dp_reshardable", torch.no_grad()(load))
-
-
 PATCHES = [
     rng_tracker_on_cpu,
     torch_norm,
     float64_cross_entropy,
     optimizer_type_names,
     group_step_adamw,
-    dp_reshardable_load,
 ]

@@ -18,6 +18,7 @@ from nemo_pre.config.memory import MemoryEstimate, estimate_memory
 from nemo_pre.config.presence import check_presence
 from nemo_pre.config.schema import PReConfig, RunConfig
 from nemo_pre.launch import external_job, uses_gpu, visible_gpus
+from nemo_pre.optim import MODULE_RATES
 
 
 @dataclass
@@ -148,7 +149,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         ("seed", config.seed),
         ("data.num_workers", config.data.num_workers),
         ("trainer.val_samples", trainer.val_samples),
-        *((f"optim.{key}", getattr(optim, key)) for key in ("lr", *MODULE_RATES)),
+        *((f"optim.{key}", getattr(optim, key)) for key in MODULE_RATES.values()),
         ("optim.weight_decay", optim.weight_decay),
         ("optim.clip_grad", optim.clip_grad),
         ("objective.pre.weight", pre.weight),
@@ -167,15 +168,13 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         if fraction is not None and not 0 <= fraction <= 1:
             yield f"{name}={fraction} must lie between 0 and 1."
     for name, positive in (
+        ("optim.lr", optim.lr),  # the module rates are kept as multiples of it; they may be 0
         ("optim.eps", optim.eps),
         ("model.language.init_std", language.init_std),
         ("objective.pre.head_hidden_ratio", pre.head_hidden_ratio),
     ):
         if not positive > 0:
             yield f"{name}={positive} must be more than 0."
-
-
-MODULE_RATES = ("lr_vision", "lr_projector", "lr_language", "lr_heads")
 
 
 def _integer_fields(part: Any, but: str = "") -> list[str]:

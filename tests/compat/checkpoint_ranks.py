@@ -56,6 +56,27 @@ def train_save_train(
     return losses, overlapped and (directory / "metadata.json").exists()
 
 
+def two_saves_at_once(layout: Layout, weights: dict[str, Any], first: Path, second: Path) -> bool:
+    """A full checkpoint whose writers are slow, and one of the model alone that overtakes it."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    run = tiny_gpt.start(layout)
+    load_full(tiny_gpt.modules(run), weights)
+    run.optimizer.reload_model_params()
+    tiny_gpt.train(run, steps=1)
+    state = _sharded_state(run, "fully_reshardable")
+    slow = dist_checkpointing.save(state, str(first), async_sharded_save=True)
+    queue = AsyncCallsQueue()
+    queue.schedule_async_request(slow._replace(async_fn=_Slow(slow.async_fn)))
+    fast = dist_checkpointing.save({"model": state["model"]}, str(second), async_sharded_save=True)
+    queue.schedule_async_request(fast)
+    queue.async_calls[1].async_caller.process.join()
+    overtaken = queue.async_calls[0].async_caller.process.is_alive()
+    queue.maybe_finalize_async_calls(blocking=True)
+    return overtaken
+
+
 class _Slow:
     def __init__(self, write: Any):
         self.write = write

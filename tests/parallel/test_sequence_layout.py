@@ -62,7 +62,9 @@ def test_layout_equals_plain_loops(seed, length):
                 assert (text, visual, image) == (what[1], -1, -1)
             else:
                 assert (text, visual, image) == (-1, what[1], what[2])
-    assert layout.num_visual_tokens == sum(what is not None and what[0] == "visual" for row in expected for what in row)
+    assert layout.num_visual_tokens == sum(
+        what is not None and what[0] == "visual" for row in expected for what in row
+    )
     assert layout.num_images == len({what[2] for row in expected for what in row if what and what[0] == "visual"})
 
 

@@ -1,0 +1,57 @@
+"""Distributed checkpoints that hold what was saved: on CPUs and GPUs alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_pre.compat.registry import Change, patch
+
+
+@patch(
+    "results-queue-per-save",
+    why="Every asynchronous save of a rank reports what it wrote where through one queue. If a second save (that at the"
+    " end of training, say) is written before the first is finalised, the two swap their reports on that rank, and"
+    " both checkpoints miss tensors in their metadata, without a word until they are loaded.",
+    until="FileSystemWriterAsync makes a queue of its own.",
+)
+def results_queue_per_save():
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    from torch import multiprocessing
+
+    managers: list[Any] = []  # one server process per rank, started by the first save
+
+    def get_write_results_queue() -> Any:
+        if not managers:
+            managers.append(multiprocessing.get_context("spawn").Manager())
+        return managers[0].Queue()
+
+    yield Change(filesystem_async, "_get_write_results_queue", get_write_results_queue, written_for="349269cbdd56")
+
+
+@patch(
+    "dp-reshardable-load",
+    why="Alone among DistributedOptimizer's load functions the one for dp_reshardable records gradients, and copying"
+    " into a float32 parameter, which with float32 weights is its own main parameter, then raises.",
+    until="load_parameter_state_from_dp_reshardable is decorated with torch.no_grad(), as its neighbours are.",
+)
+def dp_reshardable_load():
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    yield Change(DistributedOptimizer, "load_parameter_state_from_dp_reshardable", torch.no_grad()(load))
+
+
+PATCHES = [dp_reshardable_load]
+
+
+def apply() -> None:
+    """Apply the patches of this module; a second call does nothing."""
+    for each in PATCHES:
+        each.apply()
+
+
+def revert() -> None:
+    """Restore what was there before :func:`apply`."""
+    for each in reversed(PATCHES):
+        each.revert()

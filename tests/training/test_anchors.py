@@ -1,0 +1,74 @@
+"""The moving and the external anchor, in whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity.job import Job, StepRecord, train
+from tests.parity.test_parity import GRADIENT, IMAGES
+from tests.ranks import run_ranks
+from tests.ranks.sharded import assemble
+from tests.reference import tiny
+from tests.training.job import run
+from tests.training.test_resume import losses, overrides
+
+
+def pre_losses(output: Path, digits: Path, momentum: str) -> list[float]:
+    settings = [
+        "parallel=single",
+        "trainer.max_steps=3",
+        "trainer.checkpoint_every=null",
+        "resume=false",
+        "optim.warmup_ratio=0",
+        f"objective.pre.ema_momentum={momentum}",
+    ]
+    run_ranks(run, 1, overrides(output, digits, *settings), timeout=120)
+    return [pre for _, pre in losses(output).values()]
+
+
+def test_the_moving_anchor_follows_the_projector_at_the_pace_of_its_momentum(digits, tmp_path):
+    live = pre_losses(tmp_path / "live", digits, "null")
+    follows = pre_losses(tmp_path / "follows", digits, "0.0")  # the average is the projector after every step
+    stands = pre_losses(tmp_path / "stands", digits, "1.0")  # the average stays what the projector was at first
+    assert len(live) == 3
+    assert follows == pytest.approx(live, abs=1e-6)
+    assert stands[0] == pytest.approx(live[0], abs=1e-6)
+    assert abs(stands[2] - live[2]) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def external_model(tmp_path_factory) -> Path:
+    from transformers import Dinov2Config, Dinov2Model
+
+    path = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    Dinov2Model(config).save_pretrained(path)
+    return path
+
+
+def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
+    state = tiny.random_state(tiny.tiny_config(pre_layers=(3,)))
+    generator = torch.Generator().manual_seed(5)
+    state["pre_heads.3.fc2.weight"] = torch.randn(24, 8, generator=generator) * 0.3  # the width of the anchor
+    state["pre_heads.3.fc2.bias"] = torch.randn(24, generator=generator) * 0.1
+    data = [tiny.random_batch(images, seed=m) for m, images in enumerate(IMAGES[0])]
+    pre = {"layers": [3], "anchor": "external", "external_path": str(path)}
+    job = Job(parallel=parallel, pre=pre, steps=[[data]], state=state)
+    return [ranks[0] for ranks in run_ranks(train, job.world_size, job, timeout=150)]
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}], ids=["PP2", "TP2-SP"])
+def test_the_external_anchor_gives_the_same_loss_and_gradients_in_every_layout(external_model, parallel):
+    alone = with_external_anchor(external_model, {})
+    spread = with_external_anchor(external_model, parallel)
+    assert spread[0].metrics["pre/loss"] == pytest.approx(alone[0].metrics["pre/loss"], abs=1e-6)
+    expected, found = assemble([alone[0].gradients]), assemble([rank.gradients for rank in spread])
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.keys() == expected.keys() and expected["pre_heads.3.fc2.weight"].any()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error <= GRADIENT * gradient.norm() + 1e-7 * total, name
