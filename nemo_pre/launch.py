@@ -109,6 +109,7 @@ def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked after its first use
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:The pynvml package:FutureWarning")  # torch's own, in every process
     if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if not uses_gpu(platform):

@@ -9,9 +9,9 @@ from nemo_pre.compat.registry import Change, patch
 
 @patch(
     "results-queue-per-save",
-    why="Every asynchronous save of a rank reports what it wrote where through one queue. If a second save (that at the"
-    " end of training, say) is written before the first is finalised, the two swap their reports on that rank, and"
-    " both checkpoints miss tensors in their metadata, without a word until they are loaded.",
+    why="Every asynchronous save of a rank reports what it wrote where through one queue. If a second save (that at"
+    " the end of training, say) is written before the first is finalised, the two swap their reports on that rank,"
+    " and both checkpoints miss tensors in their metadata, without a word until they are loaded.",
     until="FileSystemWriterAsync makes a queue of its own.",
 )
 def results_queue_per_save():
@@ -42,7 +42,7 @@ def dp_reshardable_load():
     yield Change(DistributedOptimizer, "load_parameter_state_from_dp_reshardable", torch.no_grad()(load))
 
 
-PATCHES = [dp_reshardable_load]
+PATCHES = [results_queue_per_save, dp_reshardable_load]
 
 
 def apply() -> None:

@@ -39,7 +39,7 @@ def fingerprint(function: Any) -> str:
 
 @dataclass
 class Change:
-    """One attribute of a module or class gets another value.
+    """One attribute of a module, class or object gets another value.
 
     ``written_for`` is the fingerprint of the function that is replaced by a rewritten copy: a build that carries
     the same version number but other code is refused.
@@ -53,7 +53,8 @@ class Change:
 
     @property
     def place(self) -> str:
-        return f"{getattr(self.owner, '__qualname__', None) or self.owner.__name__}.{self.attribute}"
+        owner = self.owner if inspect.isclass(self.owner) or inspect.ismodule(self.owner) else type(self.owner)
+        return f"{owner.__qualname__ if inspect.isclass(owner) else owner.__name__}.{self.attribute}"
 
     def check(self) -> None:
         if not hasattr(self.owner, self.attribute):
@@ -72,7 +73,7 @@ class Change:
         if inspect.isclass(self.owner):
             # Through vars(): keeps staticmethod objects as they are, and tells "own" from "inherited".
             self._original = vars(self.owner).get(self.attribute, _ABSENT)
-        else:  # a module; torch's configuration modules have attributes that are not in vars()
+        else:  # a module or an object; torch's configuration modules have attributes that are not in vars()
             self._original = getattr(self.owner, self.attribute)
         setattr(self.owner, self.attribute, self.value)
 

@@ -35,6 +35,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     language = _language_config(config, on_gpu)
     vision = config.model.vision
     backend: dict[str, Any] = {} if on_gpu else dict(TRANSFORMER_CONFIG)
+    interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
         language_transformer_config=language,
         vision_transformer_config=VisionTowerConfig(
@@ -67,7 +68,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         freeze_vision_projection=config.optim.freeze_projector,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
-        **(INTERLEAVED_CONFIG if config.parallel.virtual_pipeline else {}),
+        **interleaved,
         **backend,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,18 @@ def train_save_train(
         dist_checkpointing.save(state, str(directory))
         return tiny_gpt.train(run, steps=3, first_step=3), False
     request = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
-    # Hold the writers back until training has changed every parameter.
-    request = request._replace(async_fn=_Slow(request.async_fn))
+    writer = _Held(request.async_fn)  # until training has changed every parameter
     queue = AsyncCallsQueue()
-    queue.schedule_async_request(request)
+    queue.schedule_async_request(request._replace(async_fn=writer))
     losses = tiny_gpt.train(run, steps=3, first_step=3)
     overlapped = queue.get_num_unfinalized_calls() == 1 and not (directory / "metadata.json").exists()
+    writer.release()
     queue.maybe_finalize_async_calls(blocking=True)
     return losses, overlapped and (directory / "metadata.json").exists()
 
 
-def two_saves_at_once(layout: Layout, weights: dict[str, Any], first: Path, second: Path) -> bool:
-    """A full checkpoint whose writers are slow, and one of the model alone that overtakes it."""
+def two_saves_at_once(layout: Layout, weights: dict[str, Any], first: Path, second: Path) -> None:
+    """A full checkpoint whose writers are held back, and one of the model alone that overtakes it."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -68,21 +69,30 @@ def two_saves_at_once(layout: Layout, weights: dict[str, Any], first: Path, seco
     state = _sharded_state(run, "fully_reshardable")
     slow = dist_checkpointing.save(state, str(first), async_sharded_save=True)
     queue = AsyncCallsQueue()
-    queue.schedule_async_request(slow._replace(async_fn=_Slow(slow.async_fn)))
+    writer = _Held(slow.async_fn)
+    queue.schedule_async_request(slow._replace(async_fn=writer))
     fast = dist_checkpointing.save({"model": state["model"]}, str(second), async_sharded_save=True)
     queue.schedule_async_request(fast)
     queue.async_calls[1].async_caller.process.join()
-    overtaken = queue.async_calls[0].async_caller.process.is_alive()
+    writer.release()
     queue.maybe_finalize_async_calls(blocking=True)
-    return overtaken
 
 
-class _Slow:
+class _Held:
+    """The writer of a checkpoint, kept from writing until ``release``."""
+
     def __init__(self, write: Any):
         self.write = write
+        self.go = Path(tempfile.mkdtemp()) / "go"  # a file, because the writer is another process
+
+    def release(self) -> None:
+        self.go.touch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        time.sleep(3)
+        give_up = time.monotonic() + 60
+        while not self.go.exists():
+            assert time.monotonic() < give_up, "the writer was not released"
+            time.sleep(0.02)
         return self.write(*args, **kwargs)
 
 
