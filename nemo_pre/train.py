@@ -27,13 +27,13 @@ def run_rank(config: RunConfig) -> None:
 
 def prepare_process(config: RunConfig) -> bool:
     """Apply the patches this run needs; returns whether it runs on a GPU. Once per process, before building."""
-    from nemo_pre.compat import cpu_backend, learning_rates, telemetry
+    from nemo_pre.compat import checkpoints, cpu_backend, learning_rates, progress, telemetry
 
     on_gpu = not cpu_backend.use_cpu(config.platform)
     if not on_gpu:
         cpu_backend.apply()
-    learning_rates.apply()
-    telemetry.apply()
+    for patches in (checkpoints, learning_rates, progress, telemetry):
+        patches.apply()
 
     from nemo.utils import logging
 

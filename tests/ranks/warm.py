@@ -1,5 +1,6 @@
 """What the fork server imports once, so that every rank starts with it: see :mod:`tests.ranks.launch`."""
 
+import gc
 import importlib
 
 MODULES = (
@@ -20,3 +21,7 @@ for module in MODULES:
         importlib.import_module(module)
     except Exception as error:  # not the end of the server: the rank that needs the module shows the full error
         print(f"the fork server could not import {module}: {error!r}")
+
+# Megatron collects garbage when it saves: on the imported modules too, for a second in every rank, unless frozen.
+gc.collect()
+gc.freeze()

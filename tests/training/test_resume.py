@@ -89,6 +89,16 @@ def test_a_checkpoint_continues_without_pre_and_says_so(uninterrupted, digits, t
     assert trained[0]["lm/loss"] < losses(uninterrupted)[1][0], "the checkpoint's weights were not taken over"
 
 
+def test_a_stage_starts_from_the_newest_weights_of_the_former_stage(uninterrupted, digits, tmp_path):
+    former = uninterrupted / "checkpoints"
+    stage = ["parallel=single", "trainer.max_steps=1", f"init_from={former}", "optim.freeze_vision=true"]
+    run_ranks(run, 1, overrides(tmp_path, digits, *stage), timeout=120)
+    found, first, last = losses(tmp_path), losses(uninterrupted)[1], losses(uninterrupted)[STEPS]
+    assert list(found) == [1], "a stage counts its own steps"
+    assert abs(found[1][0] - last[0]) < abs(found[1][0] - first[0])
+    assert abs(found[1][1] - last[1]) < abs(found[1][1] - first[1])
+
+
 def test_a_head_of_another_shape_is_refused_in_one_sentence(uninterrupted, digits, tmp_path):
     output = continued(uninterrupted, tmp_path)
     with pytest.raises(RankError, match="set objective.pre's head, anchor and layers as they were"):
