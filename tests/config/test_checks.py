@@ -35,13 +35,13 @@ REFUSED = [
     (["trainer.micro_batch_size=0"], "trainer.micro_batch_size=0 must be 1 or more."),
     (["trainer.val_every=0"], "trainer.val_every=0 must be 1 or more."),
     (["cluster.nodes=0"], "cluster.nodes=0 must be 1 or more."),
-    (["optim.lr=-1"], "optim.lr=-1.0 must be 0 or more."),
-    (["optim.lr=nan"], "optim.lr=nan must be 0 or more."),
+    (["optim.lr=-1"], "optim.lr=-1.0 must be more than 0."),
+    (["optim.lr=nan"], "optim.lr=nan must be more than 0."),
     (["optim.lr_vision=-1"], "optim.lr_vision=-1.0 must be 0 or more."),
     (["optim.warmup_ratio=2"], "optim.warmup_ratio=2.0 must lie between 0 and 1."),
     (["objective.pre.ema_momentum=1.5"], "objective.pre.ema_momentum=1.5 must lie between 0 and 1."),
     (["objective.pre.head_hidden_ratio=0"], "objective.pre.head_hidden_ratio=0.0 must be more than 0."),
-    (["model.vision.image_size=50"], "model.vision.image_size=50 must be a multiple of model.vision.patch_size=6."),
+    (["model.vision.image_size=50"], "model.vision.image_size=50 must be a multiple of model.vision.patch_size=8."),
     (["model.vision.feature_layer=5"], "model.vision.feature_layer=5 does not exist"),
     (["model.vision.feature_layer=-6"], "model.vision.feature_layer=-6 does not exist"),
     (["model.vision.family=siglip"], "model.vision.family=siglip has no class token"),
@@ -92,13 +92,13 @@ REFUSED = [
         "data.sequence_length=100 must be a multiple of 8 (2 x parallel.context x parallel.tensor).",
     ),
     (
-        ["data.sequence_length=65"],
-        "data.sequence_length=65 leaves no room for text beside an image of 64 visual tokens",
+        ["data.sequence_length=37"],
+        "data.sequence_length=37 leaves no room for text beside an image of 36 visual tokens",
     ),
-    (["trainer.global_batch_size=33"], "trainer.global_batch_size=33 must be a multiple of 8 "),
-    (["parallel.data=8"], "trainer.global_batch_size=32 must be a multiple of 64 "),
+    (["trainer.global_batch_size=33"], "trainer.global_batch_size=33 must be a multiple of 4 "),
+    (["parallel.data=8"], "trainer.global_batch_size=16 must be a multiple of 32 "),
     (
-        ["parallel=pp2_vpp2", "trainer.global_batch_size=24"],
+        ["parallel=pp2_vpp2", "trainer.global_batch_size=12"],
         "parallel.virtual_pipeline needs a number of micro-batches that is a multiple of parallel.pipeline=2, not 3",
     ),
     (
@@ -195,7 +195,7 @@ def test_a_checked_run_is_summarised(monkeypatch):
     report = check_run(run_with("objective.pre.layers=[-1]", experiment="digits_tiny_pre"))
     summary = report.summary()
     assert "2 rank(s) on CPU: TP1 x PP2 x CP1 x DP1, fp32" in summary
-    assert "4 micro-batches of 8" in summary
+    assert "4 micro-batches of 4" in summary
     assert "PRe at layer 8, weight 0.5" in summary
     assert "activations not included" in summary
 

@@ -44,8 +44,8 @@ def test_the_demo_sends_its_anchor_across_the_pipeline():
     assert all(layer > layers_per_stage for layer in run.objective.pre.layers)
 
 
-def test_digits_tiny_gives_64_visual_tokens_and_the_real_models_576():
-    assert num_visual_tokens(compose_run(["experiment=digits_tiny"]).model) == 64
+def test_digits_tiny_gives_36_visual_tokens_and_the_real_models_576():
+    assert num_visual_tokens(compose_run(["experiment=digits_tiny"]).model) == 36
     assert num_visual_tokens(compose_run(["experiment=llava15_7b_stage1_align"]).model) == 576
     assert num_visual_tokens(compose_run(["experiment=siglip2_qwen25_7b_stage1_align"]).model) == 576
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 
@@ -61,9 +62,13 @@ def test_ranks_form_a_gloo_group_and_have_nemo_already():
     assert first[1:] == (1, True)
 
 
-def test_pytest_itself_has_not_imported_nemo():
-    run_ranks(say_rank, 1, "hi")
-    assert "nemo.collections.vlm" not in sys.modules
+def test_the_process_that_starts_ranks_does_not_import_nemo():
+    """In a fresh process, for other tests may have imported it into this one."""
+    program = (
+        "import sys; from tests.ranks import run_ranks; from tests.ranks.test_launch import say_rank\n"
+        "if __name__ == '__main__': run_ranks(say_rank, 1, 'hi'); assert 'nemo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_ranks_exception_is_raised_here_with_its_traceback_and_ends_the_others():
