@@ -62,7 +62,8 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         ),
         vision_feature_layer=vision.feature_layer,
         drop_vision_class_token=vision.drop_class_token,
-        language_model_from_pretrained=config.model.language.path,
+        # A former stage's checkpoint has the language model's weights too.
+        language_model_from_pretrained=None if config.init_from else config.model.language.path,
         freeze_language_model=config.optim.freeze_language,
         freeze_vision_model=config.optim.freeze_vision,
         freeze_vision_projection=config.optim.freeze_projector,
