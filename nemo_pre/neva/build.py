@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,14 @@ class ProjectorConfig(MultimodalProjectorConfig):
 
 
 def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
-    """NeVA's config for a run. On a GPU the layers are Transformer Engine's and fused; on a CPU Megatron's own."""
-    language = _language_config(config, on_gpu)
+    """NeVA's config for a run.
+
+    On a GPU with Transformer Engine the layers are its own, and fused; elsewhere they are Megatron's, unfused.
+    """
+    fused = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    language = _language_config(config, fused)
     vision = config.model.vision
-    backend: dict[str, Any] = {} if on_gpu else dict(TRANSFORMER_CONFIG)
+    backend: dict[str, Any] = {} if fused else dict(TRANSFORMER_CONFIG)
     interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
         language_transformer_config=language,
@@ -74,7 +79,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     )
 
 
-def _language_config(config: RunConfig, on_gpu: bool) -> GPTConfig:
+def _language_config(config: RunConfig, fused: bool) -> GPTConfig:
     model: ModelConfig = config.model
     language = model.language
     family: type[GPTConfig] = {"llama": LlamaConfig, "qwen2": Qwen2Config}[language.family]
@@ -93,14 +98,14 @@ def _language_config(config: RunConfig, on_gpu: bool) -> GPTConfig:
         # Megatron then divides the summed loss by the global number of loss tokens, whatever the layout.
         calculate_per_token_loss=True,
         params_dtype=torch.float32,
-        transformer_layer_spec=_layer_spec(config, on_gpu),
+        transformer_layer_spec=_layer_spec(config, fused),
         **_recompute_options(config),
-        **({} if on_gpu else TRANSFORMER_CONFIG),
+        **({} if fused else TRANSFORMER_CONFIG),
     )
 
 
-def _layer_spec(config: RunConfig, on_gpu: bool) -> Any:
-    if on_gpu:
+def _layer_spec(config: RunConfig, fused: bool) -> Any:
+    if fused:
         return default_layer_spec
     if config.parallel.context > 1:
         return _gathered_attention_layer_spec
