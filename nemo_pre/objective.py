@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Number = TypeVar("Number", bound=Any)  # float or tensor
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,8 @@ def auxiliary_loss_scale(
         return 0.0
     scale = weight * divisor / global_count
     return scale if grad_scale_func is None else float(grad_scale_func(scale))
+
+
+def global_mean(loss_sum: Number, global_count: int) -> Number:
+    """The value that is reported: a term's sum over the global batch by its count there; 0 where there is nothing."""
+    return loss_sum / max(global_count, 1)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nemo_pre.objective import StepPlan, auxiliary_loss_scale, gradient_divisor
+from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
 from nemo_pre.schedules import ramp
 
 
@@ -23,6 +23,11 @@ def test_injected_gradient_survives_megatrons_division_as_weight_over_count():
 
 def test_no_loss_tokens_leave_the_sum_undivided():
     assert gradient_divisor(plan(loss_tokens=0), True, 8) == 1.0
+
+
+def test_the_reported_value_is_the_global_mean_and_zero_of_nothing():
+    assert global_mean(-3.0, 4) == -0.75
+    assert global_mean(0.0, 0) == 0.0
 
 
 def test_no_visual_tokens_give_a_zero_scale():

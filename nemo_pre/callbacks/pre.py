@@ -25,7 +25,7 @@ from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens, model_chunks
-from nemo_pre.objective import StepPlan, auxiliary_loss_scale, gradient_divisor
+from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
 from nemo_pre.parallel.anchor_exchange import AnchorExchange, anchor_group
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.image_pooling import mean_per_image
@@ -243,10 +243,9 @@ class PReCallback(Callback):
         """Log the global value on every rank, whatever stage computed it."""
         assert self._exchange is not None and self._plan is not None
         self._exchange.finish_step()
-        count = self._count(self._plan)
         sums = torch.stack([self._sum_of(number) for number in self.layers])
         dist.all_reduce(sums)
-        losses = sums / max(count, 1)
+        losses = global_mean(sums, self._count(self._plan))
         prefix = "" if not step.forward_only else "val/"
         logged = {f"{prefix}pre/loss": losses.mean(), f"{prefix}pre/cosine": -losses.mean()}
         if not step.forward_only:
