@@ -28,7 +28,7 @@ from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTo
 from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
 from nemo_pre.parallel.anchor_exchange import AnchorExchange, anchor_group
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
-from nemo_pre.parallel.image_pooling import mean_per_image
+from nemo_pre.parallel.image_pooling import mean_per_image, share_of_replicated_sum
 from nemo_pre.schedules import ramp
 
 log = logging.getLogger(__name__)
@@ -219,8 +219,7 @@ class PReCallback(Callback):
             visual_tokens, anchor = visual_tokens[present], anchor[present]
         loss_sum, _ = predictive_loss(head(visual_tokens), anchor)
         if self.config.variant == "global":
-            for group in self._pooling_groups:  # every rank of these groups computes the whole image's loss
-                loss_sum = loss_sum / dist.get_world_size(group)
+            loss_sum = share_of_replicated_sum(loss_sum, self._pooling_groups)
         self._losses[number][micro_batch.index] = loss_sum.detach()
         if not torch.is_grad_enabled():
             return hidden_states

@@ -50,3 +50,10 @@ def mean_per_image(
     counts = counts.index_add(0, image, torch.ones(len(image), 1, dtype=dtype, device=tokens.device))
     sums, counts = _SumOverRanks.apply(sums, groups), _sum(counts, groups)
     return sums / counts.clamp(min=1), counts.squeeze(1) > 0
+
+
+def share_of_replicated_sum(loss_sum: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """This rank's part of a sum that every rank of ``groups`` has computed whole, so that the parts add up to it."""
+    for group in groups:
+        loss_sum = loss_sum / dist.get_world_size(group)
+    return loss_sum
