@@ -3,6 +3,8 @@
 Weights, schedules and the division by global counts are applied in :mod:`nemo_pre.objective`.
 """
 
+from nemo_pre.losses.gram_anchoring import gram_anchoring_loss
+from nemo_pre.losses.masked_prediction import masked_prediction_loss
 from nemo_pre.losses.predictive import predictive_loss
 
-__all__ = ["predictive_loss"]
+__all__ = ["gram_anchoring_loss", "masked_prediction_loss", "predictive_loss"]
