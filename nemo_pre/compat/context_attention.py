@@ -23,26 +23,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-
-class _GatherFirstDimension(torch.autograd.Function):
-    """[S, ...] on every rank -> [C*S, ...], by rank; backward sums what all ranks did with this rank's part."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        whole = part.new_empty(group.size() * part.shape[0], *part.shape[1:])
-        torch.distributed.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, grad_whole: Tensor) -> tuple[Tensor, None]:
-        # Summed in float32 at least, as a flash-attention kernel accumulates the gradients of keys and values.
-        terms = grad_whole.to(torch.promote_types(grad_whole.dtype, torch.float32)).contiguous()
-        grad_part = terms.new_empty(terms.shape[0] // ctx.group.size(), *terms.shape[1:])
-        torch.distributed.reduce_scatter_tensor(grad_part, terms, group=ctx.group)
-        return grad_part.to(grad_whole.dtype), None
+from nemo_pre.parallel.gather import gather_first_dimension
 
 
 def zigzag_positions(sequence_length: int, context_size: int, context_rank: int, device: Any = None) -> Tensor:
@@ -125,8 +107,8 @@ class GatheredContextAttention(MegatronModule):
         total = size * query.shape[0]
         query_positions = zigzag_positions(total, size, rank, query.device)
         if size > 1:
-            key = _GatherFirstDimension.apply(key, self.context_group)
-            value = _GatherFirstDimension.apply(value, self.context_group)
+            key = gather_first_dimension(key, self.context_group)
+            value = gather_first_dimension(value, self.context_group)
         key_positions = torch.cat([zigzag_positions(total, size, r, query.device) for r in range(size)])
 
         heads_per_group = query.shape[2] // key.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nemo_pre.config.schema import ModelConfig, ParallelConfig, PReConfig
 
+TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
 VOCAB_MULTIPLE = 128  # divisible by every tensor-parallel size in use, so that padding never depends on the layout
 
 
@@ -36,3 +37,31 @@ def target_layers(pre: PReConfig, num_layers: int) -> tuple[int, ...]:
             f"or -1 for the last."
         )
     return tuple(sorted(layers))
+
+
+def axis_of_frequency(kind: str, sections: list[int] | None, num_frequencies: int) -> list[int]:
+    """Which axis (0 time, 1 row, 2 column) turns each of a head's frequencies, fastest first.
+
+    Args:
+        kind: ``1d``, ``2d`` (axes row, column) or ``mrope`` (time, row, column).
+        sections: consecutive frequencies per axis, in the order of the axes; None: ``2d`` alternates, so that
+            both axes have fast and slow frequencies, ``mrope`` takes Qwen2-VL's 2:3:3.
+        num_frequencies: half a head's width.
+
+    Raises:
+        ValueError: the sections do not fit.
+    """
+    if kind == "1d":
+        return [TIME] * num_frequencies
+    axes = [ROW, COLUMN] if kind == "2d" else [TIME, ROW, COLUMN]
+    if sections is None and kind == "2d":
+        return [axes[frequency % 2] for frequency in range(num_frequencies)]
+    if sections is None:
+        time, row = num_frequencies // 4, 3 * num_frequencies // 8
+        sections = [time, row, num_frequencies - time - row]
+    if len(sections) != len(axes) or sum(sections) != num_frequencies:
+        raise ValueError(
+            f"model.rope_sections={list(sections)} must be {len(axes)} numbers for model.rope={kind} that add up to "
+            f"{num_frequencies}, half a head's width."
+        )
+    return [axis for axis, size in zip(axes, sections, strict=True) for _ in range(size)]

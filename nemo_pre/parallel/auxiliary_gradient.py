@@ -30,3 +30,19 @@ def backpropagate_with(hidden_states: Tensor, loss: Tensor) -> Tensor:
 
     # Pipeline schedules free a stage's output, which must therefore not be a view of another tensor.
     return make_viewless_tensor(_WithLoss.apply(hidden_states, loss), requires_grad=True, keep_graph=True)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output * ctx.factor, None
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """``tensor``, unchanged in value; gradients through it are multiplied by ``factor``."""
+    return tensor if factor == 1.0 else _ScaledGradient.apply(tensor, factor)

@@ -27,6 +27,7 @@ class SequenceLayout:
         visual_image_BS: index of the image a visual token belongs to, -1 where there is none.
         num_visual_tokens: visual tokens left after truncation.
         num_images: images with at least one token left after truncation.
+        num_tiles: tiles of all images, before truncation.
     """
 
     text_source_BS: Tensor
@@ -34,6 +35,7 @@ class SequenceLayout:
     visual_image_BS: Tensor
     num_visual_tokens: int
     num_images: int
+    num_tiles: int
 
     @property
     def sequence_length(self) -> int:
@@ -49,6 +51,7 @@ class SequenceLayout:
             move(self.visual_image_BS),
             self.num_visual_tokens,
             self.num_images,
+            self.num_tiles,
         )
 
 
@@ -107,6 +110,7 @@ def sequence_layout(
         visual_image,
         num_visual_tokens=int((visual_source >= 0).sum()),
         num_images=int(visual_image[visual_image >= 0].unique().numel()),
+        num_tiles=sum(tiles_per_image),
     )
 
 

@@ -1,0 +1,84 @@
+"""An exponential moving average of parameters in float32, of which every data-parallel rank holds a part.
+
+Bytes per parameter and rank: 4 / ranks for the average, and what the copy that computes needs (2 in bf16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ShardedAverage:
+    """The average of some tensors, as one flat float32 vector cut into equal parts over ``group``.
+
+    Args:
+        source: the tensors that are averaged; the average starts at their values.
+        group: ranks that hold the same tensors (data and context parallel).
+    """
+
+    def __init__(self, source: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.shapes = [tuple(tensor.shape) for tensor in source]
+        self.numel = sum(tensor.numel() for tensor in source)
+        part = -(-self.numel // group.size())
+        self.start, self.stop = group.rank() * part, min((group.rank() + 1) * part, self.numel)
+        self.shard = torch.zeros(part, dtype=torch.float32, device=source[0].device)
+        self.load(source)
+
+    @torch.no_grad()
+    def load(self, values: Sequence[Tensor]) -> None:
+        """Set the average; every rank is given the full tensors and keeps its part."""
+        for piece, value in self.pieces(values):
+            piece.copy_(value)
+
+    def pieces(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Views of this rank's part of the average, each with the view of the tensor it averages."""
+        found, offset = [], 0
+        for tensor, shape in zip(tensors, self.shapes, strict=True):
+            assert tuple(tensor.shape) == shape, f"{tuple(tensor.shape)} given, {shape} expected"
+            first, last = max(self.start, offset), min(self.stop, offset + tensor.numel())
+            if first < last:
+                mine = self.shard[first - self.start : last - self.start]
+                found.append((mine, tensor.detach().reshape(-1)[first - offset : last - offset]))
+            offset += tensor.numel()
+        return found
+
+    @torch.no_grad()
+    def gather(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The whole average, flat, in ``dtype``; rounded before it is sent. ``out`` has :attr:`padded` elements."""
+        if out is None:
+            out = torch.empty(self.padded, dtype=dtype, device=self.shard.device)
+        dist.all_gather_into_tensor(out, self.shard.to(dtype), group=self.group)
+        return out
+
+    @property
+    def padded(self) -> int:
+        return self.shard.numel() * self.group.size()
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of a gathered vector in the tensors' shapes."""
+        sizes = [torch.Size(shape).numel() for shape in self.shapes]
+        parts = flat[: self.numel].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+@torch.no_grad()
+def move_averages(averages: Sequence[tuple[ShardedAverage, Sequence[Tensor]]], momentum: float) -> None:
+    """``average = momentum * average + (1 - momentum) * tensor`` for all of them in fused kernels.
+
+    Reads and writes 12 bytes per parameter of the rank's part where the tensors are float32. Others are converted
+    piece by piece on the way, which costs a float32 copy of one average's part at a time.
+    """
+    pairs = [pair for average, tensors in averages for pair in average.pieces(tensors)]
+    alike = [(mine, theirs) for mine, theirs in pairs if theirs.dtype == torch.float32]
+    if alike:
+        torch._foreach_lerp_([mine for mine, _ in alike], [theirs for _, theirs in alike], 1.0 - momentum)
+    other = [(mine, theirs) for mine, theirs in pairs if theirs.dtype != torch.float32]
+    if other:
+        mine = [mine for mine, _ in other]
+        torch._foreach_mul_(mine, momentum)
+        torch._foreach_add_(mine, [theirs for _, theirs in other], alpha=1.0 - momentum)
