@@ -13,8 +13,8 @@ Every factor in it is known before the step's first backward pass, because :clas
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Number = TypeVar("Number", bound=Any)  # float or tensor
@@ -30,6 +30,9 @@ class StepPlan:
         loss_tokens: loss tokens of the global batch (all data-parallel ranks, all micro-batches).
         visual_tokens: visual tokens of the global batch.
         images: images of the global batch with at least one token left after truncation.
+        masked_tokens: visual tokens of the global batch that LaVer masks.
+        gram_entries: entries of the Gram matrices that LaVer compares, over the global batch.
+        weights: of the loss terms (``lm``, ``pre``, ``mim``, ``gram``) at this step, schedules applied.
     """
 
     num_microbatches: int
@@ -37,6 +40,9 @@ class StepPlan:
     loss_tokens: int
     visual_tokens: int
     images: int
+    masked_tokens: int = 0
+    gram_entries: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def gradient_divisor(plan: StepPlan, per_token_loss: bool, data_context_ranks: int) -> float:

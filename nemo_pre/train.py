@@ -122,33 +122,49 @@ def training_only_parameters(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
     from nemo_pre.neva.build import build_neva_config
 
-    pre = config.objective.pre
-    if not pre.enabled:
+    pre, laver = config.objective.pre, config.objective.laver
+    if not (pre.enabled or laver.enabled):
         return {}
-    from nemo_pre.callbacks.pre import PReCallback
-
     neva = build_neva_config(config, on_gpu=False)
-    heads = PReCallback(pre, config.seed).head_spec(neva)
-    shapes = {}
+    parameters: dict[str, Any] = {}
     with torch.device("meta"):
-        for layer in heads.layers:
-            for name, parameter in heads.build(layer).named_parameters():
-                shapes[f"pre_heads.{layer}.{name}"] = tuple(parameter.shape)
-        if pre.ema_momentum is not None:
-            for name, parameter in neva.vision_projection_config.configure_model().named_parameters():
-                shapes[f"ema_projection.{name}"] = tuple(parameter.shape)
-    return shapes
+        if pre.enabled:
+            from nemo_pre.callbacks.pre import PReCallback
+
+            heads = PReCallback(pre, config.seed).head_spec(neva)
+            for layer in heads.layers:
+                parameters |= _named(f"pre_heads.{layer}.", heads.build(layer))
+            if pre.ema_momentum is not None:
+                parameters |= _named("ema_projection.", neva.vision_projection_config.configure_model())
+        if laver.enabled:
+            from nemo_pre.callbacks.laver import LaVerCallback
+
+            spec = LaVerCallback(laver, config.seed).spec(neva)
+            for prefix in ("laver_head.", "laver_teacher.head."):
+                parameters |= _named(prefix, spec.head.build())
+            parameters["laver_teacher.center"] = torch.empty(spec.head.width)
+            if spec.mask_token_id is None:
+                parameters["laver_mask_token"] = torch.empty(spec.head.width)
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+
+def _named(prefix: str, module: Any) -> dict[str, Any]:
+    return {prefix + name: parameter for name, parameter in module.named_parameters()}
 
 
 def objective_callbacks(config: RunConfig) -> list[Any]:
     """The callbacks that decide what is optimised."""
     from nemo_pre.callbacks.step_planner import StepPlanner
 
-    callbacks: list[Any] = [StepPlanner()]
+    callbacks: list[Any] = [StepPlanner(config.objective.lm_weight)]
     if config.objective.pre.enabled:
         from nemo_pre.callbacks.pre import PReCallback
 
         callbacks.append(PReCallback(config.objective.pre, seed=config.seed))
+    if config.objective.laver.enabled:
+        from nemo_pre.callbacks.laver import LaVerCallback
+
+        callbacks.append(LaVerCallback(config.objective.laver, seed=config.seed))
     return callbacks
 
 
@@ -160,6 +176,14 @@ def run_callbacks(config: RunConfig) -> list[Any]:
 
     log_every, batch_size = config.trainer.log_every, config.trainer.global_batch_size
     callbacks = objective_callbacks(config)
+    if config.trainer.log_grad_norms_every:
+        from nemo_pre.callbacks.gradient_norms import GradientNormsCallback
+
+        callbacks.append(GradientNormsCallback(config.trainer.log_grad_norms_every))
+    if config.trainer.log_similarity_every:
+        from nemo_pre.callbacks.similarity import VisualSimilarityCallback
+
+        callbacks.append(VisualSimilarityCallback(config.trainer.log_similarity_every))
     callbacks.append(ProgressCallback(log_every, batch_size))
     callbacks.append(MetricsCallback(config.output_dir, log_every, batch_size))
     if config.trainer.val_samples > 0:

@@ -12,4 +12,5 @@ def groups() -> list[str]:
 
 def choices(group: str) -> list[str]:
     """The names that ``GROUP=`` accepts."""
-    return sorted(path.stem for path in (DIRECTORY / group).glob("*.yaml"))
+    folder = DIRECTORY / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))

@@ -2,11 +2,15 @@
 
 from typing import Any
 
-__all__ = ["PReCallback", "StepPlanner"]
+__all__ = ["LaVerCallback", "PReCallback", "StepPlanner"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: Lightning and torch are heavy, and some callbacks need neither NeMo nor Megatron.
+    if name == "LaVerCallback":
+        from nemo_pre.callbacks.laver import LaVerCallback
+
+        return LaVerCallback
     if name == "PReCallback":
         from nemo_pre.callbacks.pre import PReCallback
 

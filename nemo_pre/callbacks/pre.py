@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from nemo_pre.callbacks.layer_tap import LayerTap
-from nemo_pre.callbacks.step_planner import StepPlanner
+from nemo_pre.callbacks.step_planner import step_planner
 from nemo_pre.config.derived import target_layers
 from nemo_pre.config.schema import PReConfig
 from nemo_pre.losses import predictive_loss
@@ -54,7 +54,6 @@ class PReCallback(Callback):
         self._external: ExternalAnchor | None = None
         self._losses: dict[int, dict[int, Tensor]] = {}
         self._plan: StepPlan | None = None
-        self._weight = 0.0
 
     # --- installation -------------------------------------------------------------------------------------------
 
@@ -64,8 +63,10 @@ class PReCallback(Callback):
         neva.pre_heads = self.head_spec(neva)
         neva.ema_projector = self.config.ema_momentum is not None
         self.layers, self.anchor_width = neva.pre_heads.layers, neva.pre_heads.output_width
-        if not any(isinstance(callback, StepPlanner) for callback in trainer.callbacks):
-            trainer.callbacks.append(StepPlanner())
+        schedule, weight = self.config.schedule, self.config.weight
+        step_planner(trainer).terms["pre"] = lambda step: (
+            weight * ramp(schedule.kind, step, schedule.start, schedule.steps)
+        )
 
     def head_spec(self, neva: VisualNevaConfig) -> PredictionHeadSpec:
         """The heads this objective adds to a model.
@@ -162,12 +163,15 @@ class PReCallback(Callback):
     # --- one step -----------------------------------------------------------------------------------------------
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
-        schedule = self.config.schedule
-        factor = ramp(schedule.kind, step.trainer.global_step, schedule.start, schedule.steps)
-        self._weight = self.config.weight * factor
         self._losses = {number: {} for number in self.layers}
         for tap in self._taps:
             tap.start_step()
+
+    def forget_step(self) -> None:
+        """After a pass over the step's micro-batches that is not the step itself."""
+        assert self._exchange is not None
+        self._exchange.finish_step()
+        self.on_megatron_microbatches_start(None)
 
     def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], forward_callback: Any) -> None:
         self._plan = batch["micro_batch"].plan
@@ -233,7 +237,7 @@ class PReCallback(Callback):
 
         ranks = ps.get_data_parallel_world_size(with_context_parallel=True)
         divisor = gradient_divisor(plan, self._neva.calculate_per_token_loss, ranks)
-        weight = self._weight / len(self.layers)
+        weight = plan.weights["pre"] / len(self.layers)
         return auxiliary_loss_scale(weight, self._count(plan), divisor, self._neva.grad_scale_func)
 
     # --- after the step -----------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ class PReCallback(Callback):
         prefix = "" if not step.forward_only else "val/"
         logged = {f"{prefix}pre/loss": losses.mean(), f"{prefix}pre/cosine": -losses.mean()}
         if not step.forward_only:
-            logged["pre/weight"] = torch.tensor(self._weight)
+            logged["pre/weight"] = torch.tensor(self._plan.weights["pre"])
         if len(self.layers) > 1:
             logged |= {f"{prefix}pre/loss_layer_{n}": loss for n, loss in zip(self.layers, losses, strict=True)}
         for name, value in logged.items():

@@ -17,7 +17,14 @@ from lightning.pytorch.callbacks import Callback
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
 READABLE = {"reduced_train_loss": "lm/loss", "val_loss": "val/lm_loss"}
 COUNTERS = {"step", "global_step"}  # NeMo logs them as metrics
-SHOWN = {"lm/loss": "loss", "pre/cosine": "pre/cosine", "grad_norm": "grad_norm"}
+SHOWN = {
+    "lm/loss": "loss",
+    "pre/cosine": "pre/cosine",
+    "laver/mim": "mim",
+    "laver/gram": "gram",
+    "laver/similarity": "similarity",
+    "grad_norm": "grad_norm",
+}
 
 
 def logged_metrics(trainer: Any) -> dict[str, float]:
@@ -79,8 +86,8 @@ class ProgressCallback(Callback):
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         self._clock.start()
 
-    def on_megatron_step_end(self, step: Any, **_: Any) -> None:
-        self._sequence_length = step.seq_length
+    def on_megatron_microbatch_start(self, step: Any, batch: dict[str, Any], **_: Any) -> None:
+        self._sequence_length = batch["micro_batch"].plan.sequence_length
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self._clock.stop()
@@ -148,7 +155,7 @@ def progress_line(
     tokens_per_second: float,
     seconds_left: float,
 ) -> str:
-    """``tokens_per_second`` counts image tokens and padding, as the device does."""
+    """``tokens_per_second`` counts image tokens and padding of the samples, not what an objective runs beside them."""
     shown = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
     speed = [f"{samples_per_second:.3g} samples/s", f"{tokens_per_second:,.0f} tokens/s"]
     return " | ".join([f"step {step}/{max_steps}", *shown, *speed, f"ETA {duration(seconds_left)}"])

@@ -16,7 +16,15 @@ from nemo_pre.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
-TRAINING_ONLY = ("pre_heads.", "ema_projection.")
+# Of LaVer's teacher the head stands for the rest, which has the names and shapes of the language model's layers.
+TRAINING_ONLY = (
+    "pre_heads.",
+    "ema_projection.",
+    "laver_head.",
+    "laver_mask_token",
+    "laver_teacher.head.",
+    "laver_teacher.center",
+)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target
 from nemo_pre.config.memory import MemoryEstimate, estimate_memory
 from nemo_pre.config.presence import check_presence
 from nemo_pre.config.schema import PReConfig, RunConfig
+from nemo_pre.config.visual_checks import ignored_visual_options, visual_choices, visual_problems, visual_ranges
 from nemo_pre.launch import external_job, uses_gpu, visible_gpus
 from nemo_pre.optim import MODULE_RATES
 
@@ -38,7 +39,14 @@ class Report:
         sequence = " + SP" if layout.sequence and layout.tensor > 1 else ""
         pre = self.config.objective.pre
         layers = target_layers(pre, self.config.model.language.num_layers) if pre.enabled else ()
-        objective = f" + PRe at layer {', '.join(map(str, layers))}, weight {pre.weight:g}" if pre.enabled else ""
+        pre_term = f" + PRe at layer {', '.join(map(str, layers))}, weight {pre.weight:g}" if pre.enabled else ""
+        laver = self.config.objective.laver
+        laver_term = (
+            f" + LaVer, weights {laver.mim_weight:g} (masked prediction) and {laver.gram_weight:g} "
+            f"({'clipped ' if laver.gram_clipped else ''}Gram)"
+            if laver.enabled
+            else ""
+        )
         return "\n".join(
             [
                 f"run {self.config.name} -> {self.config.output_dir}",
@@ -49,7 +57,7 @@ class Report:
                 f"{trainer.micro_batch_size} on {layout.data} replica(s), {trainer.max_steps} steps",
                 f"  sequence    {self.config.data.sequence_length} tokens, "
                 f"{num_visual_tokens(self.config.model)} of them per image",
-                f"  objective   language model{objective}",
+                f"  objective   language model{pre_term}{laver_term}",
                 f"  data        {self.data}",
                 f"  memory      {self.memory.summary()}",
             ]
@@ -92,11 +100,13 @@ def _problems(config: RunConfig) -> Iterator[str]:
     """Every reason to refuse the run, the most basic first; later rules rely on the former."""
     yield from _choices(config)
     yield from _ranges(config)
+    yield from visual_ranges(config)
     yield from _model_shape(config)
     yield from _layout(config)
     yield from _sequence(config)
     yield from _batch(config)
     yield from _objective(config)
+    yield from visual_problems(config)
     yield from _machines(config)
 
 
@@ -119,6 +129,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
         ("objective.pre.anchor", pre.anchor, ("pre_llm", "pre_projector", "external")),
         ("objective.pre.head_activation", pre.head_activation, ("gelu", "relu", "silu")),
         ("objective.pre.schedule.kind", pre.schedule.kind, ("constant", "linear", "cosine")),
+        *visual_choices(config),
     ):
         if value not in choices:
             yield f"{name}={value} is unknown: choose one of {', '.join(choices)}."
@@ -338,17 +349,18 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
         yield "parallel.tensor is larger than cluster.devices_per_node: tensor parallelism across nodes is slow."
     if config.init_from and config.model.language.path:
         yield "model.language.path has no effect: the weights of init_from replace it."
-    yield from _ignored_pre_options(pre, optim.lr_heads)
+    yield from _ignored_pre_options(pre)
+    yield from ignored_visual_options(config)
+    if optim.lr_heads is not None and not (pre.enabled or config.objective.laver.enabled):
+        yield "optim.lr_heads has no effect without objective.pre or objective.laver."
 
 
-def _ignored_pre_options(pre: PReConfig, lr_heads: float | None) -> Iterator[str]:
+def _ignored_pre_options(pre: PReConfig) -> Iterator[str]:
     if not pre.enabled:
         default = PReConfig()
         changed = [f.name for f in dataclasses.fields(pre) if getattr(pre, f.name) != getattr(default, f.name)]
         if changed:
             yield f"objective.pre.{', '.join(changed)} have no effect with objective.pre.enabled=false."
-        if lr_heads is not None:
-            yield "optim.lr_heads has no effect with objective.pre.enabled=false."
         return
     if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
         yield (

@@ -55,6 +55,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         "embedding": optim.freeze_language,
         "output": optim.freeze_language,
         "heads": False,
+        "laver_head": False,
     }
     sharded = {"decoder", "embedding", "output"}  # by tensor parallelism; the others are replicated
     fullest_parameters, fullest_bytes = 0, 0
@@ -65,8 +66,11 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         if stage == layout.pipeline - 1:
             tied = config.model.language.tie_embeddings and layout.pipeline > 1
             here["output"] = parts["embedding"] if tied else parts["output"]
+            here["laver_head"] = parts["laver_head"]
         held = {name: n / (layout.tensor if name in sharded else 1) for name, n in here.items()}
         size = sum(n * _bytes_per_parameter(config, frozen[name]) for name, n in held.items())
+        if config.objective.laver.enabled:
+            size += (held["decoder"] + held.get("laver_head", 0)) * _bytes_of_teacher(config)
         if size > fullest_bytes:
             fullest_parameters, fullest_bytes = round(sum(held.values())), round(size)
     return MemoryEstimate(sum(parts.values()), fullest_parameters, fullest_bytes, _available(config))
@@ -88,6 +92,8 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
     head_width = max(1, round(width * pre.head_hidden_ratio))
     head = head_width * (width + 1) + anchor_width * (head_width + 1)
     num_heads = len(pre.layers) if pre.layers else 1
+    laver = config.objective.laver
+    laver_width = laver.head_hidden_width
     return {
         "vision": vision.num_layers * tower_layer + patch_embedding,
         "projector": width * (vision.hidden_size + 1) + width * (width + 1),
@@ -95,7 +101,15 @@ def count_parameters(config: RunConfig) -> dict[str, int]:
         "decoder": language.num_layers * (attention + bias + 3 * width * ffn + 2 * width) + width,
         "output": 0 if language.tie_embeddings else embedding,
         "heads": num_heads * head if pre.enabled else 0,
+        "laver_head": laver_width * (2 * width + laver_width + 2) if laver.enabled else 0,
     }
+
+
+def _bytes_of_teacher(config: RunConfig) -> float:
+    """A float32 average cut over data- and context-parallel ranks, and the copy that computes, if it stays."""
+    resident = config.objective.laver.teacher_memory == "resident"
+    weight = 2 if config.precision.name == "bf16" else 4
+    return 4 / (config.parallel.data * config.parallel.context) + (weight if resident else 0)
 
 
 def _bytes_per_parameter(config: RunConfig, frozen: bool) -> float:

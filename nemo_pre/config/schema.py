@@ -55,6 +55,10 @@ class ModelConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     projector: str = "mlp2x_gelu"
+    attention: str = "causal"  # causal | mixed (visual tokens of one image see each other both ways)
+    attention_backend: str = "auto"  # of mixed attention: auto | dense | flex (GPU only; what auto takes there)
+    rope: str = "1d"  # 1d | 2d (row and column of a patch) | mrope (Qwen2-VL's: time, row, column)
+    rope_sections: list[int] | None = None  # frequencies per axis; null: 2d alternates, mrope 2:3:3
     tokenizer: str | None = None  # HF tokenizer directory; null: the one that lies with the data
 
 
@@ -137,9 +141,44 @@ class PReConfig:
 
 
 @dataclass
+class LaVerConfig:
+    """Latent Visual Reconstruction (arXiv 2512.06281); the defaults are the preset ``objective=laver/paper``."""
+
+    enabled: bool = False
+    sequence: str = "images"  # what is masked: images (packed, each by itself) | whole (each sample again, with text)
+    mim_weight: float = 1.0
+    mim_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    gram_weight: float = 1.0
+    gram_schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mask_ratio: float = 0.05  # at the end of the schedule
+    mask_schedule: str = "cosine"  # cosine (from 0) | delayed (0 for an eighth of the run) | constant
+    mask_sampling: str = "bernoulli"  # bernoulli | count (floor(ratio x tokens) of each image)
+    mask_token: str = "learned"  # what the student sees in a masked place: learned (a vector) | embedding (a word's)
+    mask_token_id: int | None = None  # the word of mask_token=embedding
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    centring: bool = False  # subtract a running mean from the teacher's logits
+    center_momentum: float = 0.9
+    mim_reduction: str = "global"  # mean over masked tokens: global | micro_batch (mean of micro-batches' means)
+    gram_clipped: bool = True
+    gram_scope: str = "image"  # image | micro_batch (all visual tokens of a micro-batch together)
+    gram_positions: str = "all"  # all | masked
+    head_hidden_width: int = 2048
+    momentum: float = 0.999  # of the teacher's average; where a schedule starts
+    momentum_schedule: str = "constant"  # constant | cosine (to 1)
+    update_every: int = 1  # optimizer steps between two updates of the teacher
+    update_fraction: float | None = None  # the same as a fraction of max_steps; goes before update_every
+    teacher_memory: str = "resident"  # resident (a copy in the weights' dtype) | gathered (layer by layer)
+
+
+@dataclass
 class ObjectiveConfig:
+    """L = lm_weight L_LM + pre.weight L_PRe + laver.mim_weight L_MIM + laver.gram_weight L_CGA."""
+
     name: str = "none"
+    lm_weight: float = 1.0
     pre: PReConfig = field(default_factory=PReConfig)
+    laver: LaVerConfig = field(default_factory=LaVerConfig)
 
 
 @dataclass
@@ -148,6 +187,8 @@ class TrainerConfig:
     global_batch_size: int = MISSING  # samples
     micro_batch_size: int = MISSING  # samples
     log_every: int = 1  # steps
+    log_grad_norms_every: int | None = None  # steps; gradient norm of each loss term, at a backward pass per term
+    log_similarity_every: int | None = None  # steps; mean cosine between an image's visual tokens, layer by layer
     val_every: int | None = None  # steps; null: at the end only
     val_samples: int = 256  # scenes whose answers are generated for exact match
     checkpoint_every: int | None = None  # steps; null: at the end only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
-from nemo_pre.config.derived import padded_vocab_size
+from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size
 from nemo_pre.config.schema import ModelConfig, RunConfig
 from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.seeding import seeded
@@ -37,8 +38,9 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     On a GPU with Transformer Engine the layers are its own, and fused; elsewhere they are Megatron's, unfused.
     """
     fused = on_gpu and importlib.util.find_spec("transformer_engine") is not None
-    language = _language_config(config, fused)
+    language = _language_config(config, fused, on_gpu)
     vision = config.model.vision
+    head_width = config.model.language.hidden_size // config.model.language.num_attention_heads
     backend: dict[str, Any] = {} if fused else dict(TRANSFORMER_CONFIG)
     interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
@@ -65,6 +67,9 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
             params_dtype=torch.float32,
             **backend,
         ),
+        mixed_attention=config.model.attention == "mixed",
+        rope=config.model.rope,
+        rope_axes=axis_of_frequency(config.model.rope, config.model.rope_sections, head_width // 2),
         vision_feature_layer=vision.feature_layer,
         drop_vision_class_token=vision.drop_class_token,
         # A former stage's checkpoint has the language model's weights too.
@@ -79,7 +84,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     )
 
 
-def _language_config(config: RunConfig, fused: bool) -> GPTConfig:
+def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
     model: ModelConfig = config.model
     language = model.language
     family: type[GPTConfig] = {"llama": LlamaConfig, "qwen2": Qwen2Config}[language.family]
@@ -98,18 +103,33 @@ def _language_config(config: RunConfig, fused: bool) -> GPTConfig:
         # Megatron then divides the summed loss by the global number of loss tokens, whatever the layout.
         calculate_per_token_loss=True,
         params_dtype=torch.float32,
-        transformer_layer_spec=_layer_spec(config, fused),
+        transformer_layer_spec=_layer_spec(config, fused, on_gpu),
         **_recompute_options(config),
         **({} if fused else TRANSFORMER_CONFIG),
     )
 
 
-def _layer_spec(config: RunConfig, fused: bool) -> Any:
+def _layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:
+    plain = default_layer_spec if fused else local_layer_spec
+    if config.model.attention == "mixed":
+        return partial(_mixed_attention_layer_spec, plain=plain, backend=attention_backend(config, on_gpu))
     if fused:
         return default_layer_spec
     if config.parallel.context > 1:
         return _gathered_attention_layer_spec
     return local_layer_spec
+
+
+def attention_backend(config: RunConfig, on_gpu: bool) -> str:
+    """The backend of mixed attention: FlexAttention's kernels on a GPU, the dense mask elsewhere."""
+    backend = config.model.attention_backend
+    return ("flex" if on_gpu else "dense") if backend == "auto" else backend
+
+
+def _mixed_attention_layer_spec(config: GPTConfig, plain: Any, backend: str) -> Any:
+    from nemo_pre.neva.mixed_attention import with_mixed_attention
+
+    return with_mixed_attention(plain(config), backend)
 
 
 def _gathered_attention_layer_spec(config: GPTConfig) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_pre.neva.seeding import seeded
@@ -59,3 +60,38 @@ def sum_gradients_over_tensor_parallel(module: nn.Module) -> None:
     parameter: torch.nn.Parameter
     for parameter in module.parameters():
         parameter.sequence_parallel = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class ReconstructionHeadSpec:
+    """Shape of LaVer's visual head V_psi: ``width -> hidden -> hidden -> width``.
+
+    Source: "3-layer MLP" (arXiv 2512.06281); hidden width 2048, GELU, last layer without bias and Kaiming-normal
+    weights are the released code's.
+    """
+
+    width: int
+    hidden_width: int
+    seed: int
+
+    def build(self) -> ReconstructionHead:
+        with seeded(self.seed, "laver_head"):
+            return ReconstructionHead(self)
+
+
+class ReconstructionHead(nn.Module):
+    """``fc3(gelu(fc2(gelu(fc1(x)))))`` on ``[n, width]``, replicated over tensor-parallel ranks."""
+
+    def __init__(self, spec: ReconstructionHeadSpec) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(spec.width, spec.hidden_width)
+        self.fc2 = nn.Linear(spec.hidden_width, spec.hidden_width)
+        self.fc3 = nn.Linear(spec.hidden_width, spec.width, bias=False)
+        for layer in (self.fc1, self.fc2, self.fc3):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, visual_tokens: Tensor) -> Tensor:
+        hidden = visual_tokens.to(self.fc1.weight.dtype)
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(hidden)))))

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_pre.objective import StepPlan
+from nemo_pre.parallel.branch_tokens import BranchTokens, branch_tokens
 from nemo_pre.parallel.sequence_layout import LocalVisualTokens, SequenceLayout, local_positions, local_visual_tokens
+from nemo_pre.parallel.token_streams import DecoderStreams, StreamShape, VisualBranch, decoder_streams
 
 
 @dataclass(frozen=True)
@@ -16,34 +18,55 @@ class MicroBatch:
 
     Attributes:
         index: the micro-batch's number in the step; the same on every stage and virtual stage.
-        plan: the step's global counts.
+        plan: the step's global counts and weights.
         layout: the combined sequence; on the CPU until :meth:`on_this_rank`.
-        local: the visual tokens in this rank's shard of the sequence; set by :meth:`on_this_rank`.
+        branch: LaVer's second sequence, or None; stays on the CPU.
+
+    Set by :meth:`on_this_rank`:
+
+    Attributes:
+        local: the visual tokens in this rank's shard of the combined sequence.
+        branch_tokens: the visual tokens of the branch, here and of the images this rank compares.
+        streams: what the decoder is told of the tokens of both sequences; None for plain NeVA.
+        teacher_streams: the same of the branch alone.
     """
 
     index: int
     plan: StepPlan
     layout: SequenceLayout
+    branch: VisualBranch | None = None
     local: LocalVisualTokens | None = None
+    branch_tokens: BranchTokens | None = None
+    streams: DecoderStreams | None = None
+    teacher_streams: DecoderStreams | None = None
 
-    def on_this_rank(self, sequence_parallel: bool) -> MicroBatch:
-        """With the shard selected on the CPU, where it costs no synchronisation, and everything on the device."""
+    def on_this_rank(self, shape: StreamShape, tp_rank: int, plain: bool) -> MicroBatch:
+        """With everything worked out on the CPU, where it costs no synchronisation, and moved to the device.
+
+        Args:
+            shape: how tokens attend and are cut.
+            tp_rank: this rank's place in sequence parallelism, 0 without it.
+            plain: the decoder works its own causal mask and positions out.
+        """
         import torch
-        from megatron.core import parallel_state as ps
+
+        device = torch.cuda.current_device()
 
         positions_L = local_positions(
-            self.layout.sequence_length,
-            tp_size=ps.get_tensor_model_parallel_world_size() if sequence_parallel else 1,
-            tp_rank=ps.get_tensor_model_parallel_rank() if sequence_parallel else 0,
-            cp_size=ps.get_context_parallel_world_size(),
-            cp_rank=ps.get_context_parallel_rank(),
+            self.layout.sequence_length, shape.tp_size, tp_rank, shape.cp_size, shape.cp_rank
         )
         local = local_visual_tokens(self.layout, positions_L)
-        device = torch.cuda.current_device()
-        moved = LocalVisualTokens(
-            *(tensor.to(device, non_blocking=True) for tensor in (local.position, local.source, local.image))
+        branch, num_tiles = self.branch, self.layout.num_tiles
+        return replace(
+            self,
+            layout=self.layout.to(device),
+            local=LocalVisualTokens(
+                *(tensor.to(device, non_blocking=True) for tensor in (local.position, local.source, local.image))
+            ),
+            branch_tokens=branch_tokens(branch, shape, tp_rank).to(device) if branch else None,
+            streams=None if plain else decoder_streams(self.layout, branch, num_tiles, shape).to(device),
+            teacher_streams=decoder_streams(None, branch, num_tiles, shape).to(device) if branch else None,
         )
-        return replace(self, layout=self.layout.to(device), local=moved)
 
 
 def raw_batch(item: Any) -> dict[str, Any]:

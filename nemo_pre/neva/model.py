@@ -23,11 +23,22 @@ from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, Nev
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
-from nemo_pre.neva.heads import PredictionHeadSpec, sum_gradients_over_tensor_parallel
+from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
 from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
+from nemo_pre.neva.rotary import VisualRotaryEmbedding
+from nemo_pre.neva.seeding import seeded
+from nemo_pre.neva.teacher import Teacher
 from nemo_pre.neva.vision import freeze_unused_layers
 from nemo_pre.objective import StepPlan
-from nemo_pre.parallel.sequence_layout import combined_lengths, expand_labels, sequence_layout
+from nemo_pre.parallel.auxiliary_gradient import scale_gradient
+from nemo_pre.parallel.sequence_layout import (
+    SequenceLayout,
+    combined_lengths,
+    expand_labels,
+    local_positions,
+    sequence_layout,
+)
+from nemo_pre.parallel.token_streams import StreamShape
 
 
 @dataclass
@@ -45,21 +56,63 @@ class VisualTokens:
     images: Tensor | None
 
 
+@dataclass
+class BranchStates:
+    """The branch's final hidden states on the last stage, after the final norm, ``[L * B, d]`` of this rank's shard.
+
+    Attributes:
+        student: of the masked branch, with a graph.
+        teacher: of the unmasked branch through the teacher.
+    """
+
+    student: Tensor
+    teacher: Tensor
+
+
 MicroBatchListener = Callable[[MicroBatch], None]
 VisualTokensListener = Callable[["MCoreVisualNevaModel", MicroBatch, VisualTokens], None]
+BranchListener = Callable[["MCoreVisualNevaModel", MicroBatch, BranchStates, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ReconstructionSpec:
+    """What LaVer adds to the model.
+
+    Attributes:
+        head: the visual head on the last stage.
+        mask_token_id: the row of the word embedding that stands for a masked token; None: a learnable vector.
+        teacher_memory: see :class:`nemo_pre.neva.teacher.Teacher`.
+    """
+
+    head: ReconstructionHeadSpec
+    mask_token_id: int | None
+    teacher_memory: str
 
 
 @dataclass
 class VisualNevaConfig(NevaConfig):
-    """NeVA's config plus the heads that training adds.
+    """NeVA's config, how visual tokens attend and are placed, and the heads that training adds.
 
     Attributes:
+        mixed_attention: visual tokens of an image see each other both ways (the layers' spec must have it).
+        rope: ``1d``, ``2d`` or ``mrope``, see :mod:`nemo_pre.parallel.rotary_positions`.
+        rope_axes: see :func:`nemo_pre.config.derived.axis_of_frequency`.
         pre_heads: prediction heads of PRe; None builds none.
         ema_projector: keep a moving average of the projector beside it (PRe's moving anchor).
+        laver: LaVer's mask token, head and teacher; None builds none.
     """
 
+    mixed_attention: bool = False
+    rope: str = "1d"
+    rope_axes: list[int] | None = None
     pre_heads: PredictionHeadSpec | None = None
     ema_projector: bool = False
+    laver: ReconstructionSpec | None = None
+
+    @property
+    def explicit_positions(self) -> bool:
+        """Whether every token is told its rotary position; otherwise Megatron counts."""
+        return self.rope != "1d" or self.laver is not None
 
     def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
         if self.encoder_pipeline_model_parallel_size:
@@ -83,6 +136,12 @@ class VisualNevaConfig(NevaConfig):
             "context_parallel_size",
         ):
             setattr(language, name, getattr(self, name))
+        if self.laver is not None and not self.mixed_attention:
+            raise ValueError("objective.laver needs attention that keeps images apart: set model.attention=mixed.")
+        if self.explicit_positions:
+            # Megatron's name for positions that are given; how they turn heads is VisualRotaryEmbedding's business.
+            language.position_embedding_type, language.mrope_section = "mrope", []
+            language.apply_rope_fusion = False  # the fused kernel knows one sequence of positions for all rows
         language.scatter_embedding_sequence_parallel = False
         self.vision_projection_config.tensor_model_parallel_size = self.tensor_model_parallel_size
 
@@ -109,6 +168,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     Attributes:
         on_micro_batch: called when a micro-batch enters this chunk.
         on_visual_tokens: called on the first stage with each micro-batch's visual tokens.
+        on_branch: called on the last stage with the branch's final states and the chunk's output, which they return.
         micro_batch: the micro-batch of the latest forward pass.
         observed: whether listeners and taps see forward passes; see :func:`unobserved`.
     """
@@ -117,6 +177,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         super().__init__(config=config, **kwargs)
         self.on_micro_batch: list[MicroBatchListener] = []
         self.on_visual_tokens: list[VisualTokensListener] = []
+        self.on_branch: list[BranchListener] = []
         self.micro_batch: MicroBatch | None = None
         self.observed = True
         if self.add_encoder:
@@ -126,6 +187,32 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             self.ema_projection.load_state_dict(self.vision_projection.state_dict())
         if config.pre_heads is not None:
             self._add_pre_heads(config.pre_heads, config.sequence_parallel)
+        if config.explicit_positions:
+            self._place_tokens(config)
+        self._branch_output: Tensor | None = None
+        if config.laver is not None:
+            self._add_laver(config.laver, config.sequence_parallel)
+
+    def _place_tokens(self, config: VisualNevaConfig) -> None:
+        language = config.language_transformer_config
+        axes = config.rope_axes or [0] * (language.kv_channels // 2)
+        self.language_model.rotary_pos_emb = VisualRotaryEmbedding(language.kv_channels, language.rotary_base, axes)
+
+    def _add_laver(self, spec: ReconstructionSpec, sequence_parallel: bool) -> None:
+        if self.pre_process and spec.mask_token_id is None:
+            width = self.config.language_transformer_config.hidden_size
+            # As small as a word's embedding: what a masked token says is that it says nothing.
+            self.laver_mask_token = nn.Parameter(torch.zeros(width))
+            with seeded(spec.head.seed, "laver_mask_token"):
+                nn.init.normal_(self.laver_mask_token, std=self.config.language_transformer_config.init_method_std)
+        if self.post_process:
+            self.laver_head = spec.head.build()
+            if sequence_parallel:
+                sum_gradients_over_tensor_parallel(self.laver_head)
+        self.laver_teacher = Teacher(
+            self.language_model, spec.head if self.post_process else None, spec.teacher_memory
+        )
+        self.language_model.decoder.register_forward_hook(self._set_branch_aside)
 
     def _add_pre_heads(self, spec: PredictionHeadSpec, sequence_parallel: bool) -> None:
         own_layers = {layer.layer_number for layer in self.language_model.decoder.layers}
@@ -171,30 +258,105 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         """
         if micro_batch is None:
             micro_batch = self.lay_out(input_ids, num_image_tiles)
-        self.micro_batch = micro_batch = micro_batch.on_this_rank(self.sequence_parallel_lm)
+        self.micro_batch = micro_batch = self._on_this_rank(micro_batch)
         for enter in self.on_micro_batch if self.observed else ():
             enter(micro_batch)
 
-        decoder_input = self._embed(input_ids, position_ids, images, micro_batch) if self.pre_process else None
+        student, teacher = self._enter_chunk(input_ids, position_ids, images, micro_batch)
+        if teacher is not None:
+            teacher = self._run_teacher(teacher, micro_batch)
         has_labels = self.post_process and labels is not None and loss_mask is not None
         if has_labels:
             labels, loss_mask = expand_labels(micro_batch.layout, labels, loss_mask, IGNORE_INDEX)
-        if self.context_parallel_lm > 1 or self.sequence_parallel_lm:
-            decoder_input, labels, loss_mask, _ = self._process_embedding_token_parallel(
-                decoder_input, labels if has_labels else None, loss_mask if has_labels else None, None
-            )
+            if self.context_parallel_lm > 1:
+                labels, loss_mask = self._context_shard(labels), self._context_shard(loss_mask)
+        streams = micro_batch.streams
         output = self.language_model(
             input_ids=None,
-            position_ids=None,
-            attention_mask=attention_mask,
-            decoder_input=decoder_input,
+            position_ids=streams.positions_3BQ if streams is not None else None,
+            attention_mask=streams.structure_BK3 if streams is not None else attention_mask,
+            decoder_input=student,
             labels=labels if has_labels else None,
             runtime_gather_output=runtime_gather_output,
         )
+        if teacher is not None:
+            output = self._leave_chunk(output, teacher, micro_batch)
         if not has_labels:
             return output
         assert loss_mask is not None
-        return output, loss_mask.contiguous()
+        return scale_gradient(output, micro_batch.plan.weights.get("lm", 1.0)), loss_mask.contiguous()
+
+    def _on_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
+        sequence_parallel = self.sequence_parallel_lm
+        side = round(self.tile_tokens**0.5)
+        shape = StreamShape(
+            mixed_attention=self.config.mixed_attention,
+            rope=self.config.rope,
+            tile_grid=(side, side),
+            tp_size=ps.get_tensor_model_parallel_world_size() if sequence_parallel else 1,
+            cp_size=ps.get_context_parallel_world_size(),
+            cp_rank=ps.get_context_parallel_rank(),
+        )
+        tp_rank = ps.get_tensor_model_parallel_rank() if sequence_parallel else 0
+        plain = not (self.config.explicit_positions or self.config.mixed_attention)
+        return micro_batch.on_this_rank(shape, tp_rank, plain)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """What the former stage sent; it is taken apart when the micro-batch is known."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _enter_chunk(
+        self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """This rank's decoder input for the student (on later stages left with the decoder) and the teacher."""
+        if self.pre_process:
+            samples, masked, unmasked = self._embed(input_ids, position_ids, images, micro_batch)
+            student = self._shard(samples)
+            if masked is not None:
+                student = torch.cat([student, self._shard(masked)])
+            return student, None if unmasked is None else self._shard(unmasked)
+        received, teacher = self._received, None
+        if micro_batch.branch is not None:
+            assert micro_batch.streams is not None
+            student_length = sum(micro_batch.streams.lengths)
+            received, teacher = received[:student_length], received[student_length:].detach()
+        self.language_model.set_input_tensor(received)
+        return None, teacher
+
+    def _run_teacher(self, branch: Tensor, micro_batch: MicroBatch) -> Tensor:
+        streams = micro_batch.teacher_streams
+        assert streams is not None
+        rotary = self.language_model.rotary_pos_emb(streams.positions_3BQ)
+        return self.laver_teacher(branch, streams.structure_BK3, rotary)
+
+    def _set_branch_aside(self, decoder: nn.Module, _: Any, output: Tensor) -> Tensor:
+        """After the last decoder layer: words are predicted for the samples alone."""
+        assert self.micro_batch is not None
+        if not self.post_process or self.micro_batch.branch is None:
+            return output
+        assert self.micro_batch.streams is not None
+        samples, branch = output.split(list(self.micro_batch.streams.lengths))
+        self._branch_output = branch
+        return samples
+
+    def _leave_chunk(self, output: Tensor, teacher: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """To the next stage goes the teacher's branch too; on the last the listeners see both."""
+        if not self.post_process:
+            return torch.cat([output, teacher])
+        assert self._branch_output is not None
+        states = BranchStates(self._branch_output.flatten(0, 1), teacher.flatten(0, 1))
+        self._branch_output = None
+        for receive in self.on_branch if self.observed else ():
+            output = receive(self, micro_batch, states, output)
+        return output
+
+    def _context_shard(self, tokens_BS: Tensor) -> Tensor:
+        positions = local_positions(tokens_BS.shape[1], 1, 0, self.context_parallel_lm, ps.get_context_parallel_rank())
+        return tokens_BS[:, positions.to(tokens_BS.device)]
+
+    def _shard(self, hidden_states: Tensor) -> Tensor:
+        """This rank's part of a whole sequence ``[S, B, d]``."""
+        return self._process_embedding_token_parallel(hidden_states, None, None, None)[0]
 
     def lay_out(self, input_ids: Tensor, num_image_tiles: list[int] | None) -> MicroBatch:
         """A micro-batch by itself, for inference and evaluation outside a planned step."""
@@ -212,29 +374,42 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         factor, _ = self._get_shard_factor(None)
         return min(-(-longest // factor) * factor, self._language_max_sequence_length)
 
+    def sharded_length(self, longest: int) -> int:
+        """``longest`` rounded up so that every rank of sequence and context parallelism has the same share, at least
+        one token."""
+        factor, _ = self._get_shard_factor(None)
+        return max(-(-longest // factor), 1) * factor
+
     def _embed(
         self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch
-    ) -> Tensor:
-        """Decoder input ``[S, B, d]``: text embeddings and visual tokens at their places, zeros at padding."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings ``[S, B, d]`` of the samples, of the branch as the student sees it, and as the teacher does."""
         text_BTd = self.language_model.embedding(
             input_ids=input_ids.clamp(min=0), position_ids=position_ids
         ).transpose(0, 1)
-        layout = micro_batch.layout
-        batch, _, width = text_BTd.shape
-        combined = text_BTd.new_zeros(batch, layout.sequence_length, width)
-
-        row, column = torch.where(layout.text_source_BS >= 0)
-        combined[row, column] = text_BTd[row, layout.text_source_BS[row, column]]
         if images is not None and len(images) > 0:
             visual = self._encode(images)
-            row, column = torch.where(layout.visual_source_BS >= 0)
-            combined[row, column] = visual.tokens[layout.visual_source_BS[row, column]].to(combined.dtype)
         else:
-            visual = self._no_visual_tokens(width)
-            combined = combined + self._zero_from_vision()
+            visual = self._no_visual_tokens(text_BTd.shape[2])
+            text_BTd = text_BTd + self._zero_from_vision()
+        samples = _combine(micro_batch.layout, text_BTd, visual.tokens)
+        masked = unmasked = None
+        if micro_batch.branch is not None:
+            branch = micro_batch.branch.layout.to(text_BTd.device)
+            whole = _combine(branch, text_BTd, visual.tokens)
+            hidden_BS = micro_batch.branch.masked_BS.to(whole.device, non_blocking=True)
+            masked = torch.where(hidden_BS[..., None], self._mask_token(), whole).transpose(0, 1).contiguous()
+            unmasked = whole.detach().transpose(0, 1).contiguous()
         for receive in self.on_visual_tokens if self.observed else ():
             receive(self, micro_batch, visual)
-        return combined.transpose(0, 1).contiguous()
+        return samples.transpose(0, 1).contiguous(), masked, unmasked
+
+    def _mask_token(self) -> Tensor:
+        spec = self.config.laver
+        if spec.mask_token_id is None:
+            return self.laver_mask_token
+        row = torch.tensor([[spec.mask_token_id]], device=torch.cuda.current_device())
+        return self.language_model.embedding(input_ids=row, position_ids=None)[0, 0]
 
     def _encode(self, images: Tensor) -> VisualTokens:
         pixels = images.to(next(self.vision_model.parameters()).dtype)
@@ -256,6 +431,16 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         parameters = [*self.vision_model.parameters(), *self.vision_projection.parameters()]
         zeros = [parameter.reshape(-1)[0] * 0 for parameter in parameters if parameter.requires_grad]
         return torch.stack(zeros).sum() if zeros else torch.zeros((), device=parameters[0].device)
+
+
+def _combine(layout: SequenceLayout, text_BTd: Tensor, visual_tokens: Tensor) -> Tensor:
+    """Text and visual tokens at their places ``[B, S, d]``, zeros at padding."""
+    combined = text_BTd.new_zeros(len(text_BTd), layout.sequence_length, text_BTd.shape[2])
+    row, column = torch.where(layout.text_source_BS >= 0)
+    combined[row, column] = text_BTd[row, layout.text_source_BS[row, column]]
+    row, column = torch.where(layout.visual_source_BS >= 0)
+    combined[row, column] = visual_tokens[layout.visual_source_BS[row, column]].to(combined.dtype)
+    return combined
 
 
 class VisualNevaModel(NevaModel):

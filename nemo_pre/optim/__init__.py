@@ -12,6 +12,8 @@ MODULE_RATES = {
     "vision_projection.": "lr_projector",
     "language_model.": "lr_language",
     "pre_heads.": "lr_heads",
+    "laver_head.": "lr_heads",
+    "laver_mask_token": "lr_heads",
 }
 
 

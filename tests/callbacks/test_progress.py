@@ -56,7 +56,8 @@ def run(monkeypatch: pytest.MonkeyPatch, stream: Any, steps: int = 6, log_every:
     progress.on_train_start(trainer, None)
     for step in range(1, steps + 1):
         progress.on_train_batch_start(trainer)
-        progress.on_megatron_step_end(SimpleNamespace(seq_length=96), microbatch_outputs=None, reduced=None)
+        micro_batch = SimpleNamespace(plan=SimpleNamespace(sequence_length=96))
+        progress.on_megatron_microbatch_start(None, {"micro_batch": micro_batch}, forward_callback=None)
         trainer.global_step = step
         progress.on_train_batch_end(trainer)
     progress.say("validated")

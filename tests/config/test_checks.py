@@ -143,7 +143,7 @@ WARNED = [
         "optim.lr_vision has no effect with optim.freeze_vision=true.",
     ),
     (["objective.pre.weight=0.7"], "objective.pre.weight have no effect with objective.pre.enabled=false."),
-    (["optim.lr_heads=1e-4"], "optim.lr_heads has no effect with objective.pre.enabled=false."),
+    (["optim.lr_heads=1e-4"], "optim.lr_heads has no effect without objective.pre or objective.laver."),
     (
         ["objective=pre", "objective.pre.external_path=x"],
         "objective.pre.external_path and external_image_size have no effect with objective.pre.anchor=pre_llm.",

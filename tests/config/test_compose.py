@@ -23,7 +23,9 @@ def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(
 
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_pre_is_on_exactly_where_the_name_says_so(name):
-    assert compose_run([f"experiment={name}"]).objective.pre.enabled == name.endswith("_pre")
+    objective = compose_run([f"experiment={name}"]).objective
+    assert objective.pre.enabled == ("pre" in re.split("[-_]", name))
+    assert objective.laver.enabled == (name.startswith("digits-") or "laver_stage2" in name)
 
 
 def test_every_layout_composes_and_its_name_states_its_ranks():
@@ -77,7 +79,7 @@ def test_a_learning_rate_of_zero_stays_zero():
         (["foo=1"], "There is no option foo: "),
         (["experiment=digits_tiny", "model.vision.nope=1"], "There is no option model.vision.nope: "),
         (["experiment=digits_tiny", "+trainer.nope=1"], "There is no option trainer.nope: "),
-        (["experiment=nope"], "experiment=nope does not exist: choose one of digits_tiny, "),
+        (["experiment=nope"], "experiment=nope does not exist: choose one of digits-laver, "),
         (["parallel=tp3"], "parallel=tp3 does not exist: choose one of cp2, "),
         (["experiment=digits_tiny", "trainer.max_steps=many"], "trainer.max_steps has a value that does not fit: "),
         (["experiment=digits_tiny", "parallel.sequence=maybe"], "parallel.sequence has a value that does not fit: "),

@@ -21,13 +21,16 @@ class Job:
 
     Attributes:
         parallel: fields of ParallelConfig.
-        pre: fields of PReConfig; None runs plain NeVA.
+        pre: fields of PReConfig; None runs without PRe.
+        laver: fields of LaVerConfig; None runs without LaVer.
+        model: fields of ModelConfig (attention, rope).
         steps: the data; every step sees the same weights.
         state: the whole model's weights.
+        teacher: the weights of LaVer's teacher, named as the student's.
         language: fields of LanguageConfig that differ from the tiny model's.
         max_length: where sequences are cut.
         settings: attributes of NeVA's and the language model's config, over what the product sets.
-        pre_gradient_factor: multiplies PRe's injected gradient: what the tests must notice.
+        gradient_factor: multiplies injected gradients: what the tests must notice.
     """
 
     parallel: dict[str, Any]
@@ -38,7 +41,10 @@ class Job:
     language: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    pre_gradient_factor: float = 1.0
+    gradient_factor: float = 1.0
+    laver: dict[str, Any] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
@@ -50,10 +56,14 @@ class Job:
 
 @dataclass
 class StepRecord:
-    """What a rank saw of one step: the logged metrics and its shards of the gradient."""
+    """What a rank saw of one step: the logged metrics, its shards of the gradient, and what LaVer masked.
+
+    ``masks`` has one mask of visual tokens for every micro-batch.
+    """
 
     metrics: dict[str, float]
     gradients: list[Any]
+    masks: list[Tensor] = field(default_factory=list)
 
 
 def train(job: Job) -> list[StepRecord]:
@@ -61,8 +71,7 @@ def train(job: Job) -> list[StepRecord]:
     from nemo_pre.compat import cpu_backend
 
     cpu_backend.apply()
-    from nemo_pre.callbacks import PReCallback, StepPlanner
-    from nemo_pre.train import build_model, build_trainer
+    from nemo_pre.train import build_model, build_trainer, objective_callbacks
     from tests.parity.shape import tiny_run
 
     micro_batches = job.steps[0][0]
@@ -75,28 +84,30 @@ def train(job: Job) -> list[StepRecord]:
         max_steps=len(job.steps),
         precision=job.precision,
         language=job.language,
+        laver=job.laver,
+        model=job.model,
     )
     if job.max_length is not None:
         run.data.sequence_length = job.max_length
-    recorder = build_recorder(job.state)
-    callbacks = [StepPlanner(), recorder]
-    if job.pre is not None:
-        callbacks.insert(1, PReCallback(run.objective.pre, seed=run.seed))
+    recorder = build_recorder(job.state, job.teacher)
+    callbacks = [*objective_callbacks(run), recorder]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
     model = build_model(run, on_gpu=False)
     for name, value in job.settings.items():
         for config in (model.config, model.config.language_transformer_config):
             assert hasattr(config, name), name
             setattr(config, name, value)
-    if job.pre_gradient_factor != 1.0:
-        spoil_gradient(job.pre_gradient_factor)
+    if job.gradient_factor != 1.0:
+        spoil_gradient(job.gradient_factor)
     trainer.fit(model, build_data(job, run))
     return recorder.records
 
 
-def build_recorder(state: dict[str, Tensor]) -> Any:
+def build_recorder(state: dict[str, Tensor], teacher: dict[str, Tensor]) -> Any:
     from lightning.pytorch.callbacks import Callback
 
+    from nemo_pre.callbacks.step_planner import step_planner
+    from nemo_pre.neva.micro_batch import raw_batch
     from nemo_pre.neva.model import model_chunks
     from tests.ranks.sharded import gather_gradients, gradient_shards, load_full
 
@@ -107,13 +118,20 @@ def build_recorder(state: dict[str, Tensor]) -> Any:
             self.records: list[StepRecord] = []
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            load_full(model_chunks(trainer), state)
+            chunks = model_chunks(trainer)
+            if teacher:
+                load_full(chunks, {**state, **teacher})
+                for chunk in chunks:
+                    chunk.laver_teacher.update(0.0)  # it is the student now
+            load_full(chunks, state)
             for optimizer in trainer.optimizers:
                 optimizer.mcore_optimizer.reload_model_params()
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             gather_gradients([chunk.module for chunk in trainer.strategy.megatron_parallel])
-            self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer))))
+            planned = [raw_batch(item)["micro_batch"] for item in step_planner(trainer).items]
+            masks = [micro_batch.branch.masked_N for micro_batch in planned if micro_batch.branch is not None]
+            self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer)), masks))
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -154,7 +172,9 @@ def build_data(job: Job, run: Any) -> Any:
 
 def spoil_gradient(factor: float) -> None:
     """Make the injected gradient wrong, to see that the comparison notices."""
+    import nemo_pre.callbacks.laver as laver
     import nemo_pre.callbacks.pre as pre
 
     right = pre.auxiliary_loss_scale
-    pre.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)
+    for module in (pre, laver):
+        module.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 from nemo_pre.config.schema import (
     DataConfig,
     LanguageConfig,
+    LaVerConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -28,8 +29,10 @@ def tiny_run(
     max_steps: int,
     precision: str = "fp32",
     language: dict[str, Any] | None = None,
+    laver: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A run of ``max_steps`` steps; ``pre`` holds PReConfig's fields; None switches PRe off."""
+    """A run of ``max_steps`` steps; ``pre`` and ``laver`` hold their configs' fields; None switches the term off."""
     from tests.reference import tiny
 
     vision = tiny.VISION
@@ -61,12 +64,17 @@ def tiny_run(
                     **(language or {}),
                 }
             ),
+            **(model or {}),
         ),
         data=DataConfig(name="parity", path="unused", sequence_length=tiny.MAX_LENGTH),
         parallel=ParallelConfig(**{"distributed_optimizer": False, **parallel}),
         precision=PrecisionConfig(name=precision),
         optim=OptimConfig(lr=1e-3, warmup_ratio=0.0),
-        objective=ObjectiveConfig(name="pre", pre=PReConfig(enabled=pre is not None, **(pre or {}))),
+        objective=ObjectiveConfig(
+            name="pre",
+            pre=PReConfig(enabled=pre is not None, **(pre or {})),
+            laver=LaVerConfig(enabled=laver is not None, **(laver or {})),
+        ),
         trainer=TrainerConfig(
             max_steps=max_steps,
             global_batch_size=num_microbatches * micro_batch_size * data,

@@ -215,7 +215,7 @@ def test_an_auxiliary_gradient_wrong_by_a_factor_of_two_is_noticed_in_every_para
     doubled = oracle(job.state, replace(config, pre_weight=2 * config.pre_weight), job.steps[0])
     reached = {name for name, g in expected["grads"].items() if not torch.equal(g, doubled["grads"][name])}
     zero_in_theory = {name for name in reached if name.endswith("k_proj.bias")}
-    wrong = disagreements(run(replace(job, pre_gradient_factor=2.0))[0], expected)
+    wrong = disagreements(run(replace(job, gradient_factor=2.0))[0], expected)
     assert len(reached) > 30
     assert wrong.keys() == reached - zero_in_theory
     assert min(wrong.values()) > 100 * GRADIENT

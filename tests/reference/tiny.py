@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from tests.reference.neva_laver import LaVerReferenceConfig
 from tests.reference.neva_pre import IMAGE_TOKEN, NO_LABEL, ReferenceConfig, vision_tower
 
 WIDTH, FFN, HEADS, GROUPS, LAYERS, VOCABULARY = 32, 48, 4, 2, 4, 256
@@ -22,6 +23,7 @@ VISION = {
 }
 TOKENS_PER_IMAGE = 4
 TEXT_LENGTH, MAX_LENGTH = 12, 24
+LAVER_HEAD = 24
 
 
 def tiny_config(**changes: Any) -> ReferenceConfig:
@@ -81,7 +83,20 @@ def random_state(
     for name, weight in vision_tower(config).named_parameters():
         base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         state[f"vision_model.{name}"] = normal(*weight.shape, mean=base)
+    if isinstance(config, LaVerReferenceConfig) and config.laver:
+        if config.mask_token_id is None:
+            state["laver_mask_token"] = normal(WIDTH)
+        for name, rows, columns in (("fc1", LAVER_HEAD, WIDTH), ("fc2", LAVER_HEAD, LAVER_HEAD)):
+            state[f"laver_head.{name}.weight"] = normal(rows, columns, std=0.3)
+            state[f"laver_head.{name}.bias"] = normal(rows)
+        state["laver_head.fc3.weight"] = normal(WIDTH, LAVER_HEAD, std=0.3)
     return state
+
+
+def random_teacher(config: LaVerReferenceConfig, seed: int, **shape: Any) -> dict[str, Tensor]:
+    """Other weights for the parts of the model that LaVer averages."""
+    averaged = ("language_model.decoder.", "laver_head.")
+    return {name: weight for name, weight in random_state(config, seed, **shape).items() if name.startswith(averaged)}
 
 
 def random_batch(

@@ -9,3 +9,11 @@ def run(overrides: list[str]) -> None:
     from nemo_pre.train import run_rank
 
     run_rank(compose_run(overrides))
+
+
+def run_forgetting_the_teacher(overrides: list[str]) -> None:
+    """The same, but a checkpoint's float32 average is not read: it starts as the student."""
+    from nemo_pre.neva.teacher import Teacher
+
+    Teacher._load = lambda self, values: None  # type: ignore[method-assign]
+    run(overrides)

@@ -1,0 +1,188 @@
+"""LaVer's teacher: a moving average of a chunk's decoder layers and, on the last stage, of the visual head.
+
+The average is float32 and sharded over the data-parallel ranks (:mod:`nemo_pre.parallel.sharded_average`); what the
+forward pass computes with is a copy of it in the parameters' dtype, either kept (``resident``: 2 bytes per parameter
+in bf16) or gathered layer by layer into one buffer just before use (``gathered``: the largest layer's size, and an
+all-gather per layer and micro-batch).
+
+The teacher has modules of its own, so neither random state nor FP8 history of the student changes, and no parameter
+of it requires a gradient, so neither Megatron's gradient buffers nor the optimizer know of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+
+from nemo_pre.neva.heads import ReconstructionHeadSpec
+from nemo_pre.parallel.sharded_average import ShardedAverage, move_averages
+
+MEMORIES = ("resident", "gathered")
+
+
+@dataclass
+class _Unit:
+    """A module that is averaged and gathered as one: a layer, the final norm, the head."""
+
+    module: nn.Module
+    student: nn.Module
+    average: ShardedAverage
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.module.parameters())
+
+
+class Teacher(nn.Module):
+    """A chunk's part of the teacher.
+
+    Args:
+        language_model: the student's chunk of the language model (Megatron's ``GPTModel``).
+        head: the visual head, on the last stage; None elsewhere.
+        memory: ``resident`` or ``gathered``.
+    """
+
+    def __init__(self, language_model: Any, head: ReconstructionHeadSpec | None, memory: str) -> None:
+        super().__init__()
+        if memory not in MEMORIES:
+            raise ValueError(f"objective.laver.teacher_memory is '{memory}': choose one of {', '.join(MEMORIES)}.")
+        self.memory = memory
+        config = copy.copy(language_model.config)
+        config.perform_initialization = False  # the student's values come; no random number may be drawn for it
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=language_model.transformer_layer_spec,
+            pre_process=language_model.pre_process,
+            post_process=language_model.post_process,
+            pg_collection=language_model.pg_collection,
+            vp_stage=language_model.vp_stage,
+        )
+        self.head = head.build() if head is not None else None
+        # Of the teacher's logits, for centring; a plain attribute, or bf16 training would round it.
+        self.center = torch.zeros(head.width, dtype=torch.float32) if head is not None else None
+        self.requires_grad_(False)
+        self._units: list[_Unit] = []
+        self._restored: dict[str, Tensor] = {}
+        self.register_load_state_dict_pre_hook(self._take_over)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, structure: Tensor | None, rotary_pos_emb: Tensor | None) -> Tensor:
+        """``hidden_states`` of the unmasked branch through this chunk's layers."""
+        self.decoder.set_input_tensor(hidden_states)
+        return self.decoder(hidden_states=hidden_states, attention_mask=structure, rotary_pos_emb=rotary_pos_emb)
+
+    @torch.no_grad()
+    def predict(self, visual_tokens: Tensor) -> Tensor:
+        """Logits ``[n, k]`` of the visual head, on the last stage."""
+        assert self.head is not None
+        return self.head(visual_tokens)
+
+    # --- the average ------------------------------------------------------------------------------------------------
+
+    def install(self, language_model: Any, head: nn.Module | None, group: Any) -> None:
+        """Start averaging: at the values of a checkpoint that was loaded, else at the student's."""
+        pairs = list(zip(self.decoder.layers, language_model.decoder.layers, strict=True))
+        if self.decoder.final_layernorm is not None:
+            pairs.append((self.decoder.final_layernorm, language_model.decoder.final_layernorm))
+        if self.head is not None:
+            assert head is not None and self.center is not None
+            pairs.append((self.head, head))
+            self.center = self.center.to(next(head.parameters()).device)
+        self._units = [
+            _Unit(module, student, ShardedAverage(list(student.parameters()), group)) for module, student in pairs
+        ]
+        buffer = None
+        for unit in self._units:
+            dtype = unit.parameters[0].dtype
+            if self.memory == "gathered":
+                needed = max(other.average.padded for other in self._units)
+                buffer = unit.average.shard.new_empty(needed, dtype=dtype) if buffer is None else buffer
+                unit.module.register_forward_pre_hook(_gather_before_use(unit, buffer))
+            flat = unit.average.gather(dtype) if buffer is None else buffer
+            for parameter, value in zip(unit.parameters, unit.average.split(flat), strict=True):
+                assert parameter.dtype == dtype, "a layer's parameters have one dtype"
+                parameter.data = value
+        if self._restored:
+            self._load(self._restored)
+            self._restored = {}
+
+    def update(self, momentum: float) -> None:
+        """One step of the average towards the student, and the working copy after it."""
+        move_averages([(unit.average, list(unit.student.parameters())) for unit in self._units], momentum)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if self.memory == "resident":
+            for unit in self._units:
+                flat = unit.average.gather(unit.parameters[0].dtype)
+                for parameter, value in zip(unit.parameters, unit.average.split(flat), strict=True):
+                    parameter.data.copy_(value)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The average in float32 under the teacher's own names, cut over tensor and pipeline ranks as the student is.
+
+        Each layer is gathered into host memory in turn: 4 bytes per parameter of this rank's part of the model.
+        """
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+
+        state = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
+        if self.head is not None:
+            state |= sharded_state_dict_default(self.head, f"{prefix}head.", sharded_offsets, metadata)
+            state |= make_sharded_tensors_for_checkpoint({"center": self.center}, prefix, {}, sharded_offsets)
+        wide = {
+            id(parameter): value
+            for unit in self._units
+            for parameter, value in zip(unit.parameters, _on_host(unit), strict=True)
+        }
+        for entry in state.values():
+            if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and id(entry.data) in wide:
+                entry.data = wide[id(entry.data)]
+                if isinstance(entry, ShardedTensor):
+                    entry.dtype = torch.float32
+        return state
+
+    def _take_over(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before PyTorch copies a checkpoint into the working copy: keep its float32 values."""
+        found = {name: state[prefix + name] for name, _ in self.named_parameters() if prefix + name in state}
+        center = state.pop(f"{prefix}center", None)
+        if center is not None and self.center is not None:
+            self.center.copy_(center)
+        if self._units:
+            self._load(found)
+        else:
+            self._restored = {name: value.detach().float().cpu().clone() for name, value in found.items()}
+
+    def _load(self, values: dict[str, Tensor]) -> None:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        for unit in self._units:
+            whole = unit.average.split(unit.average.gather(torch.float32))
+            unit.average.load(
+                [values.get(names[id(p)], old).to(old) for p, old in zip(unit.parameters, whole, strict=True)]
+            )
+        self._refresh()
+
+
+def _on_host(unit: _Unit) -> Iterator[Tensor]:
+    return iter([value.cpu() for value in unit.average.split(unit.average.gather(torch.float32))])
+
+
+def _gather_before_use(unit: _Unit, buffer: Tensor) -> Any:
+    def gather(*_: Any) -> None:
+        unit.average.gather(buffer.dtype, out=buffer[: unit.average.padded])
+
+    return gather
