@@ -17,7 +17,7 @@ Points = tuple[list[int], list[float]]
 
 
 def plot_run(run_dir: str | Path) -> Path:
-    """Draw ``run_dir/curves.png``: loss, PRe's cosine and exact match over steps.
+    """Draw ``run_dir/curves.png`` over steps: loss, PRe's cosine, LaVer's terms, similarity and exact match.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -37,7 +37,8 @@ def plot_runs(runs: Mapping[str, str | Path], out: str | Path) -> Path:
     from matplotlib import pyplot
 
     series = {label: _series(directory) for label, directory in runs.items()}
-    panels = [panel for panel in (_loss, _cosine, _exact_match) if panel(None, series)]
+    known = (_loss, _cosine, _masked_prediction, _gram, _similarity, _exact_match)
+    panels = [panel for panel in known if panel(None, series)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), sharex=True, squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         panel(axis, series)
@@ -92,6 +93,37 @@ def _cosine(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
         _lines(axis, series, [("pre/cosine", "")])
         axis.set_ylim(top=1)
     return any("pre/cosine" in run for run in series.values())
+
+
+def _masked_prediction(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
+    if axis is not None:
+        axis.set_title("LaVer: masked prediction (nats)")
+        _lines(axis, series, [("laver/mim", "")])
+        axis.set_ylim(bottom=0)
+    return any("laver/mim" in run for run in series.values())
+
+
+def _gram(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
+    if axis is not None:
+        axis.set_title("LaVer: Gram-anchoring")
+        _lines(axis, series, [("laver/gram", "")])
+        axis.set_ylim(bottom=0)
+    return any("laver/gram" in run for run in series.values())
+
+
+def _similarity(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
+    """By layer where that is recorded, else the student's head alone."""
+    layers = sorted(
+        {name for run in series.values() for name in run if name.startswith("similarity/layer_")},
+        key=lambda name: int(name.rsplit("_", 1)[1]),
+    )
+    shown = [(name, name.removeprefix("similarity/").replace("_", " ")) for name in layers]
+    shown = shown or [("laver/similarity", "")]
+    if axis is not None:
+        axis.set_title("mean cosine of an image's visual tokens")
+        _lines(axis, series, shown)
+        axis.set_ylim(top=1)
+    return any(name in run for run in series.values() for name, _ in shown)
 
 
 def _exact_match(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:

@@ -182,7 +182,8 @@ def mask_rule(structure_BK3: Tensor, first_query: int) -> Callable[..., Tensor]:
 def _compiled_flex() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
+    # Steps differ in length: the second compilation is for any length, as torch.compile decides by itself.
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
 class _MaskMemory:

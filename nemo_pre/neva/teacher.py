@@ -29,15 +29,23 @@ MEMORIES = ("resident", "gathered")
 
 @dataclass
 class _Unit:
-    """A module that is averaged and gathered as one: a layer, the final norm, the head."""
+    """A module that is averaged and gathered as one: a layer, the final norm, the head.
+
+    Attributes:
+        flat: what the module's parameters are views of; one buffer for all units where they are gathered before use.
+    """
 
     module: nn.Module
     student: nn.Module
     average: ShardedAverage
+    flat: Tensor
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
+
+    def gather(self) -> None:
+        self.average.gather(self.flat.dtype, out=self.flat[: self.average.padded])
 
 
 class Teacher(nn.Module):
@@ -99,20 +107,19 @@ class Teacher(nn.Module):
             assert head is not None and self.center is not None
             pairs.append((self.head, head))
             self.center = self.center.to(next(head.parameters()).device)
-        self._units = [
-            _Unit(module, student, ShardedAverage(list(student.parameters()), group)) for module, student in pairs
-        ]
-        buffer = None
-        for unit in self._units:
-            dtype = unit.parameters[0].dtype
-            if self.memory == "gathered":
-                needed = max(other.average.padded for other in self._units)
-                buffer = unit.average.shard.new_empty(needed, dtype=dtype) if buffer is None else buffer
-                unit.module.register_forward_pre_hook(_gather_before_use(unit, buffer))
-            flat = unit.average.gather(dtype) if buffer is None else buffer
-            for parameter, value in zip(unit.parameters, unit.average.split(flat), strict=True):
-                assert parameter.dtype == dtype, "a layer's parameters have one dtype"
+        averages = [ShardedAverage(list(student.parameters()), group) for _, student in pairs]
+        dtype = next(self.parameters()).dtype
+        resident = self.memory == "resident"
+        shared = averages[0].shard.new_empty(0 if resident else max(a.padded for a in averages), dtype=dtype)
+        for (module, student), average in zip(pairs, averages, strict=True):
+            flat = average.shard.new_empty(average.padded, dtype=dtype) if resident else shared
+            self._units.append(_Unit(module, student, average, flat))
+            for parameter, value in zip(module.parameters(), average.split(flat), strict=True):
+                assert parameter.dtype == dtype, "the teacher's parameters have one dtype"
                 parameter.data = value
+            if not resident:
+                module.register_forward_pre_hook(_gather_before_use(self._units[-1]))
+        self._refresh()
         if self._restored:
             self._load(self._restored)
             self._restored = {}
@@ -125,9 +132,7 @@ class Teacher(nn.Module):
     def _refresh(self) -> None:
         if self.memory == "resident":
             for unit in self._units:
-                flat = unit.average.gather(unit.parameters[0].dtype)
-                for parameter, value in zip(unit.parameters, unit.average.split(flat), strict=True):
-                    parameter.data.copy_(value)
+                unit.gather()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -181,8 +186,8 @@ def _on_host(unit: _Unit) -> Iterator[Tensor]:
     return iter([value.cpu() for value in unit.average.split(unit.average.gather(torch.float32))])
 
 
-def _gather_before_use(unit: _Unit, buffer: Tensor) -> Any:
+def _gather_before_use(unit: _Unit) -> Any:
     def gather(*_: Any) -> None:
-        unit.average.gather(buffer.dtype, out=buffer[: unit.average.padded])
+        unit.gather()
 
     return gather

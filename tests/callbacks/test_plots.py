@@ -36,6 +36,18 @@ def test_a_run_and_a_comparison_are_drawn(tmp_path: Path) -> None:
         assert three_panels.width == compared.width > two_panels.width  # a panel without data is not drawn
 
 
+def test_lavers_terms_and_the_similarity_of_layers_get_panels_of_their_own(tmp_path: Path) -> None:
+    from PIL import Image
+
+    plain, laver = record_run(tmp_path / "plain", False), record_run(tmp_path / "laver", False)
+    file = MetricsFile(laver / METRICS)
+    for step in range(121, 130):
+        file.append(step, {"laver/mim": 3.0, "laver/gram": 0.01, "laver/similarity": 0.4})
+        file.append(step, {f"similarity/layer_{layer}": 0.1 * layer for layer in range(9)})
+    with Image.open(plot_run(plain)) as two, Image.open(plot_run(laver)) as five:
+        assert five.width > 2 * two.width
+
+
 def test_the_moving_mean_by_hand() -> None:
     assert _moving_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
