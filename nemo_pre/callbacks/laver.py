@@ -179,28 +179,25 @@ class LaVerCallback(Callback, BranchPlanner):
         self, chunk: MCoreVisualNevaModel, micro_batch: MicroBatch, states: BranchStates, output: Tensor
     ) -> Tensor:
         """On the last stage: compare what student and teacher make of the branch, and inject the gradient."""
-        tokens, branch = micro_batch.branch_tokens, micro_batch.branch
-        assert tokens is not None and branch is not None
+        tokens, config = micro_batch.branch_tokens, self.config
+        assert tokens is not None
         student = chunk.laver_head(states.student[tokens.position])
         teacher = chunk.laver_teacher.predict(states.teacher[tokens.position])
-        config, center = self.config, chunk.laver_teacher.center
-        teacher_masked, own_center = teacher[tokens.masked], center if config.centring else None
+        center = chunk.laver_teacher.center if config.centring else None
         mim_sum, _ = masked_prediction_loss(
-            student[tokens.masked], teacher_masked, config.student_temperature, config.teacher_temperature, own_center
+            student[tokens.masked],
+            teacher[tokens.masked],
+            config.student_temperature,
+            config.teacher_temperature,
+            center,
         )
         places = states.student.shape[0]
         whole_student = whole_images(student, tokens, places, self._cut_over)
-        whole_teacher = whole_images(teacher, tokens, places, self._cut_over)
-        gram_image = torch.zeros_like(tokens.own_image) if branch.images_together else tokens.own_image
-        compared_student, compared_teacher = whole_student, whole_teacher
-        if config.gram_positions == "masked":
-            compared_student, compared_teacher = whole_student[tokens.own_masked], whole_teacher[tokens.own_masked]
-            gram_image = gram_image[tokens.own_masked.to(gram_image.device)]
-        gram_sum, _ = gram_anchoring_loss(compared_student, compared_teacher, gram_image, config.gram_clipped)
+        gram_sum = self._gram(micro_batch, whole_student, whole_images(teacher, tokens, places, self._cut_over))
 
         with torch.no_grad():
             similarity, pairs = mean_pairwise_cosine_terms(whole_student.detach(), tokens.own_image)
-            entropy = _entropy(teacher_masked, own_center, config.teacher_temperature)
+            entropy = _entropy(teacher[tokens.masked], center, config.teacher_temperature)
             sums = (mim_sum * self._share(micro_batch), gram_sum, similarity, gram_sum.new_tensor(pairs), entropy)
             self._sums[micro_batch.index] = torch.stack([value.detach().double() for value in sums])
             if config.centring:
@@ -209,6 +206,16 @@ class LaVerCallback(Callback, BranchPlanner):
             return output
         mim_scale = self._scale("mim", micro_batch) * self._share(micro_batch)
         return backpropagate_with(output, mim_sum * mim_scale + gram_sum * self._scale("gram", micro_batch))
+
+    def _gram(self, micro_batch: MicroBatch, student: Tensor, teacher: Tensor) -> Tensor:
+        """The Gram term of the images this rank compares, from all their tokens ``[k, d]``."""
+        tokens, branch = micro_batch.branch_tokens, micro_batch.branch
+        assert tokens is not None and branch is not None
+        image = torch.zeros_like(tokens.own_image) if branch.images_together else tokens.own_image
+        if self.config.gram_positions == "masked":
+            student, teacher = student[tokens.own_masked], teacher[tokens.own_masked]
+            image = image[tokens.own_masked.to(image.device)]
+        return gram_anchoring_loss(student, teacher, image, self.config.gram_clipped)[0]
 
     def _share(self, micro_batch: MicroBatch) -> float:
         """What a masked token's loss weighs in L_MIM beside the division by :meth:`_count`."""

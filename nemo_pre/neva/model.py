@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
 from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
+from nemo_pre.neva.mixed_attention import MixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding
 from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.teacher import Teacher
@@ -187,11 +188,24 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             self.ema_projection.load_state_dict(self.vision_projection.state_dict())
         if config.pre_heads is not None:
             self._add_pre_heads(config.pre_heads, config.sequence_parallel)
+        if config.mixed_attention:
+            self._refuse_other_attention()
         if config.explicit_positions:
             self._place_tokens(config)
         self._branch_output: Tensor | None = None
         if config.laver is not None:
             self._add_laver(config.laver, config.sequence_parallel)
+
+    def _refuse_other_attention(self) -> None:
+        """A layer that does not know of token structures would be causal, or worse, and say nothing."""
+        for layer in self.language_model.decoder.layers:
+            attention = layer.self_attention.core_attention
+            if not isinstance(attention, MixedAttention):
+                raise ValueError(
+                    f"Mixed attention was asked for, but decoder layer {layer.layer_number} has "
+                    f"{type(attention).__name__}: put it into the layer spec with "
+                    f"nemo_pre.neva.mixed_attention.with_mixed_attention."
+                )
 
     def _place_tokens(self, config: VisualNevaConfig) -> None:
         language = config.language_transformer_config

@@ -12,7 +12,6 @@ of it requires a gradient, so neither Megatron's gradient buffers nor the optimi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +98,9 @@ class Teacher(nn.Module):
     # --- the average ------------------------------------------------------------------------------------------------
 
     def install(self, language_model: Any, head: nn.Module | None, group: Any) -> None:
-        """Start averaging: at the values of a checkpoint that was loaded, else at the student's."""
+        """Start averaging: at the values of a checkpoint that was loaded, else at the student's. Once."""
+        if self._units:
+            return
         pairs = list(zip(self.decoder.layers, language_model.decoder.layers, strict=True))
         if self.decoder.final_layernorm is not None:
             pairs.append((self.decoder.final_layernorm, language_model.decoder.final_layernorm))
@@ -149,11 +150,11 @@ class Teacher(nn.Module):
         if self.head is not None:
             state |= sharded_state_dict_default(self.head, f"{prefix}head.", sharded_offsets, metadata)
             state |= make_sharded_tensors_for_checkpoint({"center": self.center}, prefix, {}, sharded_offsets)
-        wide = {
-            id(parameter): value
-            for unit in self._units
-            for parameter, value in zip(unit.parameters, _on_host(unit), strict=True)
-        }
+        if self._units:
+            values = [pair for unit in self._units for pair in zip(unit.parameters, _on_host(unit), strict=True)]
+        else:  # asked for where to put a checkpoint's values
+            values = [(p, torch.empty(p.shape, dtype=torch.float32)) for p in self.parameters()]
+        wide = {id(parameter): value for parameter, value in values}
         for entry in state.values():
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and id(entry.data) in wide:
                 entry.data = wide[id(entry.data)]
@@ -182,8 +183,8 @@ class Teacher(nn.Module):
         self._refresh()
 
 
-def _on_host(unit: _Unit) -> Iterator[Tensor]:
-    return iter([value.cpu() for value in unit.average.split(unit.average.gather(torch.float32))])
+def _on_host(unit: _Unit) -> list[Tensor]:
+    return [value.cpu() for value in unit.average.split(unit.average.gather(torch.float32))]
 
 
 def _gather_before_use(unit: _Unit) -> Any:

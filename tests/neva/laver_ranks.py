@@ -130,6 +130,20 @@ def teacher_side_effects() -> dict[str, Any]:
     }
 
 
+def refusal_of_a_causal_layer() -> str:
+    """What is said where mixed attention is asked for and the layers have Megatron's own."""
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+
+    chunk = build(laver=False)
+    config = chunk.config
+    config.language_transformer_config.transformer_layer_spec = local_layer_spec
+    try:
+        config.configure_model(tokenizer=None)
+    except ValueError as error:
+        return str(error)
+    return "built"
+
+
 def text_logits() -> dict[str, Tensor]:
     """Text alone, with one-axis positions and with two."""
     batch = tiny.random_batch((0, 0), seed=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.neva.laver_ranks import change_an_image, teacher_side_effects, text_logits
+from tests.neva.laver_ranks import change_an_image, refusal_of_a_causal_layer, teacher_side_effects, text_logits
 from tests.ranks import run_ranks
 
 
@@ -33,6 +33,11 @@ def test_the_teacher_starts_as_the_student_follows_it_and_touches_nothing_else()
     assert found["random states"], "running or moving the teacher drew random numbers"
     assert not any(found["trains"]) and found["in training mode"] is False
     assert found["moved by"] == pytest.approx([0.125] * len(found["moved by"]), abs=1e-6)
+
+
+def test_layers_that_are_causal_are_refused_where_mixed_attention_is_asked_for():
+    (said,) = run_ranks(refusal_of_a_causal_layer, 1)
+    assert said.startswith("Mixed attention was asked for, but decoder layer 1 has DotProductAttention")
 
 
 def test_text_has_the_same_logits_with_one_axis_of_positions_and_with_two_bit_for_bit():
