@@ -26,11 +26,13 @@ class MemoryEstimate:
     rank_parameters: int
     bytes_per_rank: int
     available: int | None
+    teacher: bool = False  # LaVer's is among the bytes
 
     def summary(self) -> str:
+        held = "parameters, gradients, teacher and" if self.teacher else "parameters, gradients and"
         return (
             f"{_count(self.parameters)} parameters, {_count(self.rank_parameters)} on the fullest rank: "
-            f"{_size(self.bytes_per_rank)} of parameters, gradients and optimizer state there"
+            f"{_size(self.bytes_per_rank)} of {held} optimizer state there"
             + (f" of {_size(self.available)}" if self.available else "")
             + " (activations not included)"
         )
@@ -73,7 +75,8 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             size += (held["decoder"] + held.get("laver_head", 0)) * _bytes_of_teacher(config)
         if size > fullest_bytes:
             fullest_parameters, fullest_bytes = round(sum(held.values())), round(size)
-    return MemoryEstimate(sum(parts.values()), fullest_parameters, fullest_bytes, _available(config))
+    teacher = config.objective.laver.enabled
+    return MemoryEstimate(sum(parts.values()), fullest_parameters, fullest_bytes, _available(config), teacher)
 
 
 def count_parameters(config: RunConfig) -> dict[str, int]:
