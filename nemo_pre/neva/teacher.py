@@ -76,7 +76,6 @@ class Teacher(nn.Module):
         self.center = torch.zeros(head.width, dtype=torch.float32) if head is not None else None
         self.requires_grad_(False)
         self._units: list[_Unit] = []
-        self._restored: dict[str, Tensor] = {}
         self.register_load_state_dict_pre_hook(self._take_over)
         self.train(False)
 
@@ -98,7 +97,7 @@ class Teacher(nn.Module):
     # --- the average ------------------------------------------------------------------------------------------------
 
     def install(self, language_model: Any, head: nn.Module | None, group: Any) -> None:
-        """Start averaging: at the values of a checkpoint that was loaded, else at the student's. Once."""
+        """Start averaging, at the student's values. Once; a run that resumes reads its average back after this."""
         if self._units:
             return
         pairs = list(zip(self.decoder.layers, language_model.decoder.layers, strict=True))
@@ -121,9 +120,6 @@ class Teacher(nn.Module):
             if not resident:
                 module.register_forward_pre_hook(_gather_before_use(self._units[-1]))
         self._refresh()
-        if self._restored:
-            self._load(self._restored)
-            self._restored = {}
 
     def update(self, momentum: float) -> None:
         """One step of the average towards the student, and the working copy after it."""
@@ -143,18 +139,22 @@ class Teacher(nn.Module):
         """The average in float32 under the teacher's own names, cut over tensor and pipeline ranks as the student is.
 
         Each layer is gathered into host memory in turn: 4 bytes per parameter of this rank's part of the model.
+        Before :meth:`install`, when a stage takes over a former one's weights, it asks for nothing: a stage's teacher
+        starts as its student, and a former stage without LaVer has none.
         """
+        if not self._units:
+            return {}
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
         state = self.decoder.sharded_state_dict(f"{prefix}decoder.", sharded_offsets, metadata)
         if self.head is not None:
             state |= sharded_state_dict_default(self.head, f"{prefix}head.", sharded_offsets, metadata)
             state |= make_sharded_tensors_for_checkpoint({"center": self.center}, prefix, {}, sharded_offsets)
-        if self._units:
-            values = [pair for unit in self._units for pair in zip(unit.parameters, _on_host(unit), strict=True)]
-        else:  # asked for where to put a checkpoint's values
-            values = [(p, torch.empty(p.shape, dtype=torch.float32)) for p in self.parameters()]
-        wide = {id(parameter): value for parameter, value in values}
+        wide = {
+            id(parameter): value
+            for unit in self._units
+            for parameter, value in zip(unit.parameters, _on_host(unit), strict=True)
+        }
         for entry in state.values():
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and id(entry.data) in wide:
                 entry.data = wide[id(entry.data)]
@@ -168,10 +168,8 @@ class Teacher(nn.Module):
         center = state.pop(f"{prefix}center", None)
         if center is not None and self.center is not None:
             self.center.copy_(center)
-        if self._units:
+        if found:
             self._load(found)
-        else:
-            self._restored = {name: value.detach().float().cpu().clone() for name, value in found.items()}
 
     def _load(self, values: dict[str, Tensor]) -> None:
         names = {id(parameter): name for name, parameter in self.named_parameters()}

@@ -113,6 +113,18 @@ def test_a_bf16_run_resumes_its_float32_teacher_exactly(digits, tmp_path):
         assert [found[step][term] for term in TERMS] == [expected[step][term] for term in TERMS], step
 
 
+def test_a_stage_with_laver_starts_from_one_without_and_its_teacher_as_the_student(digits, tmp_path):
+    """The student masks nothing and has not moved yet, so the symmetric Gram term is zero."""
+    former, stage = tmp_path / "former", tmp_path / "stage"
+    plain = [item for item in overrides(former, digits) if not item.startswith("objective.laver")]
+    run_ranks(run, 1, [*plain, "objective=none", "trainer.max_steps=2"], timeout=120)
+    settings = ["objective.laver.mask_ratio=0", "objective.laver.gram_clipped=false", "trainer.max_steps=2"]
+    run_ranks(run, 2, overrides(stage, digits, f"init_from={former / 'checkpoints'}", "parallel.tensor=2", *settings))
+    found = lines(stage)
+    assert found[1]["laver/gram"] < 1e-10 < found[2]["laver/gram"]
+    assert found[1]["lm/loss"] < lines(former)[1]["lm/loss"], "the former stage's weights were not taken over"
+
+
 def test_the_third_stage_takes_over_the_weights_without_laver(uninterrupted, digits, tmp_path):
     plain = [item for item in overrides(tmp_path, digits) if not item.startswith("objective.laver")]
     plain += [f"init_from={uninterrupted / 'checkpoints'}", "objective=none", "trainer.max_steps=1"]
