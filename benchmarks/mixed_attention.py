@@ -29,6 +29,9 @@ ROUNDS, WARM_UP = 10, 3
 def main() -> None:
     import torch
 
+    from nemo_pre.launch import prepare_environment
+
+    prepare_environment()
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Mixed attention against causal attention.")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192] if on_gpu else [1024])
