@@ -152,7 +152,7 @@ def plot(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
         axis.set_ylim(-0.05, 1.02)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("mean cosine between an image's visual tokens")
+    axes[0].set_ylabel("mean cosine of visual tokens")
     axes[-1].legend(fontsize=7, frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
     figure.tight_layout()
     figure.savefig(out, dpi=110)

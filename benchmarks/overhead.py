@@ -317,7 +317,7 @@ def count_attention() -> Callable[[], int]:
     from nemo_pre.parallel.token_streams import may_attend
 
     total = 0
-    right = mixed_attention._attend_dense
+    right = mixed_attention.attend_dense
 
     def counting(query: Any, key: Any, value: Any, structure: Any, first_query: int, scale: float) -> Any:
         nonlocal total
@@ -326,10 +326,10 @@ def count_attention() -> Callable[[], int]:
         return right(query, key, value, structure, first_query, scale)
 
     def end() -> int:
-        mixed_attention._attend_dense = right
+        mixed_attention.attend_dense = right
         return total
 
-    mixed_attention._attend_dense = counting
+    mixed_attention.attend_dense = counting
     return end
 
 
