@@ -1,11 +1,12 @@
 """``nemo-pre VERB [OPTION=VALUE ...]``: the console script.
 
 Importing this imports nothing heavy, so that ``--help`` answers at once; a verb imports what it needs when it runs.
-A new verb is one line in ``VERBS``.
+A new verb is one entry in ``VERBS``.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import importlib
 import inspect
 import os
@@ -14,7 +15,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,29 @@ Arguments = Sequence[str]
 
 @dataclass(frozen=True)
 class Verb:
+    """``function`` is "module:function": its parameters are the verb's options, its docstring the help. Of ``train``,
+    whose options are a whole configuration, it takes the words of the command line, and ``usage`` returns the help."""
+
     summary: str
-    run: str  # "module:function", called with the verb's arguments
-    usage: str  # "module:function" that returns what --help prints
+    function: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    usage: str | None = None
 
 
 VERBS = {
-    "train": Verb("train a model: experiment=NAME and any override", f"{__name__}:train", f"{__name__}:train_help"),
-    "data demo": Verb(
-        "prepare the demo's data: scenes of handwritten digits", f"{__name__}:data_demo", f"{__name__}:data_demo_help"
+    "train": Verb(
+        "train a model: experiment=NAME and any override", f"{__name__}:train", usage=f"{__name__}:train_help"
     ),
+    "data demo": Verb(
+        "prepare the demo's data: scenes of handwritten digits", "data_prep.digits:prepare", {"out": "data/digits"}
+    ),
+    "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
+    "export": Verb("make a Hugging Face directory of a checkpoint", "nemo_pre.huggingface.exporter:export_checkpoint"),
+    "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),
+    "evaluate": Verb("run lmms-eval on an exported directory", "nemo_pre.evaluation.evaluate:evaluate"),
+    "watch": Verb("evaluate a run's checkpoints while it trains", "nemo_pre.evaluation.watch:evaluate_run"),
+    "compare": Verb("put runs side by side: table and plot", "nemo_pre.report.compare:compare"),
+    "report": Verb("write a run's HTML report", "nemo_pre.report.page:report"),
 }
 
 
@@ -74,10 +88,13 @@ def _dispatch(words: list[str]) -> int:
         given = " ".join(words[:2]) if any(known.startswith(words[0] + " ") for known in VERBS) else words[0]
         raise ValueError(f"'{given}' is not a verb of nemo-pre: choose one of {', '.join(VERBS)}.")
     verb, rest = VERBS[name], words[len(name.split()) :]
+    function = _resolve(verb.function)
     if "-h" in rest or "--help" in rest:
-        print(_resolve(verb.usage)())
-        return 0
-    _resolve(verb.run)(rest)
+        print(_resolve(verb.usage)() if verb.usage else describe(function, name, verb.defaults))
+    elif verb.usage:
+        function(rest)
+    else:
+        function(**options(function, rest, name, verb.defaults))
     return 0
 
 
@@ -86,7 +103,7 @@ def general_help() -> str:
     verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
         f"nemo-pre VERB [OPTION=VALUE ...]\n\n"
-        f"NeVA with Predictive Regularization on NVIDIA NeMo.\n\nverbs:\n{verbs}\n\n"
+        f"Vision-language models on NVIDIA NeMo, with PRe and LaVer.\n\nverbs:\n{verbs}\n\n"
         f"nemo-pre VERB --help explains a verb; --traceback shows where an error came from; --version."
     )
 
@@ -155,43 +172,49 @@ groups and their choices:
 Every option, its unit and default: nemo_pre/config/schema.py. Results go to output_dir (runs/NAME)."""
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
-
-DEMO_DEFAULTS = {"out": "data/digits"}
-
-
-def data_demo(arguments: Arguments) -> None:
-    from data_prep.digits import prepare
-
-    prepare(**options(prepare, arguments, "data demo", DEMO_DEFAULTS))
-
-
-def data_demo_help() -> str:
-    from data_prep.digits import prepare
-
-    return describe(prepare, "data demo", DEMO_DEFAULTS)
-
-
 # --- OPTION=VALUE for the parameters of a function ------------------------------------------------------------------
 
 
 def options(function: Callable[..., Any], arguments: Arguments, verb: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """``["seed=1"]`` as the keyword arguments of ``function``, converted to its annotations.
+    """``["seed=1"]``, ``["--seed", "1"]`` or, in their order, bare values as the keyword arguments of ``function``,
+    converted to its annotations. A parameter that is a sequence of texts takes all bare values.
 
     Raises:
-        ValueError: an unknown option, or a value that does not convert.
+        ValueError: an unknown or missing option, or a value that does not convert.
     """
     hints = typing.get_type_hints(function)
-    names = list(inspect.signature(function).parameters)
-    given = dict(defaults)
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals or name not in names:
+    parameters = inspect.signature(function).parameters
+    free = list(parameters)  # for bare values
+    given: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_") if word.startswith("--") else name
+        if word.startswith("--") and not equals:
+            text = next(words, "")
+        elif not word.startswith("--") and not name.isidentifier() or not equals:
+            name, text = (free[0] if free else ""), word
+            if name and _is_list(hints[name]):
+                given.setdefault(name, []).append(word)  # and stays free for the next
+                continue
+        if name not in parameters:
             raise ValueError(
-                f"'{argument}' is not an option of nemo-pre {verb}: give OPTION=VALUE with one of {', '.join(names)}."
+                f"'{word}' is not an option of nemo-pre {verb}: give OPTION=VALUE with one of {', '.join(parameters)}."
             )
+        if name in given:
+            raise ValueError(f"{name} is given twice to nemo-pre {verb}: give it once.")
+        if name in free:
+            free.remove(name)
         given[name] = _convert(name, text, hints[name])
+    given = {**defaults, **given}
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
+    if missing:
+        raise ValueError(f"nemo-pre {verb} needs {' and '.join(missing)}: see nemo-pre {verb} --help.")
     return given
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is collections.abc.Sequence
 
 
 def _convert(name: str, text: str, hint: Any) -> Any:
@@ -216,8 +239,14 @@ def describe(function: Callable[..., Any], verb: str, defaults: dict[str, Any]) 
     """The help text of a verb whose options are the parameters of ``function``."""
     parameters = inspect.signature(function).parameters
     shown = {name: defaults.get(name, parameter.default) for name, parameter in parameters.items()}
-    lines = "\n".join(f"  {name}={'null' if value is None else value}" for name, value in shown.items())
+    lines = "\n".join(f"  {name}={_shown(value)}" for name, value in shown.items())
     return f"nemo-pre {verb} [OPTION=VALUE ...]\n\n{inspect.getdoc(function)}\n\noptions and defaults:\n{lines}"
+
+
+def _shown(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "   (needed)"
+    return "null" if value is None else str(value)
 
 
 def _resolve(name: str) -> Any:

@@ -19,7 +19,7 @@ from nemo_pre.data.evaluation import ValidationSample, load_validation_samples
 from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.scoring import Score, exact_match
-from nemo_pre.generate import TokenSequence, answer_loss, generate
+from nemo_pre.generation import TokenSequence, answer_loss, generate
 
 log = logging.getLogger(__name__)
 

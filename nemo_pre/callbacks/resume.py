@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_pre.callbacks.checkpoint import checkpoint_dir, newest_checkpoint
+from nemo_pre.config.saved import check_same_weights
 from nemo_pre.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
     source = newest or (former_stage(config.init_from) if config.init_from else None)
     if source is None:
         return StartPoint()
+    check_same_weights(config.model, source)
     found = training_only_parameters(source)
     for name, shape in wanted.items():
         if name in found and found[name] != shape:

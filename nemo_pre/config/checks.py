@@ -347,8 +347,6 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
         yield "data.num_workers=0 reads and decodes images in the training process; a few workers are faster."
     if layout.tensor > (cluster.devices_per_node or layout.tensor):
         yield "parallel.tensor is larger than cluster.devices_per_node: tensor parallelism across nodes is slow."
-    if config.init_from and config.model.language.path:
-        yield "model.language.path has no effect: the weights of init_from replace it."
     yield from _ignored_pre_options(pre)
     yield from ignored_visual_options(config)
     if optim.lr_heads is not None and not (pre.enabled or config.objective.laver.enabled):

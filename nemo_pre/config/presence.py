@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from nemo_pre.config.schema import RunConfig
-
-# model.vision's field: the name in the config.json of a transformers vision model
-TOWER_SHAPE = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-}
 
 
 def check_presence(config: RunConfig) -> str:
@@ -36,14 +24,12 @@ def check_presence(config: RunConfig) -> str:
         raise ValueError(
             f"No tokenizer lies with data.path={config.data.path}: set model.tokenizer to an HF tokenizer directory."
         )
-    if model.vision.path:
-        _check_tower(config, find_hf_file("model.vision.path", model.vision.path, "config.json"))
     if pre.enabled and pre.anchor == "external" and pre.external_path:
         find_hf_file("objective.pre.external_path", pre.external_path, "config.json")
-    if config.init_from:
-        _check_directory("init_from", config.init_from, "train the former stage first, or name its checkpoint")
-    elif model.language.path:
-        _check_directory("model.language.path", model.language.path, "convert the language weights first")
+    if config.init_from and not Path(config.init_from).expanduser().is_dir():
+        raise ValueError(
+            f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."
+        )
     sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
     return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
 
@@ -83,19 +69,3 @@ def _hub_file(option: str, source: str, name: str) -> Path:
         f"{option}={source} is neither a local directory nor in the hub's cache, and cannot be fetched ({reason}): "
         f"download it elsewhere and name its directory."
     )
-
-
-def _check_tower(config: RunConfig, file: Path) -> None:
-    stated: dict[str, Any] = json.loads(file.read_text())
-    stated = stated.get("vision_config", stated)
-    for ours, theirs in TOWER_SHAPE.items():
-        expected = getattr(config.model.vision, ours)
-        if theirs in stated and stated[theirs] != expected:
-            raise ValueError(
-                f"model.vision.{ours}={expected} but {file} says {theirs}={stated[theirs]}: make them equal."
-            )
-
-
-def _check_directory(option: str, path: str, remedy: str) -> None:
-    if not Path(path).expanduser().is_dir():
-        raise ValueError(f"{option}={path} is not a directory: {remedy}.")

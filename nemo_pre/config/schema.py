@@ -15,10 +15,10 @@ from omegaconf import MISSING
 
 @dataclass
 class VisionConfig:
-    """The vision tower: a ``transformers`` vision model and the resolution it is fed."""
+    """The vision tower: a ``transformers`` vision model and the resolution it is fed. Its weights are random, or come
+    with ``init_from``."""
 
     family: str = "clip"  # clip | siglip
-    path: str | None = None  # local directory or hub id; null: random weights in the shape given below
     image_size: int = MISSING  # pixels, square
     patch_size: int = MISSING  # pixels, square
     hidden_size: int = MISSING
@@ -32,11 +32,21 @@ class VisionConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """How the frequencies of the rotary embedding are slowed down for longer sequences."""
+
+    kind: str = "none"  # none | linear (all, by factor) | llama3 (Llama 3.1: the slow ones, by factor)
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # of llama3, with the next two
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass
 class LanguageConfig:
-    """The language model: a Llama- or Qwen2-shaped decoder."""
+    """The language model: a Llama- or Qwen2-shaped decoder. Its weights are random, or come with ``init_from``."""
 
     family: str = "llama"  # llama | qwen2 (qwen2: bias on the query, key and value projections)
-    path: str | None = None  # a NeMo checkpoint directory with the language weights; null: random weights
     num_layers: int = MISSING
     hidden_size: int = MISSING
     ffn_hidden_size: int = MISSING
@@ -44,6 +54,8 @@ class LanguageConfig:
     num_query_groups: int = MISSING
     vocab_size: int = MISSING  # tokenizer's size; padded to a multiple of 128 x TP inside the model
     rotary_base: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    max_position_embeddings: int | None = None  # what an exported model states; null: data.sequence_length
     layernorm_epsilon: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
@@ -213,7 +225,7 @@ class RunConfig:
     platform: str = "auto"  # auto | cpu | gpu
     output_dir: str = "runs/${name}"
     dry_run: bool = False
-    init_from: str | None = None  # weights to start from: a former stage's checkpoint directory
+    init_from: str | None = None  # weights to start from: a former stage's checkpoint, or what `nemo-pre import` wrote
     resume: bool = True  # continue from the newest checkpoint in output_dir
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,9 +1,7 @@
-"""Running the model outside training, in whatever layout it is trained: greedy generation and the loss of answers.
+"""Running the model outside training, in whatever layout it is trained, through Megatron's forward-only schedule.
 
-Both go through Megatron's forward-only schedule, so tensor, sequence, pipeline, virtual-pipeline and context
-parallelism work as in training. There is no key-value cache: every new token runs the whole prefix again, images
-included, which suits short answers. Each data-parallel rank works on the prompts it is given; all ranks of its
-replica (tensor, pipeline, context) must be given the same and call together.
+Each data-parallel rank works on the sequences it is given; all ranks of its replica (tensor, pipeline, context) must
+be given the same and call together.
 """
 
 from __future__ import annotations
@@ -36,59 +34,6 @@ class TokenSequence:
 
 
 @torch.no_grad()
-def generate(
-    chunks: list[MCoreVisualNevaModel],
-    prompts: Sequence[TokenSequence],
-    max_new_tokens: int,
-    stop_token: int,
-    vocab_size: int,
-    micro_batch_size: int = 8,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """The most likely next token, again and again, until ``stop_token`` (not returned) or ``max_new_tokens``.
-
-    Args:
-        chunks: this rank's, from :func:`nemo_pre.neva.model.model_chunks`.
-        prompts: of different lengths, with or without images.
-        vocab_size: ids from here on are padding of the embedding and never chosen.
-        micro_batch_size: prompts that run at a time.
-        on_progress: called with (finished, all prompts) after each token.
-
-    Returns:
-        New token ids per prompt, on every rank. One that reaches the model's longest sequence ends there.
-
-    Raises:
-        ValueError: a prompt leaves no room for an answer, or its image tokens and images differ in number.
-    """
-    chunk = chunks[0]
-    longest = chunk._language_max_sequence_length
-    answers: list[list[int]] = [[] for _ in prompts]
-    room = [longest - _combined_length(prompt, chunk) for prompt in prompts]
-    for number, left in enumerate(room):
-        if left < 1:
-            raise ValueError(
-                f"Prompt {number} has {longest - left} tokens with its images and the model takes {longest}: "
-                f"shorten it or raise data.sequence_length."
-            )
-    limits = [min(max_new_tokens, left) for left in room]
-    unfinished = [number for number, limit in enumerate(limits) if limit > 0]
-    with _evaluating(chunks):
-        while unfinished:
-            sequences = [_extended(prompts[number], answers[number]) for number in unfinished]
-            for number, token in zip(
-                unfinished, _next_tokens(chunks, sequences, vocab_size, micro_batch_size), strict=True
-            ):
-                if token == stop_token:
-                    limits[number] = 0
-                else:
-                    answers[number].append(token)
-            unfinished = [number for number in unfinished if len(answers[number]) < limits[number]]
-            if on_progress is not None:
-                on_progress(len(prompts) - len(unfinished), len(prompts))
-    return answers
-
-
-@torch.no_grad()
 def answer_loss(
     chunks: list[MCoreVisualNevaModel], sequences: Sequence[TokenSequence], micro_batch_size: int = 8
 ) -> tuple[float, int]:
@@ -96,16 +41,20 @@ def answer_loss(
 
     Sequences longer than the model's longest are cut.
     """
+    if not sequences:
+        return 0.0, 0
     from megatron.core import parallel_state as ps
 
-    def sums(batch: _Batch, losses_and_mask: Tensor) -> Tensor:
+    def sums(batch: Batch, losses_and_mask: Tensor) -> Tensor:
         per_row = losses_and_mask.double().sum(dim=2)  # [2, B]
         if ps.get_context_parallel_world_size() > 1:
             dist.all_reduce(per_row, group=ps.get_context_parallel_group())
         return per_row.transpose(0, 1)
 
-    with _evaluating(chunks):
-        rows = _run(chunks, sequences, micro_batch_size, sums, torch.empty(0, 2, dtype=torch.float64))
+    with evaluating(chunks):
+        batches = make_batches(chunks, sequences, micro_batch_size)
+        length = batches[0].micro_batch.layout.sequence_length
+        rows = run(chunks, batches, length, run_whole, sums, torch.empty(0, 2, dtype=torch.float64))[: len(sequences)]
     loss_sum, count = rows.sum(dim=0).tolist()
     return loss_sum, round(count)
 
@@ -114,7 +63,7 @@ def answer_loss(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """A micro-batch of sequences: text ``[B, T]`` padded on the right, and its place in the combined sequence."""
 
     tokens: Tensor
@@ -124,17 +73,7 @@ class _Batch:
     micro_batch: MicroBatch
 
 
-def _next_tokens(
-    chunks: list[MCoreVisualNevaModel], sequences: list[TokenSequence], vocab_size: int, micro_batch_size: int
-) -> list[int]:
-    def choose(batch: _Batch, logits: Tensor) -> Tensor:
-        return _last_logits(batch, logits, chunks[0].sequence_parallel_lm)[:, :vocab_size].argmax(dim=1, keepdim=True)
-
-    tokens = _run(chunks, sequences, micro_batch_size, choose, torch.empty(0, 1, dtype=torch.int64))
-    return tokens.squeeze(1).tolist()
-
-
-def _last_logits(batch: _Batch, logits: Tensor, sequence_parallel: bool) -> Tensor:
+def last_logits(batch: Batch, logits: Tensor) -> Tensor:
     """Float32 logits ``[B, padded vocabulary]`` after each sequence's last token, from this rank's ``[B, S, V]``:
     a part of the vocabulary under tensor parallelism, a part of the positions under context parallelism."""
     from megatron.core import parallel_state as ps
@@ -158,26 +97,38 @@ def _last_logits(batch: _Batch, logits: Tensor, sequence_parallel: bool) -> Tens
     return own
 
 
-def _run(
+def only_logits(logits: Tensor) -> Tensor:
+    """Float32 logits ``[B, padded vocabulary]`` from this rank's ``[B, 1, V]``, of sequences that are not cut."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    return gather_from_tensor_model_parallel_region(logits[:, 0].float())
+
+
+def run(
     chunks: list[MCoreVisualNevaModel],
-    sequences: Sequence[TokenSequence],
-    micro_batch_size: int,
-    collect: Callable[[_Batch, Tensor], Tensor],
+    batches: Sequence[Batch],
+    length: int,
+    forward: Callable[[MCoreVisualNevaModel, Batch], Any],
+    collect: Callable[[Batch, Tensor], Tensor],
     nothing: Tensor,
 ) -> Tensor:
-    """Run every sequence once; ``collect`` turns the last stage's output into rows ``[B, k]``, which come back as
-    ``[number of sequences, k]`` on every rank. ``nothing`` ``[0, k]`` tells their width and type."""
+    """Run every micro-batch once through the pipeline.
+
+    Args:
+        length: tokens of the rows of hidden states that pass between stages.
+        forward: runs a chunk on a micro-batch.
+        collect: turns the last stage's output into rows ``[B, k]``.
+        nothing: ``[0, k]``, tells their width and type.
+
+    Returns:
+        The rows of all micro-batches, on every rank.
+    """
     from megatron.core import parallel_state as ps
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    device = torch.cuda.current_device()
-    if not sequences:
-        return nothing.to(device)
-    batches = _batches(chunks, sequences, micro_batch_size)
-
-    def forward_step(data: Iterator[_Batch], chunk: MCoreVisualNevaModel) -> tuple[Any, Callable[..., Tensor]]:
+    def forward_step(data: Iterator[Batch], chunk: MCoreVisualNevaModel) -> tuple[Any, Callable[..., Tensor]]:
         batch = next(data)
-        output = chunk(**_inputs(chunk, batch))
+        output = forward(chunk, batch)
         if isinstance(output, tuple):
             losses, mask = output
             output = torch.stack([losses * mask, mask])
@@ -194,12 +145,13 @@ def _run(
         data_iterator=data if interleaved else data[0],
         model=chunks if interleaved else chunks[0],
         num_microbatches=len(batches),
-        seq_length=batches[0].micro_batch.layout.sequence_length,
+        seq_length=length,
         micro_batch_size=len(batches[0].tokens),
         forward_only=True,
         collect_non_loss_data=True,
     )
     shape = (sum(len(batch.tokens) for batch in batches), nothing.shape[1])
+    device = torch.cuda.current_device()
     result = torch.cat(collected) if collected else torch.empty(shape, dtype=nothing.dtype, device=device)
     if ps.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
@@ -207,10 +159,15 @@ def _run(
             src=ps.get_pipeline_model_parallel_last_rank(),
             group=ps.get_pipeline_model_parallel_group(),
         )
-    return result[: len(sequences)]
+    return result
 
 
-def _inputs(chunk: MCoreVisualNevaModel, batch: _Batch) -> dict[str, Any]:
+def run_whole(chunk: MCoreVisualNevaModel, batch: Batch) -> Any:
+    """A chunk's output for whole sequences."""
+    return chunk(**_inputs(chunk, batch))
+
+
+def _inputs(chunk: MCoreVisualNevaModel, batch: Batch) -> dict[str, Any]:
     """What this chunk reads, on the device."""
     device = torch.cuda.current_device()
     inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "micro_batch": batch.micro_batch}
@@ -223,9 +180,9 @@ def _inputs(chunk: MCoreVisualNevaModel, batch: _Batch) -> dict[str, Any]:
     return inputs
 
 
-def _batches(
+def make_batches(
     chunks: list[MCoreVisualNevaModel], sequences: Sequence[TokenSequence], micro_batch_size: int
-) -> list[_Batch]:
+) -> list[Batch]:
     """Micro-batches of one size and one length, as a pipeline needs them; the first sequence fills up the last."""
     from megatron.core import parallel_state as ps
 
@@ -234,7 +191,7 @@ def _batches(
     multiple = rows * (stages if len(chunks) > 1 else 1)  # what the interleaved schedule wants
     filled = [*sequences, *[sequences[0]] * (-len(sequences) % multiple)]
     chunk = chunks[0]
-    length = chunk.padded_length(max(_combined_length(sequence, chunk) for sequence in sequences))
+    length = chunk.padded_length(max(combined_length(sequence, chunk) for sequence in sequences))
     text_length = max(len(sequence.tokens) for sequence in sequences)
     groups = [filled[start : start + rows] for start in range(0, len(filled), rows)]
     plan = StepPlan(len(groups), length, loss_tokens=0, visual_tokens=0, images=0)
@@ -243,7 +200,7 @@ def _batches(
 
 def _batch(
     chunk: MCoreVisualNevaModel, sequences: list[TokenSequence], text_length: int, plan: StepPlan, index: int
-) -> _Batch:
+) -> Batch:
     tokens = torch.full((len(sequences), text_length), PADDING, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE_INDEX) if sequences[0].labels is not None else None
     for row, sequence in enumerate(sequences):
@@ -254,22 +211,18 @@ def _batch(
     images = [sequence.images for sequence in sequences if sequence.images is not None]
     tiles = [1] * sum(len(image) for image in images)
     layout = sequence_layout(tokens, tiles, chunk.tile_tokens, IMAGE_TOKEN_INDEX, plan.sequence_length)
-    last = torch.tensor([_combined_length(sequence, chunk) - 1 for sequence in sequences])
-    return _Batch(tokens, labels, images, last, MicroBatch(index, plan, layout))
+    last = torch.tensor([combined_length(sequence, chunk) - 1 for sequence in sequences])
+    return Batch(tokens, labels, images, last, MicroBatch(index, plan, layout))
 
 
-def _combined_length(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> int:
+def combined_length(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> int:
     """Tokens of the sequence with its images expanded."""
     tiles = [1] * (0 if sequence.images is None else len(sequence.images))
     return int(combined_lengths(sequence.tokens[None], tiles, chunk.tile_tokens, IMAGE_TOKEN_INDEX))
 
 
-def _extended(prompt: TokenSequence, answer: list[int]) -> TokenSequence:
-    return TokenSequence(torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)]), prompt.images)
-
-
 @contextmanager
-def _evaluating(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
+def evaluating(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
     """Evaluation mode, and the training mode it found restored; PRe neither sees nor sends anything."""
     training = [chunk.training for chunk in chunks]
     try:

@@ -37,7 +37,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
 
     On a GPU with Transformer Engine the layers are its own, and fused; elsewhere they are Megatron's, unfused.
     """
-    fused = on_gpu and importlib.util.find_spec("transformer_engine") is not None
+    fused = _fused(on_gpu)
     language = _language_config(config, fused, on_gpu)
     vision = config.model.vision
     head_width = config.model.language.hidden_size // config.model.language.num_attention_heads
@@ -47,7 +47,6 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         language_transformer_config=language,
         vision_transformer_config=VisionTowerConfig(
             family=vision.family,
-            path=vision.path,
             seed=config.seed,
             image_size=vision.image_size,
             patch_size=vision.patch_size,
@@ -58,22 +57,13 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
             image_mean=vision.image_mean,
             image_std=vision.image_std,
         ),
-        vision_projection_config=ProjectorConfig(
-            projector_type=config.model.projector,
-            input_size=vision.hidden_size,
-            hidden_size=config.model.language.hidden_size,
-            ffn_hidden_size=config.model.language.hidden_size,
-            seed=config.seed,
-            params_dtype=torch.float32,
-            **backend,
-        ),
+        vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
         rope=config.model.rope,
         rope_axes=axis_of_frequency(config.model.rope, config.model.rope_sections, head_width // 2),
+        rope_scaling=config.model.language.rope_scaling,
         vision_feature_layer=vision.feature_layer,
         drop_vision_class_token=vision.drop_class_token,
-        # A former stage's checkpoint has the language model's weights too.
-        language_model_from_pretrained=None if config.init_from else config.model.language.path,
         freeze_language_model=config.optim.freeze_language,
         freeze_vision_model=config.optim.freeze_vision,
         freeze_vision_projection=config.optim.freeze_projector,
@@ -82,6 +72,22 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         **interleaved,
         **backend,
     )
+
+
+def build_projector_config(model: ModelConfig, seed: int, on_gpu: bool) -> ProjectorConfig:
+    return ProjectorConfig(
+        projector_type=model.projector,
+        input_size=model.vision.hidden_size,
+        hidden_size=model.language.hidden_size,
+        ffn_hidden_size=model.language.hidden_size,
+        seed=seed,
+        params_dtype=torch.float32,
+        **({} if _fused(on_gpu) else TRANSFORMER_CONFIG),
+    )
+
+
+def _fused(on_gpu: bool) -> bool:
+    return on_gpu and importlib.util.find_spec("transformer_engine") is not None
 
 
 def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:

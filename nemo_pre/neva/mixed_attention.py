@@ -105,7 +105,7 @@ class MixedAttention(MegatronModule):
                 f"The token structure has shape {list(attention_mask.shape)}, not "
                 f"[batch, keys, 3] = {[key.shape[1], key.shape[0], 3]}."
             )
-        attend = _attend_flex if self.backend == "flex" else _attend_dense
+        attend = _attend_flex if self.backend == "flex" else attend_dense
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, length, D]
         context = attend(query, key, value, attention_mask, rank * query.shape[2], self.softmax_scale)
         return context.permute(2, 0, 1, 3).flatten(2)
@@ -130,9 +130,10 @@ def with_mixed_attention(layer_spec: ModuleSpec, backend: str) -> ModuleSpec:
     return layer_spec
 
 
-def _attend_dense(
+def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, structure_BK3: Tensor, first_query: int, scale: float
 ) -> Tensor:
+    """Queries ``[B, N, Q, D]``, the tokens from ``first_query`` on, over keys and values ``[B, G, K, D]``."""
     num_queries = query.shape[2]
 
     def build() -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, Nev
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
+from nemo_pre.config.schema import RopeScalingConfig
 from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
 from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
 from nemo_pre.neva.mixed_attention import MixedAttention
-from nemo_pre.neva.rotary import VisualRotaryEmbedding
+from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
 from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.teacher import Teacher
 from nemo_pre.neva.vision import freeze_unused_layers
@@ -98,6 +99,7 @@ class VisualNevaConfig(NevaConfig):
         mixed_attention: visual tokens of an image see each other both ways (the layers' spec must have it).
         rope: ``1d``, ``2d`` or ``mrope``, see :mod:`nemo_pre.parallel.rotary_positions`.
         rope_axes: see :func:`nemo_pre.config.derived.axis_of_frequency`.
+        rope_scaling: how its frequencies are slowed down.
         pre_heads: prediction heads of PRe; None builds none.
         ema_projector: keep a moving average of the projector beside it (PRe's moving anchor).
         laver: LaVer's mask token, head and teacher; None builds none.
@@ -106,6 +108,7 @@ class VisualNevaConfig(NevaConfig):
     mixed_attention: bool = False
     rope: str = "1d"
     rope_axes: list[int] | None = None
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     pre_heads: PredictionHeadSpec | None = None
     ema_projector: bool = False
     laver: ReconstructionSpec | None = None
@@ -192,6 +195,10 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             self._refuse_other_attention()
         if config.explicit_positions:
             self._place_tokens(config)
+        elif config.rope_scaling.kind != "none":
+            self.language_model.rotary_pos_emb.inv_freq = self.inverse_frequency().to(
+                self.language_model.rotary_pos_emb.inv_freq.device
+            )
         self._branch_output: Tensor | None = None
         if config.laver is not None:
             self._add_laver(config.laver, config.sequence_parallel)
@@ -208,9 +215,13 @@ class MCoreVisualNevaModel(MCoreNevaModel):
                 )
 
     def _place_tokens(self, config: VisualNevaConfig) -> None:
-        language = config.language_transformer_config
-        axes = config.rope_axes or [0] * (language.kv_channels // 2)
-        self.language_model.rotary_pos_emb = VisualRotaryEmbedding(language.kv_channels, language.rotary_base, axes)
+        frequency = self.inverse_frequency()
+        self.language_model.rotary_pos_emb = VisualRotaryEmbedding(frequency, config.rope_axes or [0] * len(frequency))
+
+    def inverse_frequency(self) -> Tensor:
+        """Of the rotary embedding, on the CPU."""
+        language = self.config.language_transformer_config
+        return inverse_frequency(language.kv_channels, language.rotary_base, self.config.rope_scaling)
 
     def _add_laver(self, spec: ReconstructionSpec, sequence_parallel: bool) -> None:
         if self.pre_process and spec.mask_token_id is None:
@@ -300,20 +311,36 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         assert loss_mask is not None
         return scale_gradient(output, micro_batch.plan.weights.get("lm", 1.0)), loss_mask.contiguous()
 
-    def _on_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
-        sequence_parallel = self.sequence_parallel_lm
+    @property
+    def stream_shape(self) -> StreamShape:
+        """How this model's tokens attend, are placed, and are cut over ranks."""
         side = round(self.tile_tokens**0.5)
-        shape = StreamShape(
+        return StreamShape(
             mixed_attention=self.config.mixed_attention,
             rope=self.config.rope,
             tile_grid=(side, side),
-            tp_size=ps.get_tensor_model_parallel_world_size() if sequence_parallel else 1,
+            tp_size=ps.get_tensor_model_parallel_world_size() if self.sequence_parallel_lm else 1,
             cp_size=ps.get_context_parallel_world_size(),
             cp_rank=ps.get_context_parallel_rank(),
         )
-        tp_rank = ps.get_tensor_model_parallel_rank() if sequence_parallel else 0
+
+    def _on_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
+        tp_rank = ps.get_tensor_model_parallel_rank() if self.sequence_parallel_lm else 0
         plain = not (self.config.explicit_positions or self.config.mixed_attention)
-        return micro_batch.on_this_rank(shape, tp_rank, plain)
+        return micro_batch.on_this_rank(self.stream_shape, tp_rank, plain)
+
+    def continue_text(self, tokens_B1: Tensor) -> Tensor:
+        """Run this chunk on one more text token per row; :mod:`nemo_pre.neva.key_value_cache` holds those before.
+
+        Returns:
+            Logits ``[B, 1, vocabulary]`` on the last stage, hidden states ``[1, B, d]`` elsewhere.
+        """
+        hidden_states = None
+        if self.pre_process:
+            hidden_states = self.language_model.embedding(input_ids=tokens_B1, position_ids=None)
+        else:
+            self.language_model.set_input_tensor(self._received)
+        return self.language_model(input_ids=None, position_ids=None, attention_mask=None, decoder_input=hidden_states)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """What the former stage sent; it is taken apart when the micro-batch is known."""

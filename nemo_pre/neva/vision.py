@@ -1,4 +1,4 @@
-"""Vision towers: ``transformers`` models, from a local directory, a hub id or random weights."""
+"""Vision towers: ``transformers`` models with random weights; a checkpoint brings others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ class VisionTowerConfig:
 
     Attributes:
         family: ``clip`` (one class token) or ``siglip`` (none).
-        path: directory or hub id of the weights; None draws random weights.
         seed: seed of the random weights, the same in every layout.
         image_size, patch_size: pixels.
         image_mean, image_std: how the data loader normalises pixels in [0, 1].
     """
 
     family: str
-    path: str | None
     seed: int
     image_size: int
     patch_size: int
@@ -49,11 +47,6 @@ class VisionTowerConfig:
         return (self.image_size // self.patch_size) ** 2 + self.class_token_len
 
     def configure_model(self) -> nn.Module:
-        model = self._pretrained() if self.path else self._random()
-        model.set_input_tensor = _receive_nothing
-        return model
-
-    def _random(self) -> nn.Module:
         from nemo_pre.neva.seeding import seeded
 
         model_class, config_class = _classes(self.family)
@@ -66,30 +59,8 @@ class VisionTowerConfig:
             num_attention_heads=self.num_attention_heads,
         )
         with seeded(self.seed, "vision_model"):
-            return model_class(config)
-
-    def _pretrained(self) -> nn.Module:
-        model_class, _ = _classes(self.family)
-        try:
-            model = model_class.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The vision tower '{self.path}' is neither a local directory with weights nor a hub id that can be "
-                f"reached from here: set model.vision.path to a downloaded copy."
-            ) from error
-        for ours, theirs in (
-            ("image_size", "image_size"),
-            ("patch_size", "patch_size"),
-            ("hidden_size", "hidden_size"),
-            ("intermediate_size", "intermediate_size"),
-            ("num_layers", "num_hidden_layers"),
-        ):
-            expected, found = getattr(self, ours), getattr(model.config, theirs)
-            if expected != found:
-                raise ValueError(
-                    f"The vision tower in '{self.path}' has {theirs}={found} but model.vision.{ours}={expected}: "
-                    f"make them equal."
-                )
+            model = model_class(config)
+        model.set_input_tensor = _receive_nothing
         return model
 
 

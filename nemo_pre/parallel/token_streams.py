@@ -107,9 +107,7 @@ def decoder_streams(
     grids = torch.tensor([shape.tile_grid] * num_tiles, dtype=torch.int64).view(-1, 2)
     structures, positions = [], []
     if samples is not None:
-        structures.append(
-            _structure(samples, torch.full_like(samples.visual_image_BS, SAMPLES), shape.mixed_attention)
-        )
+        structures.append(samples_structure(samples, shape.mixed_attention))
         positions.append(rotary_positions(samples, grids, shape.rope))
     if branch is not None:
         image_BS = branch.layout.visual_image_BS
@@ -125,6 +123,11 @@ def decoder_streams(
         structure_BK3=torch.cat(structures, dim=1)[:, order_K].contiguous() if needed else None,
         positions_3BQ=torch.cat(positions, dim=2)[:, :, here_Q].contiguous(),
     )
+
+
+def samples_structure(layout: SequenceLayout, mixed_attention: bool) -> Tensor:
+    """The structure ``[B, S, 3]`` of the samples alone, in the order of the sequence."""
+    return _structure(layout, torch.full_like(layout.visual_image_BS, SAMPLES), mixed_attention)
 
 
 def _structure(layout: SequenceLayout, sequence_BS: Tensor, both_ways: bool) -> Tensor:

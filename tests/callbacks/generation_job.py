@@ -40,7 +40,7 @@ def generate_in_training(job: GenerationJob) -> GenerationRecord:
     from lightning.pytorch.callbacks import Callback
 
     from nemo_pre.callbacks import PReCallback, StepPlanner
-    from nemo_pre.generate import TokenSequence, answer_loss, generate
+    from nemo_pre.generation import TokenSequence, answer_loss, generate
     from nemo_pre.neva.model import model_chunks
     from nemo_pre.train import build_model, build_trainer
     from tests.parity.job import Job, build_data

@@ -72,8 +72,13 @@ def test_composing_and_checking_do_not_import_torch():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["fly"], "nemo-pre: 'fly' is not a verb of nemo-pre: choose one of train, data demo."),
-        (["data", "nope"], "nemo-pre: 'data nope' is not a verb of nemo-pre: choose one of train, data demo."),
+        (["fly"], f"nemo-pre: 'fly' is not a verb of nemo-pre: choose one of {', '.join(cli.VERBS)}."),
+        (["data", "nope"], f"nemo-pre: 'data nope' is not a verb of nemo-pre: choose one of {', '.join(cli.VERBS)}."),
+        (["export"], "nemo-pre: nemo-pre export needs checkpoint and out: see nemo-pre export --help."),
+        (["export", "a", "b", "out=c"], "nemo-pre: out is given twice to nemo-pre export: give it once."),
+        (["export", "a", "b", "c", "d", "e"], "nemo-pre: max_file_gb=d is not a value of type float."),
+        (["import"], "nemo-pre: Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help."),
+        (["generate", "a"], "nemo-pre: Give prompt=TEXT (and image=FILE), or requests=FILE.jsonl."),
         (["train", "--nope"], "nemo-pre: '--nope' is not an option of nemo-pre train: see nemo-pre train --help."),
         (["train", "--cfg", "hydra"], "nemo-pre: --cfg prints the composed config and takes one value: --cfg job."),
         (["train", "nope=1"], "nemo-pre: There is no option nope: see nemo-pre train --cfg job for what can be set."),
@@ -134,3 +139,20 @@ def test_data_demo_passes_its_options_on(monkeypatch):
     assert cli.main(["data", "demo", "out=x", "num_scenes=5_000", "seed=3", "workers=2"]) == 0
     assert cli.main(["data", "demo", "workers=null"]) == 0
     assert calls == [("data/digits", 20_000, 0, None), ("x", 5_000, 3, 2), ("data/digits", 20_000, 0, None)]
+
+
+def test_options_come_by_name_as_flags_or_bare_in_their_order():
+    from collections.abc import Sequence
+
+    def verb(source: str, count: int = 1, name: str | None = None) -> None: ...
+
+    def several(runs: Sequence[str], out: str = "x") -> None: ...
+
+    for words in (
+        ["runs/a/step=3", "2", "--name", "x"],
+        ["--source=runs/a/step=3", "count=2", "name=x"],
+        ["runs/a/step=3", "name=x", "2"],
+    ):
+        assert cli.options(verb, words, "v", {}) == {"source": "runs/a/step=3", "count": 2, "name": "x"}, words
+    assert cli.options(several, ["a", "out=y", "b"], "v", {}) == {"runs": ["a", "b"], "out": "y"}
+    assert cli.options(verb, ["count=2"], "v", {"source": "d"}) == {"source": "d", "count": 2}

@@ -1,6 +1,5 @@
 """Each rule refuses the run it is about with its sentence, and each option without effect is warned of."""
 
-import json
 
 import pytest
 
@@ -156,10 +155,6 @@ WARNED = [
         ["objective=pre", "objective.pre.schedule.kind=linear"],
         "objective.pre.schedule.kind=linear has no effect with objective.pre.schedule.steps=0.",
     ),
-    (
-        ["init_from=x", "model.language.path=y"],
-        "model.language.path has no effect: the weights of init_from replace it.",
-    ),
 ]
 
 
@@ -203,26 +198,19 @@ def test_a_checked_run_is_summarised(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("/nowhere/tower", "model.vision.path=/nowhere/tower does not exist"),
-        ("./nowhere", "model.vision.path=./nowhere does not exist"),
+        ("/nowhere/tower", "model.tokenizer=/nowhere/tower does not exist"),
+        ("./nowhere", "model.tokenizer=./nowhere does not exist"),
         ("nobody/no-such-tower", r"nor in the hub's cache, and cannot be fetched \(HF_HUB_OFFLINE is set\)"),
     ],
 )
-def test_a_tower_out_of_reach_is_refused(source, sentence):
+def test_a_tokenizer_out_of_reach_is_refused(source, sentence):
     with pytest.raises(ValueError, match=sentence):
-        find_hf_file("model.vision.path", source, "config.json")
-
-
-def test_a_tower_of_another_shape_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_pre.data.manifest.check_data", lambda path, vocab_size: Manifest())
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_size": 96, "num_hidden_layers": 9}}))
-    with pytest.raises(ValueError, match=r"model.vision.num_layers=4 but .*config.json says num_hidden_layers=9"):
-        check_run(run_with(f"model.vision.path={tmp_path}"))
+        find_hf_file("model.tokenizer", source, "config.json")
 
 
 def test_a_former_stage_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("nemo_pre.data.manifest.check_data", lambda path, vocab_size: Manifest())
-    with pytest.raises(ValueError, match="init_from=.* is not a directory: train the former stage first"):
+    with pytest.raises(ValueError, match="init_from=.* is not a directory: train the former stage, or import"):
         check_run(run_with(f"init_from={tmp_path / 'nothing'}"))
 
 

@@ -143,11 +143,9 @@ def test_the_three_stages_have_the_published_figures(stage):
     assert config.model.rope == ("mrope" if stage == "stage2_released_code" else "2d")
     assert config.optim.freeze_vision and config.optim.freeze_language is (stage == "stage1_align")
     assert check_options(config) == []
-    former = {"stage1_align": None, "stage3_instruct": "stage2_knowledge"}.get(stage, "stage1_align")
-    assert (config.init_from is None) == (former is None)
-    if former:
-        assert config.init_from == f"runs/siglip2_qwen25_7b_laver_{former}/checkpoints"
-        assert config.model.language.path is None
+    former = {"stage3_instruct": "stage2_knowledge"}.get(stage, "stage1_align")
+    expected = f"runs/siglip2_qwen25_7b_laver_{former}/checkpoints"
+    assert config.init_from == ("checkpoints/siglip2_qwen25_7b" if stage == "stage1_align" else expected)
 
 
 def test_the_memory_estimate_counts_head_and_teacher():

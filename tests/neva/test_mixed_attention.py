@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from nemo_pre.neva.mixed_attention import MixedAttention, _attend_dense, mask_rule, with_mixed_attention
+from nemo_pre.neva.mixed_attention import MixedAttention, attend_dense, mask_rule, with_mixed_attention
 from nemo_pre.parallel.token_streams import StreamShape, VisualBranch, decoder_streams, may_attend
 from tests.parallel.test_token_streams import packed, samples, shape
 
@@ -126,7 +126,7 @@ def test_flex_equals_dense_on_a_gpu(with_branch):
         torch.randn(3, heads, length, 64, generator=generator).cuda().requires_grad_()
         for heads in (HEADS, GROUPS, GROUPS)
     ]
-    answers = [attend(*given, tokens, 0, 0.125) for attend in (_attend_dense, _attend_flex)]
+    answers = [attend(*given, tokens, 0, 0.125) for attend in (attend_dense, _attend_flex)]
     torch.testing.assert_close(answers[1], answers[0], rtol=2e-2, atol=2e-2)
     gradients = [torch.autograd.grad(answer.sum(), given) for answer in answers]
     for mine, right in zip(gradients[1], gradients[0], strict=True):

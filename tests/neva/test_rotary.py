@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nemo_pre.config.derived import axis_of_frequency
-from nemo_pre.neva.rotary import VisualRotaryEmbedding
+from nemo_pre.config.schema import RopeScalingConfig
+from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
 
 
 def megatron_angles(length: int, head_dim: int, base: float) -> torch.Tensor:
@@ -20,7 +21,8 @@ def megatron_angles(length: int, head_dim: int, base: float) -> torch.Tensor:
 @pytest.mark.parametrize("base", [1e4, 1e6])
 def test_text_has_megatrons_angles_bit_for_bit_under_every_split(kind, sections, base, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
-    embedding = VisualRotaryEmbedding(32, base, axis_of_frequency(kind, sections, 16))
+    frequency = inverse_frequency(32, base, RopeScalingConfig())
+    embedding = VisualRotaryEmbedding(frequency, axis_of_frequency(kind, sections, 16))
     positions = torch.arange(3000).expand(3, 2, 3000)
     found = embedding(positions)
     assert found.shape == (3000, 2, 1, 32)
@@ -28,7 +30,8 @@ def test_text_has_megatrons_angles_bit_for_bit_under_every_split(kind, sections,
 
 
 def test_each_axis_turns_its_own_frequencies():
-    embedding = VisualRotaryEmbedding(8, 100.0, axis_of_frequency("2d", None, 4))
+    frequencies = inverse_frequency(8, 100.0, RopeScalingConfig())
+    embedding = VisualRotaryEmbedding(frequencies, axis_of_frequency("2d", None, 4))
     angles = embedding(torch.tensor([[[9]], [[2]], [[5]]]))[0, 0, 0]
     frequency = [100.0 ** (-2 * k / 8) for k in range(4)]
     expected = [2 * frequency[0], 5 * frequency[1], 2 * frequency[2], 5 * frequency[3]]

@@ -14,7 +14,7 @@ STATISTICS = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def tower(family="clip", **changes):
-    return VisionTowerConfig(**{"family": family, "path": None, "seed": 7, **SHAPE, **STATISTICS, **changes})
+    return VisionTowerConfig(**{"family": family, "seed": 7, **SHAPE, **STATISTICS, **changes})
 
 
 @pytest.mark.parametrize("family, class_tokens", [("clip", 1), ("siglip", 0)])
@@ -41,27 +41,6 @@ def test_layers_behind_the_feature_layer_are_frozen_and_no_others():
     model(torch.zeros(1, 3, 28, 28), output_hidden_states=True).hidden_states[-2].sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-
-
-def test_a_tower_is_loaded_from_a_directory(tmp_path):
-    saved = tower().configure_model()
-    saved.save_pretrained(tmp_path)
-    loaded = tower(path=str(tmp_path)).configure_model()
-    assert all(
-        torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
-
-
-def test_a_missing_tower_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="set model.vision.path to a downloaded copy"):
-        tower(path=str(tmp_path / "nowhere")).configure_model()
-
-
-def test_a_tower_of_another_shape_is_refused(tmp_path):
-    tower().configure_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has num_hidden_layers=3 but model.vision.num_layers=4"):
-        tower(path=str(tmp_path), num_layers=4).configure_model()
 
 
 def tiny_dinov2(path):

@@ -1,0 +1,78 @@
+"""The configuration that lies in a checkpoint, of a run or of an import."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import ModelConfig
+
+FILE = "config.yaml"
+# Fields of the model that say how it is run or named, and not which weights it has.
+FREE = (
+    "name",
+    "tokenizer",
+    "attention",
+    "attention_backend",
+    "rope",
+    "rope_sections",
+    "vision.image_mean",
+    "vision.image_std",
+    "vision.feature_layer",
+    "vision.drop_class_token",
+    "language.init_std",
+    "language.max_position_embeddings",
+)
+
+
+def read_saved(checkpoint: str | Path) -> Any:
+    """The configuration in a checkpoint as OmegaConf, with the schema's types and defaults; an import's lacks what
+    belongs to a run.
+
+    Raises:
+        ValueError: there is none, or it is not ours.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nemo_pre.config.schema import RunConfig
+
+    path = Path(checkpoint) / FILE
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {FILE}: name a checkpoint that a run or nemo-pre import wrote.")
+    try:
+        return OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path} is not a run's configuration: {str(error).splitlines()[0]}.") from error
+
+
+def saved_model(checkpoint: str | Path) -> ModelConfig:
+    """The model a checkpoint holds."""
+    from omegaconf import OmegaConf
+
+    model = OmegaConf.to_object(read_saved(checkpoint).model)
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
+    """Refuse a checkpoint whose weights belong to another model.
+
+    Raises:
+        ValueError: one sentence on the first field that differs.
+    """
+    wanted, found = _flat(asdict(model)), _flat(asdict(saved_model(checkpoint)))
+    for name, value in wanted.items():
+        if name not in FREE and found[name] != value:
+            raise ValueError(
+                f"model.{name}={value} but {checkpoint} was made with {found[name]}: choose the model it holds "
+                f"({FILE} in it says which)."
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,287 @@
+"""A LLaVA's ``config.json`` as our model configuration and back, and what of it we cannot build."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.derived import axis_of_frequency
+from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
+
+SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
+LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
+VISION_FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+# What our layers do, and nothing else: a config that says otherwise is refused.
+LANGUAGE_MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+VISION_MUST = {
+    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
+    "siglip": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3},
+}
+LLAVA_MUST = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+
+
+def read_llava(directory: Path) -> ModelConfig:
+    """The model of a LLaVA's directory.
+
+    Raises:
+        ValueError: not a LLaVA, or one with a part that we do not have.
+    """
+    values = _read_json(directory / "config.json")
+    where = f"{directory}/config.json"
+    spatial = values.get("model_type") == SPATIAL
+    if values.get("model_type") not in ("llava", SPATIAL):
+        raise ValueError(f"{where} has model_type={values.get('model_type')}: only llava and {SPATIAL} are imported.")
+    config = _config_class(values["model_type"]).from_dict(values)
+    _require(where, config, LLAVA_MUST)
+    vision = _vision(config.vision_config, directory, where)
+    if not isinstance(config.vision_feature_layer, int):
+        raise ValueError(
+            f"{where} has vision_feature_layer={config.vision_feature_layer}: only one layer is imported."
+        )
+    vision.feature_layer = config.vision_feature_layer
+    vision.drop_class_token = config.vision_feature_select_strategy == "default"
+    if vision.drop_class_token and vision.family != "clip":
+        raise ValueError(
+            f"{where} has vision_feature_select_strategy=default with a tower that has no class token, which would "
+            f"drop a patch: it must be full."
+        )
+    model = ModelConfig(
+        name=directory.resolve().name,
+        vision=vision,
+        language=_language(config.text_config, where),
+        tokenizer=str(directory),
+    )
+    if spatial:
+        model.attention, model.rope = config.visual_attention, config.visual_rope
+        model.rope_sections = _sections(config.rope_axes, model)
+    return model
+
+
+def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
+    """A fresh VLM from a vision tower's directory (or that of a whole CLIP or SigLIP) and a language model's.
+
+    Raises:
+        ValueError: one of them is of a kind that we do not have.
+    """
+    tower = _read_json(vision / "config.json")
+    tower = tower.get("vision_config", tower)
+    if tower.get("model_type") in ("clip", "siglip"):  # older files name the whole model here
+        tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
+    described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
+    described.drop_class_token = described.family == "clip"
+    text = _from_dict(_read_json(language / "config.json"))
+    return ModelConfig(
+        name=name,
+        vision=described,
+        language=_language(text, f"{language}/config.json"),
+        tokenizer=str(language),
+    )
+
+
+def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype: str) -> dict[str, Any]:
+    """``config.json`` of the exported directory: a plain LLaVA, or our custom code's where attention or positions
+    are not a plain one's.
+
+    Args:
+        image_token_id: stands for an image in the exported tokenizer.
+        max_positions: for models that state none.
+        dtype: of the exported weights, e.g. ``bfloat16``.
+    """
+    vision, language = model.vision, model.language
+    side = vision.image_size // vision.patch_size
+    values: dict[str, Any] = {
+        "vision_config": {
+            "model_type": {ours: theirs for theirs, ours in VISION_FAMILIES.items()}[vision.family],
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_attention_heads,
+            **VISION_MUST[vision.family],
+        },
+        "text_config": _text_values(language, exported_vocab_size(language, image_token_id), max_positions),
+        "image_token_index": image_token_id,
+        "image_seq_length": side * side + int(_keeps_class_token(vision)),
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": "default" if vision.drop_class_token else "full",
+        "tie_word_embeddings": language.tie_embeddings,
+        **LLAVA_MUST,
+    }
+    kind = "llava"
+    if is_spatial(model):
+        kind = SPATIAL
+        frequencies = language.hidden_size // language.num_attention_heads // 2
+        values |= {
+            "visual_attention": model.attention,
+            "visual_rope": model.rope,
+            "rope_axes": axis_of_frequency(model.rope, model.rope_sections, frequencies),
+            "tile_grid": [side, side],
+        }
+    config = _config_class(kind).from_dict(values)
+    architecture = "SpatialLlavaForConditionalGeneration" if kind == SPATIAL else "LlavaForConditionalGeneration"
+    result = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
+    if kind == SPATIAL:
+        result["auto_map"] = {
+            "AutoConfig": "configuration_spatial_llava.SpatialLlavaConfig",
+            "AutoModelForImageTextToText": f"modeling_spatial_llava.{architecture}",
+            "AutoModelForVision2Seq": f"modeling_spatial_llava.{architecture}",
+        }
+    return result
+
+
+def is_spatial(model: ModelConfig) -> bool:
+    """Whether the model needs our custom code at inference."""
+    return model.attention != "causal" or model.rope != "1d"
+
+
+def exported_vocab_size(language: LanguageConfig, image_token_id: int) -> int:
+    """The image's id needs a row of the embedding, although nobody reads it."""
+    return max(language.vocab_size, image_token_id + 1)
+
+
+def _keeps_class_token(vision: VisionConfig) -> bool:
+    return vision.family == "clip" and not vision.drop_class_token
+
+
+def _text_values(language: LanguageConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
+    scaling = language.rope_scaling
+    rope_scaling: dict[str, Any] | None = None
+    if scaling.kind != "none":
+        rope_scaling = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        rope_scaling |= {  # type: ignore[operator]
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return {
+        "model_type": {ours: theirs for theirs, ours in LANGUAGE_FAMILIES.items()}[language.family],
+        "vocab_size": vocab_size,
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.ffn_hidden_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_query_groups,
+        "max_position_embeddings": language.max_position_embeddings or max_positions,
+        "rms_norm_eps": language.layernorm_epsilon,
+        "rope_theta": language.rotary_base,
+        "rope_scaling": rope_scaling,
+        "tie_word_embeddings": language.tie_embeddings,
+        "hidden_act": "silu",
+    }
+
+
+def _language(text: Any, where: str) -> LanguageConfig:
+    if text.model_type not in LANGUAGE_FAMILIES:
+        raise ValueError(
+            f"{where} has a language model of type {text.model_type}: only {' and '.join(LANGUAGE_FAMILIES)} are "
+            f"imported."
+        )
+    _require(where, text, LANGUAGE_MUST)
+    width = text.hidden_size // text.num_attention_heads
+    if (getattr(text, "head_dim", None) or width) != width:
+        raise ValueError(f"{where} has head_dim={text.head_dim}: only hidden_size / num_attention_heads is imported.")
+    return LanguageConfig(
+        family=LANGUAGE_FAMILIES[text.model_type],
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_query_groups=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        rotary_base=float(text.rope_theta),
+        rope_scaling=_rope_scaling(text.rope_scaling, where),
+        layernorm_epsilon=text.rms_norm_eps,
+        tie_embeddings=bool(text.tie_word_embeddings),
+        max_position_embeddings=text.max_position_embeddings,
+    )
+
+
+def _rope_scaling(values: dict[str, Any] | None, where: str) -> RopeScalingConfig:
+    kind = (values or {}).get("rope_type", (values or {}).get("type", "default"))
+    if values is None or kind == "default":
+        return RopeScalingConfig()
+    if kind == "linear":
+        return RopeScalingConfig(kind="linear", factor=float(values["factor"]))
+    if kind == "llama3":
+        return RopeScalingConfig(
+            kind="llama3",
+            factor=float(values["factor"]),
+            low_freq_factor=float(values["low_freq_factor"]),
+            high_freq_factor=float(values["high_freq_factor"]),
+            original_positions=int(values["original_max_position_embeddings"]),
+        )
+    raise ValueError(f"{where} has rope_scaling of type {kind}: only linear and llama3 are imported.")
+
+
+def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
+    if tower.model_type not in VISION_FAMILIES:
+        raise ValueError(
+            f"{where} has a vision tower of type {tower.model_type}: only {' and '.join(VISION_FAMILIES)} are "
+            f"imported."
+        )
+    family = VISION_FAMILIES[tower.model_type]
+    _require(where, tower, VISION_MUST[family])
+    described = VisionConfig(
+        family=family,
+        image_size=tower.image_size,
+        patch_size=tower.patch_size,
+        hidden_size=tower.hidden_size,
+        intermediate_size=tower.intermediate_size,
+        num_layers=tower.num_hidden_layers,
+        num_attention_heads=tower.num_attention_heads,
+    )
+    processor = directory / "preprocessor_config.json"
+    if processor.is_file():
+        values = _read_json(processor)
+        described.image_mean = list(values.get("image_mean", described.image_mean))
+        described.image_std = list(values.get("image_std", described.image_std))
+    return described
+
+
+def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:
+    """``rope_sections`` that give these axes; None if the default does."""
+    frequencies = model.language.hidden_size // model.language.num_attention_heads // 2
+    if axes is None or axes == axis_of_frequency(model.rope, None, frequencies):
+        return None
+    return [axes.count(axis) for axis in sorted(set(axes))]
+
+
+def _require(where: str, config: Any, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise ValueError(f"{where} has {name}={found}: only {name}={value} is imported.")
+
+
+def _config_class(model_type: str) -> Any:
+    if model_type == SPATIAL:
+        from nemo_pre.huggingface.remote_code.configuration_spatial_llava import SpatialLlavaConfig
+
+        return SpatialLlavaConfig
+    from transformers import LlavaConfig
+
+    return LlavaConfig
+
+
+def _from_dict(values: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type", "unknown")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"A model of type {kind} is not known to transformers: name another directory.")
+    return CONFIG_MAPPING[kind].from_dict(values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: name a downloaded Hugging Face model.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object.")
+    return values

@@ -1,0 +1,140 @@
+"""The model card of an exported directory: what it is, how it was made, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.huggingface.architecture import is_spatial
+
+PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
+PRE = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
+LAVER = "LaVer, Latent Visual Reconstruction ([arXiv 2512.06281](https://arxiv.org/abs/2512.06281))"
+
+
+def write_card(directory: Path, saved: Any, model: ModelConfig, checkpoint: Path) -> None:
+    """``README.md`` with the metadata of the hub in front.
+
+    Args:
+        saved: the checkpoint's configuration.
+    """
+    run = checkpoint.parent.parent
+    parts = [
+        _front_matter(model),
+        f"# {saved.name}\n\nA vision-language model: {_architecture(model)}.",
+        _usage(model),
+        "## Training\n\n" + _training(saved, checkpoint),
+    ]
+    metrics = last_metrics(run / "metrics.jsonl", _step(checkpoint))
+    if metrics:
+        rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
+        parts.append(f"## Metrics of the run\n\nAt step {_step(checkpoint)}.\n\n| | |\n|---|---|\n{rows}")
+    parts.append("## Provenance\n\n" + _provenance(saved))
+    (directory / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def last_metrics(file: Path, step: int | None) -> dict[str, float]:
+    """The last values of losses and validation up to a checkpoint's step; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    from nemo_pre.callbacks.metrics_file import read_metrics
+
+    last: dict[str, float] = {}
+    for line in read_metrics(file):
+        if step is None or line["step"] <= step:
+            last |= {
+                name: float(value)
+                for name, value in line.items()
+                if name.startswith(("val/", "lm/", "pre/", "laver/")) and isinstance(value, (int, float))
+            }
+    return last
+
+
+def _front_matter(model: ModelConfig) -> str:
+    custom = "\n- custom_code" if is_spatial(model) else ""
+    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava{custom}\n---"
+
+
+def _architecture(model: ModelConfig) -> str:
+    vision, language = model.vision, model.language
+    towers = {"clip": "CLIP", "siglip": "SigLIP"}
+    decoders = {"llama": "Llama", "qwen2": "Qwen2"}
+    text = (
+        f"a {towers[vision.family]} tower at {vision.image_size} pixels (patches of {vision.patch_size}), a two-layer "
+        f"projector and a {decoders[language.family]} decoder of {language.num_layers} layers and width "
+        f"{language.hidden_size}"
+    )
+    if is_spatial(model):
+        text += f"; attention of visual tokens: {model.attention}, rotary positions: {model.rope}"
+    return text
+
+
+def _usage(model: ModelConfig) -> str:
+    remote = ", trust_remote_code=True" if is_spatial(model) else ""
+    warning = (
+        "\n\nThe code beside the weights is needed: loaded as a plain LLaVA the model would attend causally and count "
+        "positions in one dimension, which it was not trained for."
+        if is_spatial(model)
+        else ""
+    )
+    return f"""## Use
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(directory)
+model = AutoModelForImageTextToText.from_pretrained(directory{remote})
+chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+inputs = processor(images=Image.open("picture.png"), text=prompt, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))
+```{warning}"""
+
+
+def _training(saved: Any, checkpoint: Path) -> str:
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(saved.trainer, "max_steps"):
+        return "Imported from Hugging Face weights, not trained here."
+    objective = saved.objective
+    terms = ["next-token prediction"]
+    if objective.pre.enabled:
+        terms.append(f"{PRE}, weight {objective.pre.weight:g}")
+    if objective.laver.enabled:
+        terms.append(f"{LAVER}, weights {objective.laver.mim_weight:g} and {objective.laver.gram_weight:g}")
+    rows = {
+        "experiment": saved.experiment,
+        "step": f"{_step(checkpoint)} of {saved.trainer.max_steps}",
+        "objective": "; ".join(terms),
+        "data": saved.data.name,
+        "batch": f"{saved.trainer.global_batch_size} samples",
+        "learning rate": f"{saved.optim.lr:g}",
+        "precision": saved.precision.name,
+        "started from": saved.init_from or "random weights",
+        "seed": saved.seed,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    config = f"```yaml\n{OmegaConf.to_yaml(saved)}```"
+    whole = f"<details><summary>The whole configuration</summary>\n\n{config}\n\n</details>"
+    return f"| | |\n|---|---|\n{table}\n\n{whole}"
+
+
+def _provenance(saved: Any) -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    lines = [f"Exported on {datetime.now(timezone.utc):%Y-%m-%d} by nemo-pre {version('nemo-pre')} ({versions})."]
+    manifest = Path(saved.data.path) / "manifest.json" if saved.data.path else None
+    if manifest is not None and manifest.is_file():
+        described = json.loads(manifest.read_text())
+        lines.append(f"Data: {described.get('dataset')}, {json.dumps(described.get('parameters', {}))}.")
+    return " ".join(lines)
+
+
+def _step(checkpoint: Path) -> int | None:
+    number = checkpoint.name.removeprefix("step=")
+    return int(number) if number.isdigit() else None

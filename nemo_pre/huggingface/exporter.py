@@ -1,0 +1,170 @@
+"""``nemo-pre export``: a Hugging Face directory out of a checkpoint of any layout.
+
+A plain or PRe-trained model becomes a LLaVA that ``transformers`` loads without further code. One trained with mixed
+attention or positions in two dimensions needs them at inference too, and takes the code of ``remote_code/`` with it.
+What only training needed stays behind. One output file's tensors are in memory at a time, and the directory appears
+under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.huggingface.atomic import appearing
+from nemo_pre.huggingface.progress import bytes_progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+    from nemo_pre.huggingface.safetensors_files import Group
+    from nemo_pre.huggingface.weights import Weight
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of a checkpoint's tensors; the optimizer's begin with its own name.
+TRAINING_ONLY = ("pre_heads.", "ema_projection.", "laver_head.", "laver_mask_token", "laver_teacher.")
+
+
+def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_gb: float = 4.0) -> Path:
+    """Write a Hugging Face directory from a checkpoint.
+
+      nemo-pre export runs/NAME/checkpoints OUT                  the newest of a run
+      nemo-pre export runs/NAME/checkpoints/step=800 OUT
+
+    dtype is auto (as stored), float32, bfloat16 or float16; files are at most max_file_gb, which with the largest
+    tensor is the memory it takes.
+    """
+    from nemo_pre.huggingface.card import write_card
+    from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+    from nemo_pre.huggingface.processor import write_processor
+    from nemo_pre.huggingface.safetensors_files import plan_files, write_files
+    from nemo_pre.launch import prepare_environment
+
+    prepare_environment("cpu")  # reading a checkpoint imports Megatron
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is unknown: choose one of {', '.join(DTYPES)}.")
+    source, target = complete_checkpoint(checkpoint), Path(out)
+    saved, model = _described(source)
+    reader = CheckpointReader(source)
+    weights = list(model_weights(model, reader))
+    with appearing(target) as unfinished:
+        image_token_id = write_processor(saved, model, source, unfinished)
+        groups = list(exported_groups(weights, model, reader, image_token_id, dtype))
+        total = sum(sum(group.sizes.values()) for group in groups)
+        progress = bytes_progress(f"exporting to {target}", total)
+        write_files(unfinished, plan_files(groups, round(max_file_gb * 1e9)), progress)
+        stored = dtype if dtype != "auto" else _stored_dtype(weights, reader)
+        write_config(unfinished, model, image_token_id, saved.data.sequence_length, stored)
+        write_card(unfinished, saved, model, source)
+    print(f"{target}: {total / 1e9:.3g} GB")
+    return target
+
+
+def complete_checkpoint(path: str) -> Path:
+    """A checkpoint by itself, or the newest of a run's directory."""
+    import nemo_pre.preload  # noqa: F401  # imports NeMo without its messages
+    from nemo_pre.callbacks.resume import former_stage
+
+    directory = Path(path)
+    if (directory / "checkpoints").is_dir():
+        directory = directory / "checkpoints"
+    return Path(former_stage(str(directory)))
+
+
+def _described(source: Path) -> tuple[Any, ModelConfig]:
+    from nemo_pre.config.saved import read_saved, saved_model
+
+    return read_saved(source), saved_model(source)
+
+
+def model_weights(model: ModelConfig, reader: CheckpointReader) -> Iterator[Weight]:
+    """Every tensor of the model, each checked to be there in its shape.
+
+    Raises:
+        ValueError: one is missing, has another shape, or has no place in the exported model.
+    """
+    from nemo_pre.huggingface.weights import HF_TOWER, TOWER, language_weights, projector_weights, tower_weight
+
+    found = reader.tensors()
+    tower = [tower_weight(HF_TOWER + key.removeprefix(TOWER), found[key][0]) for key in found if key.startswith(TOWER)]
+    weights = [*language_weights(model.language), *projector_weights(model), *tower]
+    for weight in weights:
+        shape = weight.shape if weight.layer is None else (model.language.num_layers, *weight.shape)
+        if weight.key not in found:
+            raise ValueError(f"{reader.directory} has no {weight.key}, which its config.yaml asks for.")
+        if found[weight.key][0] != shape:
+            raise ValueError(
+                f"{weight.key} in {reader.directory} has shape {list(found[weight.key][0])} but its config.yaml makes "
+                f"it {list(shape)}."
+            )
+        yield weight
+    known = {weight.key for weight in weights}
+    for key in found:
+        name = key.removeprefix("module.")
+        if key.startswith("module.") and key not in known and not name.startswith(TRAINING_ONLY):
+            raise ValueError(f"{reader.directory} has {key}, which has no place in the exported model.")
+
+
+def exported_groups(
+    weights: list[Weight], model: ModelConfig, reader: CheckpointReader, image_token_id: int, dtype: str
+) -> Iterator[Group]:
+    """The exported tensors, those of one checkpoint tensor together."""
+    from nemo_pre.huggingface.architecture import exported_vocab_size
+    from nemo_pre.huggingface.safetensors_files import Group
+
+    found = reader.tensors()
+    extra_rows = exported_vocab_size(model.language, image_token_id) - model.language.vocab_size
+    for weight in weights:
+        target = _dtype(dtype, found[weight.key][1])
+        rows = extra_rows if weight.key.endswith(("word_embeddings.weight", "output_layer.weight")) else 0
+        sizes = {
+            name: math.prod((shape[0] + rows, *shape[1:])) * target.itemsize for name, shape in weight.parts.items()
+        }
+        yield Group(sizes, partial(_make, weight, reader, target, rows))
+
+
+def _make(weight: Weight, reader: CheckpointReader, dtype: torch.dtype, extra_rows: int) -> dict[str, torch.Tensor]:
+    """``extra_rows`` of zeros below an embedding are for ids that no text has."""
+    import torch
+
+    parts = [part.to(dtype) for part in weight.cut(reader.read(weight.key, weight.layer))]
+    if extra_rows:
+        parts = [torch.cat([part, part.new_zeros(extra_rows, *part.shape[1:])]) for part in parts]
+    # A view of a larger tensor would be written with all of it.
+    return {name: part.contiguous().clone() for name, part in zip(weight.parts, parts, strict=True)}
+
+
+def _dtype(name: str, stored: torch.dtype) -> torch.dtype:
+    import torch
+
+    return stored if name == "auto" else getattr(torch, name)
+
+
+def _stored_dtype(weights: list[Weight], reader: CheckpointReader) -> str:
+    """Of the decoder's weights."""
+    from nemo_pre.huggingface.weights import LAYERS
+
+    found = reader.tensors()
+    return next(str(found[weight.key][1]) for weight in weights if weight.key.startswith(LAYERS)).removeprefix(
+        "torch."
+    )
+
+
+def write_config(directory: Path, model: ModelConfig, image_token_id: int, max_positions: int, dtype: str) -> None:
+    """``config.json`` and, where the model needs it, the code beside it."""
+    from nemo_pre.huggingface import remote_code
+    from nemo_pre.huggingface.architecture import hf_config, is_spatial
+
+    values = hf_config(model, image_token_id, max_positions, dtype)
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if is_spatial(model):
+        code = Path(remote_code.__file__).parent
+        for name in ("configuration_spatial_llava.py", "modeling_spatial_llava.py"):
+            shutil.copyfile(code / name, directory / name)

@@ -1,0 +1,179 @@
+"""``nemo-pre import``: a checkpoint to start runs from, out of Hugging Face directories.
+
+Weights go over one by one, in the type they have; a 70B model needs no more memory than its largest tensor. The
+checkpoint appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_pre.config.schema import DataConfig, ModelConfig, RunConfig
+from nemo_pre.huggingface.atomic import appearing
+from nemo_pre.huggingface.progress import bytes_progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
+    from nemo_pre.huggingface.safetensors_files import TensorSource
+    from nemo_pre.huggingface.weights import Weight
+
+ORIGINAL = "huggingface"  # the source's files beside its weights, in the checkpoint
+# Computed, not learned; and the parts of a whole CLIP or SigLIP beside its vision tower.
+IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "visual_projection.")
+
+
+def import_checkpoint(
+    llava: str | None = None,
+    out: str | None = None,
+    vision: str | None = None,
+    language: str | None = None,
+    feature_layer: int = -2,
+    seed: int = 1234,
+    allow_pickle: bool = False,
+) -> Path:
+    """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
+
+      nemo-pre import LLAVA_DIR OUT                              a LLaVA (Llama or Qwen2; CLIP or SigLIP)
+      nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
+
+    Directories are local, with safetensors. feature_layer and seed (of the new projector) are for the second form;
+    allow_pickle=true also reads pytorch_model*.bin.
+    """
+    if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
+        raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
+    from nemo_pre.huggingface.architecture import read_llava, read_parts
+    from nemo_pre.huggingface.distributed_checkpoint import write_weights
+    from nemo_pre.launch import prepare_environment
+
+    prepare_environment("cpu")
+    target = Path(out)
+    if llava is not None:
+        model = read_llava(Path(llava))
+        tensors = list(_stored_llava(model, Path(llava), allow_pickle))
+        original = Path(llava)
+    else:
+        assert vision is not None and language is not None
+        model = read_parts(Path(vision), Path(language), target.name)
+        model.vision.feature_layer = feature_layer
+        tensors = list(_stored_parts(model, Path(vision), Path(language), seed, allow_pickle))
+        original = Path(language)
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    with appearing(target) as unfinished:
+        write_weights(unfinished, tensors, bytes_progress(f"importing to {target}", total))
+        _keep_other_files(original, unfinished / ORIGINAL)
+        model.tokenizer = str(target / ORIGINAL)
+        _describe(model, unfinished / "config.yaml", seed)
+    print(f"{target}: {model.name}, {total / 1e9:.3g} GB; start a run from it with init_from={target}")
+    return target
+
+
+def _stored_llava(model: ModelConfig, directory: Path, allow_pickle: bool) -> Iterator[StoredTensor]:
+    from nemo_pre.huggingface.safetensors_files import TensorSource
+    from nemo_pre.huggingface.weights import HF_TOWER, hub_name, language_weights, projector_weights, tower_weight
+
+    source = TensorSource(directory, allow_pickle)
+    names = {hub_name(name): name for name in source.names()}
+    towers = (tower_weight(n, source.describe(names[n])[0]) for n in names if n.startswith(HF_TOWER))
+    weights = [*language_weights(model.language), *projector_weights(model), *towers]
+    yield from _stored(weights, source, names, model)
+
+
+def _stored_parts(
+    model: ModelConfig, vision: Path, language: Path, seed: int, allow_pickle: bool
+) -> Iterator[StoredTensor]:
+    from nemo_pre.huggingface.safetensors_files import TensorSource
+    from nemo_pre.huggingface.weights import HF_LANGUAGE, HF_TOWER, language_weights, projector_weights, tower_weight
+
+    source = TensorSource(language, allow_pickle)
+    names = {HF_LANGUAGE + name: name for name in source.names()}
+    yield from _stored(list(language_weights(model.language)), source, names, model)
+    tower = TensorSource(vision, allow_pickle)
+    own = [name for name in tower.names() if not name.startswith(OTHER_TOWER)]
+    names = {HF_TOWER + name: name for name in own}
+    weights = [tower_weight(name, tower.describe(names[name])[0]) for name in names]
+    yield from _stored(weights, tower, names, model)
+    yield from _new_projector(list(projector_weights(model)), model, seed)
+
+
+def _stored(
+    weights: list[Weight], source: TensorSource, names: dict[str, str], model: ModelConfig
+) -> Iterator[StoredTensor]:
+    """Each weight as something to be written; every tensor of the source must have a place.
+
+    Args:
+        names: the source's own name of each tensor, by its name on the hub.
+    """
+    from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
+
+    unused = {name for name in names if not name.endswith(IGNORED)}
+    for weight in weights:
+        dtypes = set()
+        for name, shape in weight.parts.items():
+            if name not in names:
+                raise ValueError(f"{source.directory} has no tensor {name}, which its config.json asks for.")
+            found, dtype = source.describe(names[name])
+            if found != shape:
+                raise ValueError(
+                    f"{name} in {source.directory} has shape {list(found)} but its config.json makes it {list(shape)}."
+                )
+            dtypes.add(dtype)
+        if len(dtypes) > 1:
+            raise ValueError(f"{', '.join(weight.parts)} in {source.directory} have several types: make them one.")
+        unused -= set(weight.parts)
+        parts = [names[name] for name in weight.parts]
+        read = partial(_read_and_join, source, parts, weight.join)
+        layers = None if weight.layer is None else model.language.num_layers
+        yield StoredTensor(weight.key, weight.layer, layers, weight.shape, dtypes.pop(), read)
+    if model.language.tie_embeddings:  # a tied output layer may be stored all the same
+        unused.discard("language_model.lm_head.weight")
+    if unused:
+        raise ValueError(f"{source.directory} has {sorted(unused)[0]}, which has no place in the model.")
+
+
+def _read_and_join(source: TensorSource, names: list[str], join: Callable[..., torch.Tensor]) -> torch.Tensor:
+    return join([source.read(name) for name in names])
+
+
+def _new_projector(weights: list[Weight], model: ModelConfig, seed: int) -> Iterator[StoredTensor]:
+    """The values that a run with this seed starts from."""
+    import torch
+
+    from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
+    from nemo_pre.huggingface.weights import PROJECTOR
+    from nemo_pre.neva.build import build_projector_config
+
+    projector = build_projector_config(model, seed, on_gpu=False).configure_model()
+    values = projector.state_dict()
+    for weight in weights:
+        tensor = values[weight.key.removeprefix(PROJECTOR)]
+        assert tuple(tensor.shape) == weight.shape and tensor.dtype == torch.float32
+        yield StoredTensor(weight.key, None, None, weight.shape, torch.float32, partial(_given, tensor))
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _keep_other_files(source: Path, target: Path) -> None:
+    """Configuration, tokenizer, processor: everything beside the weights that is text."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".md") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _describe(model: ModelConfig, path: Path, seed: int) -> None:
+    from nemo_pre.config.compose import save_resolved
+
+    length = model.language.max_position_embeddings
+    assert length is not None
+    data = DataConfig(name="none", path="", sequence_length=length)
+    save_resolved(RunConfig(name=model.name, seed=seed, model=model, data=data), path)

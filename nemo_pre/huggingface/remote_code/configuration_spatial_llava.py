@@ -1,0 +1,82 @@
+"""LLaVA's configuration, plus how visual tokens attend and where they lie (see modeling_spatial_llava.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import LlavaConfig
+
+TEXT_MODELS = ("llama", "qwen2")
+
+
+class SpatialLlavaConfig(LlavaConfig):
+    """The configuration of a LLaVA with mixed attention and two-dimensional rotary positions.
+
+    Args:
+        visual_attention: ``causal``, or ``mixed``: the visual tokens of an image see each other both ways.
+        visual_rope: ``1d`` (every token its index), ``2d`` or ``mrope`` (visual tokens have a row and a column).
+        rope_axes: for each of the head_dim / 2 rotary frequencies, fastest first, the axis that turns it: 0 time,
+            1 row, 2 column. None for ``1d``.
+        tile_grid: rows and columns of visual tokens of an image.
+
+    Raises:
+        ValueError: a value that is not one of these, or that does not fit the text model or ``image_seq_length``.
+    """
+
+    model_type = "spatial_llava"
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        *,
+        visual_attention: str = "causal",
+        visual_rope: str = "1d",
+        rope_axes: Sequence[int] | None = None,
+        tile_grid: Sequence[int] = (24, 24),
+        **kwargs: Any,
+    ) -> None:
+        self.visual_attention = visual_attention
+        self.visual_rope = visual_rope
+        self.rope_axes = None if rope_axes is None else list(rope_axes)
+        self.tile_grid = list(tile_grid)
+        super().__init__(vision_config=vision_config, text_config=text_config, **kwargs)
+        self._check_text_model()
+        self._check_choices()
+
+    @property
+    def num_frequencies(self) -> int:
+        """Rotary frequencies of an attention head of the text model."""
+        text = self.text_config
+        return (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) // 2
+
+    def _check_text_model(self) -> None:
+        text = self.text_config
+        if text.model_type not in TEXT_MODELS:
+            raise ValueError(f"The text model is '{text.model_type}': it must be one of {', '.join(TEXT_MODELS)}.")
+        if getattr(text, "use_sliding_window", False):
+            raise ValueError("text_config.use_sliding_window must be false: the attention mask knows no window.")
+
+    def _check_choices(self) -> None:
+        if self.visual_attention not in ("causal", "mixed"):
+            raise ValueError(f"visual_attention is '{self.visual_attention}': choose causal or mixed.")
+        if self.visual_rope not in ("1d", "2d", "mrope"):
+            raise ValueError(f"visual_rope is '{self.visual_rope}': choose 1d, 2d or mrope.")
+        if self.visual_rope == "1d" and self.rope_axes is not None:
+            raise ValueError(f"rope_axes={self.rope_axes} must be null for visual_rope=1d.")
+        if self.visual_rope != "1d" and not self._axes_fit():
+            raise ValueError(
+                f"rope_axes={self.rope_axes} must be {self.num_frequencies} numbers, each 0 (time), 1 (row) or "
+                f"2 (column), one for each rotary frequency of a head, for visual_rope={self.visual_rope}."
+            )
+        if len(self.tile_grid) != 2 or min(self.tile_grid) < 1:
+            raise ValueError(f"tile_grid={self.tile_grid} must be two positive numbers: rows and columns.")
+        if self.tile_grid[0] * self.tile_grid[1] != self.image_seq_length:
+            raise ValueError(
+                f"tile_grid={self.tile_grid} must have as many tokens as image_seq_length={self.image_seq_length}."
+            )
+
+    def _axes_fit(self) -> bool:
+        axes = self.rope_axes
+        return axes is not None and len(axes) == self.num_frequencies and set(axes) <= {0, 1, 2}

@@ -1,0 +1,249 @@
+"""A trained or imported model, loaded to be asked: no data, no optimizer, any tensor and pipeline layout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrainerConfig,
+)
+
+
+@dataclass
+class InferenceRun(RunConfig):
+    """A run of ranks that load ``checkpoint`` and answer.
+
+    Attributes:
+        requests: of (prompt, paths of its images).
+        answers_file: JSON lines with the answers; null prints them.
+    """
+
+    checkpoint: str = ""
+    requests: list[tuple[str, list[str]]] = field(default_factory=list)
+    max_new_tokens: int = 64
+    answers_file: str | None = None
+
+
+def generate(
+    checkpoint: str,
+    prompt: str | None = None,
+    image: str | None = None,
+    requests: str | None = None,
+    out: str | None = None,
+    max_new_tokens: int = 64,
+    micro_batch_size: int = 8,
+    chat_template: str | None = None,
+    tensor: int = 1,
+    pipeline: int = 1,
+    precision: str = "fp32",
+    platform: str = "auto",
+) -> None:
+    """Ask a model of a run or of an import; greedy, with a key-value cache.
+
+      nemo-pre generate runs/NAME/checkpoints --image x.png --prompt "Which digit is at the top left?"
+      nemo-pre generate CHECKPOINT requests=FILE.jsonl out=ANSWERS.jsonl
+
+    A line of FILE is {"prompt": "...", "images": ["x.png"]}; paths are relative to FILE. An image goes before the
+    question unless the prompt says <image> itself; several are separated by commas. chat_template is the run's unless
+    given (an import has none: give vicuna_v1 or plain). tensor and pipeline lay the model out over ranks.
+    """
+    from nemo_pre.config.checks import check_options
+    from nemo_pre.huggingface.exporter import complete_checkpoint
+    from nemo_pre.launch import launch, prepare_environment
+
+    if (prompt is None) == (requests is None):
+        raise ValueError("Give prompt=TEXT (and image=FILE), or requests=FILE.jsonl.")
+    prepare_environment(platform, tensor * pipeline)
+    source = complete_checkpoint(checkpoint)
+    if requests is not None:
+        asked = _read_requests(Path(requests))
+    else:
+        asked = [(str(prompt), image.split(",") if image else [])]
+    with tempfile.TemporaryDirectory(prefix="nemo-pre-") as scratch:
+        run = inference_run(source, scratch, tensor, pipeline, precision, platform)
+        run.trainer.micro_batch_size = run.trainer.global_batch_size = micro_batch_size
+        run.data.chat_template = chat_template or run.data.chat_template
+        run.requests, run.max_new_tokens, run.answers_file = asked, max_new_tokens, out
+        check_options(run)
+        launch(run, "nemo_pre.inference:answer")
+
+
+def inference_run(
+    checkpoint: Path,
+    output_dir: str,
+    tensor: int = 1,
+    pipeline: int = 1,
+    precision: str = "fp32",
+    platform: str = "auto",
+) -> InferenceRun:
+    """The run whose ranks hold the checkpoint's model, without what only training needs."""
+    from nemo_pre.config.saved import read_saved, saved_model
+
+    saved = read_saved(checkpoint)
+    run = untrained_run(saved_model(checkpoint), output_dir)
+    run.name, run.seed, run.platform, run.checkpoint = saved.name, saved.seed, platform, str(checkpoint)
+    run.data = DataConfig(
+        name=saved.data.name,
+        path=saved.data.path,
+        sequence_length=saved.data.sequence_length,
+        chat_template=saved.data.chat_template,
+    )
+    run.parallel.tensor, run.parallel.pipeline, run.precision.name = tensor, pipeline, precision
+    return run
+
+
+def untrained_run(model: ModelConfig, output_dir: str) -> InferenceRun:
+    """A run that builds a model and does nothing with it, on one rank."""
+    return InferenceRun(
+        name=model.name,
+        output_dir=output_dir,
+        resume=False,
+        model=model,
+        data=DataConfig(name="none", path="", sequence_length=model.language.max_position_embeddings or 2048),
+        parallel=ParallelConfig(distributed_optimizer=False),
+        precision=PrecisionConfig(name="fp32"),
+        optim=OptimConfig(lr=1e-3),  # there is none
+        trainer=TrainerConfig(max_steps=1, global_batch_size=1, micro_batch_size=1),
+    )
+
+
+def load_chunks(run: InferenceRun) -> list[Any]:
+    """This rank's model chunks with the checkpoint's weights, in evaluation mode.
+
+    Raises:
+        ValueError: the checkpoint lacks a weight of the model.
+    """
+    from lightning.pytorch.trainer.states import TrainerFn
+
+    from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+    from nemo_pre.huggingface.exporter import model_weights
+    from nemo_pre.neva.model import model_chunks
+    from nemo_pre.train import build_model, build_trainer, prepare_process
+
+    on_gpu = prepare_process(run)
+    # Megatron would leave what is missing at its initial value.
+    list(model_weights(run.model, CheckpointReader(run.checkpoint)))
+    trainer = build_trainer(run, on_gpu, callbacks=[], weights_from=run.checkpoint)
+    trainer.state.fn = TrainerFn.PREDICTING  # or the strategy would ask for an optimizer
+    strategy, model = trainer.strategy, build_model(run, on_gpu)
+    strategy._setup_optimizers = False
+    strategy.connect(model)
+    strategy.setup_environment()
+    model.configure_model()
+    strategy.setup(trainer)
+    chunks = model_chunks(trainer)
+    for chunk in chunks:
+        chunk.eval()
+    return chunks
+
+
+def answer(run: InferenceRun) -> None:
+    """On every rank: load the model, answer the requests, and on the first rank print or write the answers."""
+    import torch.distributed as dist
+
+    from nemo_pre.data.preprocessing import build_preprocessing
+    from nemo_pre.generation import generate as generate_tokens
+    from nemo_pre.preload import silence
+
+    how = build_preprocessing(run)
+    prompts = [_prompt(how, number, text, images) for number, (text, images) in enumerate(run.requests)]
+    with silence():  # what gloo, Megatron and Lightning tell of a start is not part of an answer
+        chunks = load_chunks(run)
+    writes = dist.get_rank() == 0
+    shown = _Stream(how.tokenizer) if writes and len(prompts) == 1 and run.answers_file is None else None
+    answers = generate_tokens(
+        chunks,
+        prompts,
+        run.max_new_tokens,
+        how.tokenizer.eos_token_id,
+        min(len(how.tokenizer), run.model.language.vocab_size),
+        run.trainer.micro_batch_size,
+        on_token=shown,
+        on_progress=_report if writes and shown is None else None,
+    )
+    if shown is not None:
+        print(flush=True)
+    elif writes:
+        _write_answers(run, [how.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers])
+
+
+def _prompt(how: Any, number: int, text: str, images: list[str]) -> Any:
+    import torch
+
+    from nemo_pre.data.conversation import IMAGE_TAG, encode_prompt
+    from nemo_pre.data.images import image_tensor
+    from nemo_pre.generation import TokenSequence
+
+    where = f"request {number}"
+    question = text if IMAGE_TAG in text else f"{IMAGE_TAG}\n" * len(images) + text
+    conversation = [{"from": "human", "value": question}]
+    tokens = encode_prompt(conversation, how.tokenizer, how.chat_template, len(images), where)
+    pixels = []
+    for path in images:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"The image {path} of {where} cannot be read: {error.strerror}.") from error
+        pixels.append(image_tensor(content, how.image_size, how.image_mean, how.image_std, path))
+    return TokenSequence(torch.tensor(tokens, dtype=torch.int64), torch.stack(pixels) if pixels else None)
+
+
+def _read_requests(path: Path) -> list[tuple[str, list[str]]]:
+    asked = []
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"requests={path} cannot be read: {error.strerror}.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            asked.append((str(record["prompt"]), [str(path.parent / image) for image in record.get("images", [])]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}, line {number}: a request is {{"prompt": "...", "images": [...]}}.') from error
+    if not asked:
+        raise ValueError(f"requests={path} holds no request.")
+    return asked
+
+
+class _Stream:
+    """Prints an answer while it grows; a character of several tokens appears when it is whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._printed = 0
+
+    def __call__(self, number: int, token: int) -> None:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self._printed :], end="", flush=True)
+            self._printed = len(text)
+
+
+def _report(finished: int, total: int) -> None:
+    end = "\n" if finished == total else ""
+    if sys.stderr.isatty():
+        print(f"\r{finished}/{total} answers", end=end, file=sys.stderr, flush=True)
+
+
+def _write_answers(run: InferenceRun, answers: list[str]) -> None:
+    lines = [
+        json.dumps({"prompt": prompt, "images": images, "answer": answer})
+        for (prompt, images), answer in zip(run.requests, answers, strict=True)
+    ]
+    if run.answers_file is None:
+        print("\n".join(lines))
+    else:
+        Path(run.answers_file).write_text("\n".join(lines) + "\n")
