@@ -1,0 +1,1 @@
+"""Evaluating exported models with lmms-eval, in a process of its own, and comparing with the published numbers."""
