@@ -18,6 +18,8 @@ INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --compile-bytecode
 # Two ranks need two GPUs or none: on a machine with a single GPU the demo runs on one rank.
 DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus; print("parallel=single" * (visible_gpus() == 1))')
 
+DEMO_RUN := runs/digits_tiny_pre
+
 help:
 	@echo "make install | demo | test | lint | format | lock | clean"
 
@@ -33,11 +35,15 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/build.txt require
 demo: $(INSTALLED)
 	$(BIN)/nemo-pre data demo
 	$(BIN)/nemo-pre train experiment=digits_tiny_pre $(DEMO_LAYOUT)
+	rm -rf $(DEMO_RUN)/hf
+	$(BIN)/nemo-pre export $(DEMO_RUN) $(DEMO_RUN)/hf
+	$(BIN)/nemo-pre report $(DEMO_RUN) $(DEMO_RUN)/report.html model=$(DEMO_RUN)/hf
 	@echo
-	@echo "resolved config  runs/digits_tiny_pre/config.yaml"
-	@echo "metrics          runs/digits_tiny_pre/metrics.jsonl"
-	@echo "plot             runs/digits_tiny_pre/curves.png"
-	@echo "checkpoint       runs/digits_tiny_pre/checkpoints"
+	@echo "resolved config  $(DEMO_RUN)/config.yaml"
+	@echo "metrics          $(DEMO_RUN)/metrics.jsonl"
+	@echo "checkpoint       $(DEMO_RUN)/checkpoints"
+	@echo "for transformers $(DEMO_RUN)/hf"
+	@echo "report           $(DEMO_RUN)/report.html"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -1,0 +1,1 @@
+"""What finished runs say: several in comparison (``compare``), one as an HTML page (``page``)."""
