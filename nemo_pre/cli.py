@@ -14,6 +14,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ VERBS = {
 
 def main(arguments: Arguments | None = None) -> int:
     """Run one command line; returns the exit code: 0, 1 (the run failed) or 2 (the command is wrong)."""
+    warnings.filterwarnings("ignore", "The pynvml package", FutureWarning)  # torch's own
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words or bool(os.environ.get("NEMO_PRE_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]

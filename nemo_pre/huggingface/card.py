@@ -87,7 +87,7 @@ def _usage(model: ModelConfig) -> str:
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(directory)
+processor = AutoProcessor.from_pretrained(directory, use_fast=False)  # resizes as in training
 model = AutoModelForImageTextToText.from_pretrained(directory{remote})
 chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
 prompt = processor.apply_chat_template(chat, add_generation_prompt=True)

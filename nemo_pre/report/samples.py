@@ -117,7 +117,7 @@ def _load(model: Path) -> tuple[Any, Any]:
         # Code from the directory is run only where its config says that it needs some.
         own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
         how = {"local_files_only": True, "trust_remote_code": own_code}
-        processor = AutoProcessor.from_pretrained(model, **how)
+        processor = AutoProcessor.from_pretrained(model, use_fast=False, **how)  # the pixels of training
         network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]

@@ -48,7 +48,8 @@ class ExportedVLM(lmms):
         self._device = torch.device(device or _default_device())
         model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, trust_remote_code=own_code)
         self.model = model.to(self._device).eval()
-        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=own_code)
+        # The slow image processors resize as PIL does, and so does training.
+        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=own_code, use_fast=False)
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
