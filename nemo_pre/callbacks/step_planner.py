@@ -67,7 +67,14 @@ class StepPlanner(Callback):
         # The longest of this rank's micro-batches: pipeline stages must exchange one shape, but not the maximum's.
         sequence_length = chunk.padded_length(int(torch.cat(lengths).max()))
         layouts = [
-            sequence_layout(batch["tokens"], tiles_of, chunk.tile_tokens, IMAGE_TOKEN_INDEX, sequence_length)
+            sequence_layout(
+                batch["tokens"],
+                tiles_of,
+                chunk.tile_tokens,
+                IMAGE_TOKEN_INDEX,
+                sequence_length,
+                batch.get("segments"),
+            )
             for batch, tiles_of in zip(batches, tiles, strict=True)
         ]
         branches: list[VisualBranch | None] = [None] * len(items)

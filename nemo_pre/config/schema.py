@@ -75,14 +75,27 @@ class ModelConfig:
 
 
 @dataclass
+class BlendSource:
+    """One prepared set of several that are trained on together."""
+
+    path: str = MISSING  # directory that `nemo-pre data ...` wrote
+    weight: float = 1.0  # in proportion to which its samples are drawn
+
+
+@dataclass
 class DataConfig:
     name: str = MISSING
-    path: str = MISSING  # directory that `nemo-pre data ...` wrote
-    sequence_length: int = MISSING  # tokens of text and image together; longer samples are cut
+    path: str = MISSING  # directory that `nemo-pre data ...` wrote; with blend, of validation and tokenizer only
+    blend: list[BlendSource] | None = None  # train on these instead of path's training split
+    sequence_length: int = MISSING  # tokens of text and images together; longer samples are cut
     num_workers: int = 0  # loader processes per rank
     shuffle_seed: int = 0
-    chat_template: str = "plain"  # plain | vicuna_v1
+    chat_template: str = "plain"  # plain | vicuna_v1 | caption | chatml
+    image_resize: str = "whole"  # whole (aspect ratio lost) | crop (CLIP's centre crop) | pad (LLaVA-1.5's "pad")
+    image_filter: str = "bicubic"  # bicubic (CLIP, SigLIP) | bilinear (SigLIP2)
+    max_tiles: int = 1  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more
     on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
+    on_state_mismatch: str = "raise"  # raise | restart (the data, not the run): a resume whose data state is another's
 
 
 @dataclass

@@ -59,6 +59,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         ),
         vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
+        packed=config.data.packing,
         rope=config.model.rope,
         rope_axes=axis_of_frequency(config.model.rope, config.model.rope_sections, head_width // 2),
         rope_scaling=config.model.language.rope_scaling,
@@ -117,7 +118,7 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
 
 def _layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:
     plain = default_layer_spec if fused else local_layer_spec
-    if config.model.attention == "mixed":
+    if config.model.attention == "mixed" or config.data.packing:
         return partial(_mixed_attention_layer_spec, plain=plain, backend=attention_backend(config, on_gpu))
     if fused:
         return default_layer_spec

@@ -97,6 +97,7 @@ class VisualNevaConfig(NevaConfig):
 
     Attributes:
         mixed_attention: visual tokens of an image see each other both ways (the layers' spec must have it).
+        packed: rows hold several samples, which do not see each other (the layers' spec must have mixed attention).
         rope: ``1d``, ``2d`` or ``mrope``, see :mod:`nemo_pre.parallel.rotary_positions`.
         rope_axes: see :func:`nemo_pre.config.derived.axis_of_frequency`.
         rope_scaling: how its frequencies are slowed down.
@@ -106,6 +107,7 @@ class VisualNevaConfig(NevaConfig):
     """
 
     mixed_attention: bool = False
+    packed: bool = False
     rope: str = "1d"
     rope_axes: list[int] | None = None
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
@@ -116,7 +118,7 @@ class VisualNevaConfig(NevaConfig):
     @property
     def explicit_positions(self) -> bool:
         """Whether every token is told its rotary position; otherwise Megatron counts."""
-        return self.rope != "1d" or self.laver is not None
+        return self.rope != "1d" or self.laver is not None or self.packed
 
     def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
         if self.encoder_pipeline_model_parallel_size:
@@ -191,7 +193,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             self.ema_projection.load_state_dict(self.vision_projection.state_dict())
         if config.pre_heads is not None:
             self._add_pre_heads(config.pre_heads, config.sequence_parallel)
-        if config.mixed_attention:
+        if config.mixed_attention or config.packed:
             self._refuse_other_attention()
         if config.explicit_positions:
             self._place_tokens(config)
@@ -209,7 +211,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             attention = layer.self_attention.core_attention
             if not isinstance(attention, MixedAttention):
                 raise ValueError(
-                    f"Mixed attention was asked for, but decoder layer {layer.layer_number} has "
+                    f"Mixed attention or packing was asked for, but decoder layer {layer.layer_number} has "
                     f"{type(attention).__name__}: put it into the layer spec with "
                     f"nemo_pre.neva.mixed_attention.with_mixed_attention."
                 )
@@ -319,6 +321,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             mixed_attention=self.config.mixed_attention,
             rope=self.config.rope,
             tile_grid=(side, side),
+            packed=self.config.packed,
             tp_size=ps.get_tensor_model_parallel_world_size() if self.sequence_parallel_lm else 1,
             cp_size=ps.get_context_parallel_world_size(),
             cp_rank=ps.get_context_parallel_rank(),

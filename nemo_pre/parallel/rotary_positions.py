@@ -21,7 +21,7 @@ def rotary_positions(layout: SequenceLayout, grids_T2: Tensor, kind: str, isolat
     """Positions int64 ``[3, B, S]`` along time, row and column.
 
     Args:
-        layout: the sequence; on the CPU.
+        layout: the sequence; on the CPU. Every packed sample starts at 0.
         grids_T2: height and width in visual tokens of every tile, in the order of the visual tokens. An image of
             several tiles is a block per tile, each starting where the one before it ends.
         kind: ``1d`` (every token its index, on all axes), ``2d`` or ``mrope`` (the axes differ; which of them turns
@@ -41,6 +41,7 @@ def rotary_positions(layout: SequenceLayout, grids_T2: Tensor, kind: str, isolat
     else:
         row_BS, column_BS, advance_BS = _places_in_tiles(layout.visual_source_BS, is_visual_BS, grids_T2)
         start_BS = advance_BS.cumsum(1) - advance_BS
+    start_BS = start_BS - _first_of_segment(start_BS, layout.segment_BS)
     if isolated_images:
         start_BS = torch.where(is_visual_BS, start_BS - _first_of_image(start_BS, layout.visual_image_BS), 0)
     return torch.stack([start_BS, start_BS + row_BS, start_BS + column_BS])
@@ -65,6 +66,13 @@ def _places_in_tiles(source_BS: Tensor, is_visual_BS: Tensor, grids_T2: Tensor) 
     row_BS = torch.where(is_visual_BS, in_tile_BS // width_BS, 0)
     column_BS = torch.where(is_visual_BS, in_tile_BS % width_BS, 0)
     return row_BS, column_BS, advance_BS
+
+
+def _first_of_segment(start_BS: Tensor, segment_BS: Tensor) -> Tensor:
+    """Where the packed sample of each token starts; positions only grow along a row."""
+    is_first_BS = torch.zeros_like(segment_BS, dtype=torch.bool)
+    is_first_BS[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+    return torch.where(is_first_BS, start_BS, 0).cummax(dim=1).values
 
 
 def _first_of_image(start_BS: Tensor, image_BS: Tensor) -> Tensor:

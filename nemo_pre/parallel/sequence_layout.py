@@ -25,6 +25,7 @@ class SequenceLayout:
         visual_source_BS: index of the visual token at each position, -1 where there is none. Visual tokens are
             numbered through the micro-batch: sample by sample, image by image, tile by tile, patch by patch.
         visual_image_BS: index of the image a visual token belongs to, -1 where there is none.
+        segment_BS: number of the packed sample in its row, 0 where rows are not packed, and at padding.
         num_visual_tokens: visual tokens left after truncation.
         num_images: images with at least one token left after truncation.
         num_tiles: tiles of all images, before truncation.
@@ -33,6 +34,7 @@ class SequenceLayout:
     text_source_BS: Tensor
     visual_source_BS: Tensor
     visual_image_BS: Tensor
+    segment_BS: Tensor
     num_visual_tokens: int
     num_images: int
     num_tiles: int
@@ -49,6 +51,7 @@ class SequenceLayout:
             move(self.text_source_BS),
             move(self.visual_source_BS),
             move(self.visual_image_BS),
+            move(self.segment_BS),
             self.num_visual_tokens,
             self.num_images,
             self.num_tiles,
@@ -66,6 +69,7 @@ def sequence_layout(
     tile_tokens: int,
     image_token: int,
     sequence_length: int,
+    segments_BT: Tensor | None = None,
 ) -> SequenceLayout:
     """Lay a micro-batch out: text tokens in order, each image token replaced by ``tiles * tile_tokens`` visual
     tokens, right-padded or cut to ``sequence_length``.
@@ -76,6 +80,7 @@ def sequence_layout(
         tile_tokens: visual tokens per tile.
         image_token: the id that stands for an image.
         sequence_length: S.
+        segments_BT: number of the packed sample each token belongs to; None: a row is a sample.
 
     Raises:
         ValueError: if the number of image tokens and of images differ.
@@ -100,14 +105,18 @@ def sequence_layout(
     visual_image = torch.where(on_image, image_index_BT.gather(1, token_of_position), visual_image)
     # Numbered before the cut, so that a cut image keeps the numbers its tokens have in the encoder's output.
     visual_source = torch.where(on_image, on_image.reshape(-1).cumsum(0).reshape(on_image.shape) - 1, -1)
+    segment = torch.zeros_like(text_source)
+    if segments_BT is not None:
+        segment = torch.where(inside, segments_BT.gather(1, token_of_position), segment)
 
-    text_source, visual_source, visual_image = (
-        tensor[:, :sequence_length].contiguous() for tensor in (text_source, visual_source, visual_image)
+    text_source, visual_source, visual_image, segment = (
+        tensor[:, :sequence_length].contiguous() for tensor in (text_source, visual_source, visual_image, segment)
     )
     return SequenceLayout(
         text_source,
         visual_source,
         visual_image,
+        segment,
         num_visual_tokens=int((visual_source >= 0).sum()),
         num_images=int(visual_image[visual_image >= 0].unique().numel()),
         num_tiles=sum(tiles_per_image),
@@ -119,15 +128,16 @@ def expand_labels(
 ) -> tuple[Tensor, Tensor]:
     """Labels and loss mask on the combined sequence, ``[B, S]`` each.
 
-    A visual token and the text token just before an image have no loss: the one predicts no word, the other
-    would have to predict an image. Labels are already shifted (``labels[t]`` is what follows token ``t``).
+    A visual token and the text token just before an image of its sample have no loss: the one predicts no word, the
+    other would have to predict an image. Labels are already shifted (``labels[t]`` is what follows token ``t``).
     """
     is_text_BS = layout.text_source_BS >= 0
     source = layout.text_source_BS.clamp(min=0)
     labels_BS = torch.where(is_text_BS, labels_BT.gather(1, source), ignore_index)
     loss_mask_BS = torch.where(is_text_BS, loss_mask_BT.gather(1, source), 0)
     next_is_visual = torch.zeros_like(is_text_BS)
-    next_is_visual[:, :-1] = layout.visual_source_BS[:, 1:] >= 0
+    same_sample = layout.segment_BS[:, 1:] == layout.segment_BS[:, :-1]
+    next_is_visual[:, :-1] = (layout.visual_source_BS[:, 1:] >= 0) & same_sample
     return labels_BS, loss_mask_BS.masked_fill(next_is_visual, 0)
 
 

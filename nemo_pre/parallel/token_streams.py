@@ -27,7 +27,7 @@ from nemo_pre.parallel.rotary_positions import rotary_positions
 from nemo_pre.parallel.sequence_layout import SequenceLayout, local_positions
 
 SEQUENCE, ORDER, IMAGE = 0, 1, 2
-SAMPLES = 0  # the sequence id of the samples themselves
+SAMPLES = 0  # the sequence id of the samples themselves; of packed ones -1, -2 and so on after the first
 BRANCH = 1  # of a branch that is one sequence, and of a packed branch's padding; its images follow
 
 
@@ -67,6 +67,7 @@ class StreamShape:
         rope: see :func:`nemo_pre.parallel.rotary_positions.rotary_positions`.
         tile_grid: height and width of an image tile in visual tokens.
         tp_size: ranks of sequence parallelism, 1 without it.
+        packed: rows may hold several samples.
     """
 
     mixed_attention: bool
@@ -75,6 +76,7 @@ class StreamShape:
     tp_size: int = 1
     cp_size: int = 1
     cp_rank: int = 0
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,13 @@ def decoder_streams(
         positions.append(rotary_positions(samples, grids, shape.rope))
     if branch is not None:
         image_BS = branch.layout.visual_image_BS
-        own_sequence = image_BS + BRANCH + 1 if branch.isolated_images else torch.full_like(image_BS, BRANCH)
+        own_sequence = (image_BS if branch.isolated_images else branch.layout.segment_BS - 1) + BRANCH + 1
         structures.append(_structure(branch.layout, own_sequence, shape.mixed_attention or branch.isolated_images))
         positions.append(rotary_positions(branch.layout, grids, shape.rope, branch.isolated_images))
     lengths = [structure.shape[1] for structure in structures]
     order_K = gathered_order(lengths, shape.tp_size, shape.cp_size)
     here_Q = order_K.view(shape.cp_size, -1)[shape.cp_rank]
-    needed = branch is not None or shape.mixed_attention
+    needed = branch is not None or shape.mixed_attention or shape.packed
     return DecoderStreams(
         lengths=tuple(length // (shape.tp_size * shape.cp_size) for length in lengths),
         structure_BK3=torch.cat(structures, dim=1)[:, order_K].contiguous() if needed else None,
@@ -127,7 +129,7 @@ def decoder_streams(
 
 def samples_structure(layout: SequenceLayout, mixed_attention: bool) -> Tensor:
     """The structure ``[B, S, 3]`` of the samples alone, in the order of the sequence."""
-    return _structure(layout, torch.full_like(layout.visual_image_BS, SAMPLES), mixed_attention)
+    return _structure(layout, SAMPLES - layout.segment_BS, mixed_attention)
 
 
 def _structure(layout: SequenceLayout, sequence_BS: Tensor, both_ways: bool) -> Tensor:
@@ -198,5 +200,9 @@ def packed_images(layout: SequenceLayout, rows: list[list[int]], length: int) ->
             image_of[row, start : start + len(tokens)] = image
             start += len(tokens)
     return replace(
-        layout, text_source_BS=torch.full_like(source, -1), visual_source_BS=source, visual_image_BS=image_of
+        layout,
+        text_source_BS=torch.full_like(source, -1),
+        visual_source_BS=source,
+        visual_image_BS=image_of,
+        segment_BS=torch.zeros_like(source),
     )

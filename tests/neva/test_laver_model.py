@@ -37,7 +37,7 @@ def test_the_teacher_starts_as_the_student_follows_it_and_touches_nothing_else()
 
 def test_layers_that_are_causal_are_refused_where_mixed_attention_is_asked_for():
     (said,) = run_ranks(refusal_of_a_causal_layer, 1)
-    assert said.startswith("Mixed attention was asked for, but decoder layer 1 has DotProductAttention")
+    assert said.startswith("Mixed attention or packing was asked for, but decoder layer 1 has DotProductAttention")
 
 
 def test_text_has_the_same_logits_with_one_axis_of_positions_and_with_two_bit_for_bit():

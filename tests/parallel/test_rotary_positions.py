@@ -22,7 +22,8 @@ def layout_of(sizes: list[int | str]) -> SequenceLayout:
             image.append(-1 if is_text else sum(e != "t" for e in sizes[:place]))
     tiles = sum(entry != "t" for entry in sizes)
     rows = [torch.tensor([row]) for row in (text, visual, image)]
-    return SequenceLayout(rows[0], rows[1], rows[2], sum(v >= 0 for v in visual), tiles, tiles)
+    zeros = torch.zeros_like(rows[0])
+    return SequenceLayout(rows[0], rows[1], rows[2], zeros, sum(v >= 0 for v in visual), tiles, tiles)
 
 
 def pairs(positions_3BS: torch.Tensor) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ class Job:
         teacher: the weights of LaVer's teacher, named as the student's.
         language: fields of LanguageConfig that differ from the tiny model's.
         max_length: where sequences are cut.
+        packing: the rows of the data hold several samples, as their ``segments`` tell.
         settings: attributes of NeVA's and the language model's config, over what the product sets.
         gradient_factor: multiplies injected gradients: what the tests must notice.
     """
@@ -40,6 +41,7 @@ class Job:
     precision: str = "fp32"
     language: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
+    packing: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     gradient_factor: float = 1.0
     laver: dict[str, Any] | None = None
@@ -89,6 +91,7 @@ def train(job: Job) -> list[StepRecord]:
     )
     if job.max_length is not None:
         run.data.sequence_length = job.max_length
+    run.data.packing = job.packing
     recorder = build_recorder(job.state, job.teacher)
     callbacks = [*objective_callbacks(run), recorder]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)

@@ -223,16 +223,27 @@ def sample_sums(
 
 
 def split_samples(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of all micro-batches, each with its own images (a micro-batch lists its images in order)."""
+    """The samples of all micro-batches, each with its own images (a micro-batch lists its images in order); of packed
+    rows every sample by itself."""
     samples = []
     for batch in micro_batches:
         media = batch["media"]
         images = [] if media is None else list(media)
-        for tokens, labels, mask in zip(batch["tokens"], batch["labels"], batch["loss_mask"], strict=True):
-            own = [images.pop(0) for token in tokens.tolist() if token == IMAGE_TOKEN]
-            samples.append(
-                {"tokens": tokens.tolist(), "labels": labels.tolist(), "loss_mask": mask.tolist(), "images": own}
-            )
+        segments = batch.get("segments", torch.zeros_like(batch["tokens"]))
+        for tokens, labels, mask, segment in zip(
+            batch["tokens"], batch["labels"], batch["loss_mask"], segments, strict=True
+        ):
+            for number in range(int(segment.max()) + 1):
+                mine = segment == number
+                own = [images.pop(0) for token in tokens[mine].tolist() if token == IMAGE_TOKEN]
+                samples.append(
+                    {
+                        "tokens": tokens[mine].tolist(),
+                        "labels": labels[mine].tolist(),
+                        "loss_mask": mask[mine].tolist(),
+                        "images": own,
+                    }
+                )
         assert not images, f"{len(images)} images of the micro-batch belong to no sample"
     return samples
 
