@@ -95,6 +95,7 @@ class DataConfig:
     image_filter: str = "bicubic"  # bicubic (CLIP, SigLIP) | bilinear (SigLIP2)
     max_tiles: int = 1  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more
     on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
+    packing: bool = False  # several samples in a sequence, which see nothing of each other
     on_state_mismatch: str = "raise"  # raise | restart (the data, not the run): a resume whose data state is another's
 
 
