@@ -60,7 +60,7 @@ def measure(length: int, on_gpu: bool) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from nemo_pre.neva.mixed_attention import attend_dense, _attend_flex
+    from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense
     from nemo_pre.parallel.token_streams import may_attend
 
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
