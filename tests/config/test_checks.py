@@ -1,6 +1,5 @@
 """Each rule refuses the run it is about with its sentence, and each option without effect is warned of."""
 
-
 import pytest
 
 from nemo_pre.config.checks import check_options, check_run
