@@ -6,6 +6,8 @@ Nothing heavy is imported here: ``nemo-pre train dry_run=true`` and data prepara
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +70,12 @@ def read_manifest(path: str | Path) -> Manifest:
             ]
             for split, content in raw["splits"].items()
         }
+        tokenizer = directory / raw["tokenizer"] if raw.get("tokenizer") else None
         fingerprint = " ".join(entry["sha256"][:16] for entry in raw["splits"]["train"]["shards"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a manifest of {FORMAT} version {FORMAT_VERSION} ({error!r}): prepare the data again"
         ) from error
-    tokenizer = directory / raw["tokenizer"] if raw.get("tokenizer") else None
     return Manifest(directory, str(raw.get("dataset", "")), shards, _short(fingerprint), tokenizer, raw)
 
 
@@ -85,17 +87,32 @@ def verify_shards(shards: list[Shard], tolerate_wrong_size: bool = False) -> Non
     """
     for shard in shards:
         for file, size in ((shard.path, shard.bytes), (shard.index_path, shard.index_bytes)):
-            if not file.is_file():
+            if not os.path.isfile(file):  # unlike Path.is_file, also False where the name is too long
                 raise ValueError(f"{file} is named in the manifest but missing: prepare the data again")
             found = file.stat().st_size
             if found != size and not (tolerate_wrong_size and file == shard.path):
                 raise ValueError(f"{file} has {found} bytes where the manifest says {size}: prepare the data again")
 
 
-def check_data(path: str | Path, vocab_size: int | None = None) -> Manifest:
+def check_training_size(manifests: Sequence[Manifest], global_batch_size: int) -> None:
+    """Checks that a global batch is not larger than what there is to train on.
+
+    Raises:
+        ValueError: it is.
+    """
+    found = sum(manifest.num_samples("train") for manifest in manifests if "train" in manifest.shards)
+    if found < global_batch_size:
+        raise ValueError(
+            f"{', '.join(str(manifest.directory) for manifest in manifests)} has {found} training samples but "
+            f"trainer.global_batch_size={global_batch_size}: prepare {global_batch_size - found} more or lower it to "
+            f"{found}"
+        )
+
+
+def check_data(path: str | Path, vocab_size: int | None = None, splits: Sequence[str] = ("train", "val")) -> Manifest:
     """Presence and schema of prepared data, in milliseconds and without torch: what a dry run asks.
 
-    Every shard of every split must be there in its size, the first training sample must parse, and the
+    Every shard of ``splits`` must be there in its size, the first sample must parse, and the
     tokenizer that lies with the data (if one does) must fit into ``vocab_size``.
 
     Raises:
@@ -104,11 +121,11 @@ def check_data(path: str | Path, vocab_size: int | None = None) -> Manifest:
     from nemo_pre.data.shards import ShardedSamples
 
     manifest = read_manifest(path)
-    for split in ("train", "val"):
+    for split in splits:
         if not manifest.shards.get(split):
             raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
         verify_shards(manifest.shards[split])
-    ShardedSamples(manifest.shards["train"][:1]).read(0)
+    ShardedSamples(manifest.shards[splits[0]][:1]).read(0)
     if manifest.tokenizer is not None:
         _check_tokenizer(manifest.tokenizer, vocab_size)
     return manifest

@@ -5,27 +5,35 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Shard
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")  # "jpg" of one image; "0.jpg", "1.png" of several
 TAR_BLOCK = 512
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """``record`` is the sample's JSON; ``image`` the encoded file it names, None for a text-only sample."""
+    """``record`` is the sample's JSON; ``images`` the encoded files it names, in the order of the tags."""
 
     key: str
     shard: Path
     record: dict[str, Any]
-    image: bytes | None
+    images: list[bytes]
+
+    @property
+    def image(self) -> bytes | None:
+        """The first image, None for a text-only sample."""
+        return self.images[0] if self.images else None
 
     @property
     def where(self) -> str:
@@ -50,20 +58,23 @@ class ShardedSamples:
         return self.ends[-1] if self.ends else 0
 
     def read(self, position: int) -> RawSample:
-        """Raises SampleError, naming shard and key, if the sample is cut, displaced or has broken JSON."""
+        """Raises SampleError, naming shard and key, if the sample is cut, displaced, incomplete or broken JSON."""
         shard, entry = self._locate(position)
         where = f"sample {entry['key']} of {shard.path}"
         try:
             record = json.loads(self.read_member(position, "json"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SampleError(f"{where} has broken JSON ({error}): prepare the data again") from error
         if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
             raise SampleError(f"{where} has no list of conversations in its JSON: prepare the data again")
-        extension = next((ext for ext in IMAGE_EXTENSIONS if ext in entry["members"]), None)
-        if record.get("image") and extension is None:
-            raise SampleError(f"{where} names the image {record['image']} but holds none: prepare the data again")
-        image = self.read_member(position, extension) if extension else None
-        return RawSample(entry["key"], shard.path, record, image)
+        members = _image_members(entry["members"], where)
+        named = _named_images(record)
+        if len(named) > len(members):
+            raise SampleError(
+                f"{where} names the image(s) {', '.join(map(str, named))} but holds {len(members) or 'none'}: "
+                f"prepare the data again"
+            )
+        return RawSample(entry["key"], shard.path, record, [self.read_member(position, name) for name in members])
 
     def read_member(self, position: int, extension: str) -> bytes:
         """The bytes of one file of a sample, such as ``json``, ``png`` or ``mask.png``."""
@@ -73,7 +84,9 @@ class ShardedSamples:
             raise SampleError(f"{where} has no member {extension}: prepare the data again")
         offset, size = entry["members"][extension]
         # The member's header comes along, to notice an index that belongs to another tar.
-        content = os.pread(_descriptor(str(shard.path), os.getpid()), TAR_BLOCK + size, offset - TAR_BLOCK)
+        file = _open(str(shard.path), os.getpid())
+        inside = offset + size <= shard.bytes  # else an index of nonsense would ask for more than there is memory
+        content = os.pread(file.descriptor, TAR_BLOCK + size, offset - TAR_BLOCK) if inside else b""
         if len(content) < TAR_BLOCK + size:
             raise SampleError(f"{where}: the tar ends inside {extension}: prepare the data again")
         name = content[:100].rstrip(b"\0").decode(errors="replace")
@@ -85,27 +98,76 @@ class ShardedSamples:
         if not 0 <= position < len(self):
             raise IndexError(f"sample {position} of {len(self)}")
         number = bisect.bisect_right(self.ends, position)
-        return self.shards[number], self.indices[number][position - self.ends[number]]
+        return self.shards[number], self.indices[number][position - self.ends[number] + self.shards[number].samples]
 
 
-def _read_index(shard: Shard) -> list[dict[str, Any]]:
+def _image_members(members: dict[str, Any], where: str) -> list[str]:
+    """The images among a sample's members, in order."""
+    found = [(match[1], name) for name in members if (match := IMAGE_MEMBER.fullmatch(name))]
+    if len(found) == 1 and found[0][0] is None:
+        return [found[0][1]]
+    numbers = [-1 if number is None else int(number) for number, _ in found]
+    if sorted(numbers) != list(range(len(numbers))):
+        names = ", ".join(name for _, name in found)
+        raise SampleError(f"{where} holds the images {names}, which are not numbered from 0: prepare the data again")
+    return [name for _, (_, name) in sorted(zip(numbers, found, strict=True))]
+
+
+def _named_images(record: dict[str, Any]) -> list[Any]:
+    named = record.get("images") or record.get("image") or []
+    return named if isinstance(named, list) else [named]
+
+
+class _Index:
+    """The entries of an index, kept as JSON: a million dictionaries would be copied into every loader process."""
+
+    def __init__(self, entries: list[dict[str, Any]]):
+        lines = [json.dumps(entry).encode() for entry in entries]
+        self._json = b"".join(lines)
+        self._ends = np.cumsum([0, *map(len, lines)])
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        entry: dict[str, Any] = json.loads(self._json[self._ends[number] : self._ends[number + 1]])
+        return entry
+
+
+def _read_index(shard: Shard) -> _Index:
     try:
         index = json.loads(shard.index_path.read_text())
-        well_formed = all(isinstance(entry["key"], str) and "json" in entry["members"] for entry in index)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        well_formed = all(map(_is_entry, index))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{shard.index_path} is not a readable index ({error!r}): prepare the data again") from error
     if not well_formed or len(index) != shard.samples:
         raise ValueError(
             f"{shard.index_path} does not list the {shard.samples} samples of the manifest: prepare the data again"
         )
-    return index
+    return _Index(index)
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    are_places = all(
+        type(offset) is int and type(size) is int and offset >= TAR_BLOCK and size >= 0
+        for offset, size in entry["members"].values()
+    )
+    return isinstance(entry["key"], str) and "json" in entry["members"] and are_places
+
+
+class _OpenFile:
+    """A descriptor that is closed with the last reference to it."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 @lru_cache(maxsize=256)
-def _descriptor(path: str, process: int) -> int:
+def _open(path: str, process: int) -> _OpenFile:
     """An open file per process: ``pread`` needs no position, so threads may share it, and forks get their own."""
     del process
     try:
-        return os.open(path, os.O_RDONLY)
+        return _OpenFile(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}): prepare the data again") from error
