@@ -38,13 +38,32 @@ VERBS = {
     "train": Verb(
         "train a model: experiment=NAME and any override", f"{__name__}:train", usage=f"{__name__}:train_help"
     ),
+    "plan": Verb(
+        "memory, FLOPs, time and the best layouts of a run, before it is queued",
+        "nemo_pre.planner.plan:plan",
+        usage="nemo_pre.planner.plan:plan_help",
+    ),
+    "submit": Verb(
+        "send a run, a chain of runs or a sweep to Slurm",
+        "nemo_pre.slurm.submit:submit",
+        usage="nemo_pre.slurm.submit:submit_help",
+    ),
     "data demo": Verb(
         "prepare the demo's data: scenes of handwritten digits", "data_prep.digits:prepare", {"out": "data/digits"}
+    ),
+    "data prepare": Verb("turn a public dataset into shards", "data_prep.prepare:prepare"),
+    "data validate": Verb("read prepared data again and report what is wrong", "data_prep.validate:validate"),
+    "data stats": Verb("lengths, resolutions and turns of prepared data", "data_prep.stats:stats"),
+    "data lengths": Verb(
+        "measure what data.packing is planned from: the options of a run",
+        f"{__name__}:data_lengths",
+        usage=f"{__name__}:data_lengths_help",
     ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
     "export": Verb("make a Hugging Face directory of a checkpoint", "nemo_pre.huggingface.exporter:export_checkpoint"),
     "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),
     "evaluate": Verb("run lmms-eval on an exported directory", "nemo_pre.evaluation.evaluate:evaluate"),
+    "diagnose": Verb("measure what becomes of a model's visual tokens", "nemo_pre.diagnostics.diagnose:diagnose"),
     "watch": Verb("evaluate a run's checkpoints while it trains", "nemo_pre.evaluation.watch:evaluate_run"),
     "compare": Verb("put runs side by side: table and plot", "nemo_pre.report.compare:compare"),
     "report": Verb("write a run's HTML report", "nemo_pre.report.page:report"),
@@ -172,6 +191,34 @@ groups and their choices:
 {choices}
 
 Every option, its unit and default: nemo_pre/config/schema.py. Results go to output_dir (runs/NAME)."""
+
+
+# --- data lengths ---------------------------------------------------------------------------------------------------
+
+
+def data_lengths(arguments: Arguments) -> None:
+    """Measure every training sample of a run's data, once for its tokenizer, template and sequence length."""
+    from nemo_pre.config.checks import check_options
+    from nemo_pre.config.compose import compose_run
+
+    config = compose_run(list(arguments))
+    check_options(config)
+    from nemo_pre.data.lengths import measure_lengths
+    from nemo_pre.data.manifest import read_manifest
+    from nemo_pre.data.preprocessing import build_preprocessing
+
+    how = build_preprocessing(config)
+    sources = [source.path for source in config.data.blend or []] or [config.data.path]
+    for path in sources:
+        print(measure_lengths(read_manifest(path), how))
+
+
+def data_lengths_help() -> str:
+    return """nemo-pre data lengths experiment=NAME [OPTION=VALUE ...]
+
+Tokenizes the training samples that the run with these options reads, and writes their lengths beside the data. A run
+with data.packing=true plans from them which samples share a sequence. Done once for a tokenizer, chat template,
+sequence length and number of visual tokens."""
 
 
 # --- OPTION=VALUE for the parameters of a function ------------------------------------------------------------------

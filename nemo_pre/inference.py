@@ -98,6 +98,8 @@ def inference_run(
         path=saved.data.path,
         sequence_length=saved.data.sequence_length,
         chat_template=saved.data.chat_template,
+        image_resize=saved.data.image_resize,
+        image_filter=saved.data.image_filter,
     )
     run.parallel.tensor, run.parallel.pipeline, run.precision.name = tensor, pipeline, precision
     return run
@@ -195,7 +197,8 @@ def _prompt(how: Any, number: int, text: str, images: list[str]) -> Any:
             content = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"The image {path} of {where} cannot be read: {error.strerror}.") from error
-        pixels.append(image_tensor(content, how.image_size, how.image_mean, how.image_std, path))
+        statistics = (how.image_mean, how.image_std)
+        pixels.append(image_tensor(content, how.image_size, *statistics, path, how.image_resize, how.image_filter))
     return TokenSequence(torch.tensor(tokens, dtype=torch.int64), torch.stack(pixels) if pixels else None)
 
 

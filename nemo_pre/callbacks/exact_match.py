@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from nemo_pre.callbacks.metrics import record_metrics
 from nemo_pre.callbacks.progress import progress_of
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.data.conversation import end_of_answer
 from nemo_pre.data.dataset import ConversationDataset
 from nemo_pre.data.evaluation import ValidationSample, load_validation_samples
 from nemo_pre.data.manifest import read_manifest
@@ -143,7 +144,7 @@ class ExactMatchCallback(Callback):
             chunks,
             [TokenSequence(sample.prompt, sample.media) for sample in self.samples],
             max_new_tokens=self.longest_answer + SPARE_TOKENS,
-            stop_token=self.tokenizer.eos_token_id,
+            stop_token=end_of_answer(self.tokenizer, self.config.data.chat_template),
             vocab_size=len(self.tokenizer),
             micro_batch_size=rows,
             on_progress=on_progress,
@@ -165,6 +166,6 @@ class ExactMatchCallback(Callback):
 def _labelled(item: Any) -> TokenSequence:
     return TokenSequence(
         torch.tensor(item.tokens, dtype=torch.int64),
-        None if item.image is None else item.image[None],
+        torch.cat(item.images) if item.images else None,
         torch.tensor(item.labels, dtype=torch.int64),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
 from nemo_pre.config.memory import MemoryEstimate, estimate_memory
 from nemo_pre.config.presence import check_presence
-from nemo_pre.config.schema import PReConfig, RunConfig
+from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
 from nemo_pre.config.visual_checks import ignored_visual_options, visual_choices, visual_problems, visual_ranges
 from nemo_pre.launch import external_job, uses_gpu, visible_gpus
 from nemo_pre.optim import MODULE_RATES
@@ -72,6 +72,7 @@ def check_run(config: RunConfig) -> Report:
     """
     warnings = check_options(config)
     data = check_presence(config)
+    _check_blend(config)
     layout = config.parallel
     report = Report(
         config=config,
@@ -83,6 +84,15 @@ def check_run(config: RunConfig) -> Report:
     )
     report.memory.refuse_if_too_much()
     return report
+
+
+def _check_blend(config: RunConfig) -> None:
+    """The prepared sets that are trained on instead of ``data.path``'s training split."""
+    from nemo_pre.data.manifest import check_data, check_training_size
+
+    manifests = [check_data(source.path, splits=("train",)) for source in config.data.blend or []]
+    if manifests:
+        check_training_size(manifests, config.trainer.global_batch_size)
 
 
 def check_options(config: RunConfig) -> list[str]:
@@ -115,6 +125,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 def _choices(config: RunConfig) -> Iterator[str]:
     from nemo_pre.data.conversation import TEMPLATES
+    from nemo_pre.data.images import FILTERS, RESIZES
 
     pre = config.objective.pre
     for name, value, choices in (
@@ -124,6 +135,9 @@ def _choices(config: RunConfig) -> Iterator[str]:
         ("model.language.family", config.model.language.family, ("llama", "qwen2")),
         ("data.chat_template", config.data.chat_template, tuple(TEMPLATES)),
         ("data.on_error", config.data.on_error, ("raise", "skip")),
+        ("data.on_state_mismatch", config.data.on_state_mismatch, ("raise", "restart")),
+        ("data.image_resize", config.data.image_resize, RESIZES),
+        ("data.image_filter", config.data.image_filter, FILTERS),
         ("parallel.recompute", config.parallel.recompute, ("none", "selective", "full")),
         ("objective.pre.variant", pre.variant, ("patch", "global")),
         ("objective.pre.anchor", pre.anchor, ("pre_llm", "pre_projector", "external")),
@@ -153,6 +167,8 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         ("cluster.devices_per_node", config.cluster.devices_per_node),
         ("objective.pre.external_image_size", pre.external_image_size),
         ("data.sequence_length", config.data.sequence_length),
+        ("data.max_tiles", config.data.max_tiles),
+        ("data.packing_window", config.data.packing_window),
     ):
         if number is not None and number < 1:
             yield f"{name}={number} must be 1 or more."
@@ -268,6 +284,18 @@ def _sequence(config: RunConfig) -> Iterator[str]:
             *(["parallel.tensor"] if layout.sequence else []),
         ]
         yield f"data.sequence_length={length} must be a multiple of {factor} ({' x '.join(parts)})."
+    tiles = config.data.max_tiles
+    if tiles == 2:
+        yield "data.max_tiles=2 is a thumbnail and a grid of one cell: set it to 1, or to 3 or more."
+    if tiles > 1 and config.trainer.val_samples:
+        yield (
+            f"data.max_tiles={tiles} cannot be validated by generation, which gives every image one tile: set "
+            f"trainer.val_samples=0."
+        )
+    if tiles > 1 and config.data.packing:
+        yield f"data.packing needs one tile an image, not data.max_tiles={tiles}: lengths are measured without images."
+    if any(not source.weight > 0 for source in config.data.blend or []):
+        yield "data.blend needs a weight above 0 for every source."
     if visual + 1 > length - 1:
         yield (
             f"data.sequence_length={length} leaves no room for text beside an image of {visual} visual tokens: "
@@ -343,6 +371,8 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
     for module in ("vision", "projector", "language"):
         if getattr(optim, f"freeze_{module}") and getattr(optim, f"lr_{module}") is not None:
             yield f"optim.lr_{module} has no effect with optim.freeze_{module}=true."
+    if not config.data.packing and config.data.packing_window != DataConfig().packing_window:
+        yield "data.packing_window has no effect with data.packing=false."
     if config.data.name != "digits" and config.data.num_workers == 0:
         yield "data.num_workers=0 reads and decodes images in the training process; a few workers are faster."
     if layout.tensor > (cluster.devices_per_node or layout.tensor):

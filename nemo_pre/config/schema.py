@@ -95,7 +95,8 @@ class DataConfig:
     image_filter: str = "bicubic"  # bicubic (CLIP, SigLIP) | bilinear (SigLIP2)
     max_tiles: int = 1  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more
     on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
-    packing: bool = False  # several samples in a sequence, which see nothing of each other
+    packing: bool = False  # several samples, isolated, in a sequence; batch sizes count sequences
+    packing_window: int = 1024  # samples that are packed at a time
     on_state_mismatch: str = "raise"  # raise | restart (the data, not the run): a resume whose data state is another's
 
 
@@ -215,19 +216,42 @@ class TrainerConfig:
     log_every: int = 1  # steps
     log_grad_norms_every: int | None = None  # steps; gradient norm of each loss term, at a backward pass per term
     log_similarity_every: int | None = None  # steps; mean cosine between an image's visual tokens, layer by layer
+    log_diagnostics_every: int | None = None  # steps; probes, contrast and more of a few pictures, layer by layer
     val_every: int | None = None  # steps; null: at the end only
     val_samples: int = 256  # scenes whose answers are generated for exact match
     checkpoint_every: int | None = None  # steps; null: at the end only
     keep_checkpoints: int = 2
     async_checkpoint: bool = False
     rank_timeout: int = 600  # seconds a collective may wait before the job is ended
+    hang_timeout: int = 1800  # seconds without a finished step after which every rank prints its stacks and ends
 
 
 @dataclass
 class ClusterConfig:
+    """Where a run's ranks are, and for `nemo-pre submit` what a Slurm site wants to know: one file per site in
+    recipes/cluster. How many tasks and GPUs a node gets follows from the layout and ``nodes``."""
+
     name: str = "local"
     nodes: int = 1
     devices_per_node: int | None = None  # null: as many as the layout needs
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time_limit: str | None = None  # days-hours:minutes:seconds; null: the partition's
+    warning_seconds: int = 120  # before the time limit a checkpoint is written and the job requeued
+    cpus_per_task: int | None = None
+    memory_per_node: str | None = None  # as sbatch --mem takes it
+    exclude: list[str] = field(default_factory=list)  # nodes
+    sbatch_options: list[str] = field(default_factory=list)  # further ones, such as --exclusive
+    container_image: str | None = None  # for pyxis and enroot; null: no container
+    container_mounts: list[str] = field(default_factory=list)  # FROM:TO; the working directory is always mounted
+    python: str | None = None  # of the virtual environment; null: the submitting one, in a container python3
+    environment: dict[str, str] = field(default_factory=dict)  # NCCL_*, GLOO_SOCKET_IFNAME, ...
+    setup: list[str] = field(default_factory=list)  # shell lines of the batch script, such as module load
+    max_failures: int = 5  # in a row without a new checkpoint, before the job stops restarting
+    health_check: bool = True  # of every node before training; a bad one is excluded and the job requeued
+    min_free_gb: float = 10.0  # disk space the health check wants in output_dir
+    min_write_mb_s: float = 20.0  # and speed of writing
 
 
 @dataclass

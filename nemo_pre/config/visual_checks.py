@@ -104,8 +104,8 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
 def ignored_visual_options(config: RunConfig) -> Iterator[str]:
     """Options that are set and have no effect."""
     model, laver = config.model, config.objective.laver
-    if model.attention == "causal" and model.attention_backend != "auto":
-        yield "model.attention_backend has no effect with model.attention=causal."
+    if model.attention == "causal" and model.attention_backend != "auto" and not config.data.packing:
+        yield "model.attention_backend has no effect with model.attention=causal and data.packing=false."
     if model.rope == "1d" and model.rope_sections is not None:
         yield "model.rope_sections has no effect with model.rope=1d."
     if not laver.enabled:

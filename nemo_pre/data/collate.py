@@ -17,8 +17,8 @@ class Collate:
 
     Returns ``tokens`` int64 [B, T] (-200 stands for a whole image), ``labels`` int64 [B, T] (shifted, -100
     where nothing is predicted), ``loss_mask`` float32 [B, T], ``position_ids`` int64 [B, T],
-    ``attention_mask`` None (causal), ``media`` float32 [num_images, 3, H, W] in the order of the tags, or None
-    where no item has an image, and ``num_media_tiles``, one entry (1) per image.
+    ``attention_mask`` None (causal), ``media`` float32 [num_tiles, 3, H, W] in the order of the tags, or None
+    where no item has an image, and ``num_media_tiles``, the tiles of each image.
     """
 
     text_tokens: int
@@ -34,13 +34,13 @@ class Collate:
             assert len(item.tokens) == len(item.labels) <= self.text_tokens, item.key
             tokens[row, : len(item.tokens)] = torch.tensor(item.tokens, dtype=torch.int64)
             labels[row, : len(item.labels)] = torch.tensor(item.labels, dtype=torch.int64)
-        images = [item.image for item in items if item.image is not None]
+        images = [image for item in items for image in item.images]
         return {
             "tokens": tokens,
             "labels": labels,
             "loss_mask": (labels != IGNORE_INDEX).float(),
             "position_ids": torch.arange(self.text_tokens).expand(shape).contiguous(),
             "attention_mask": None,
-            "media": torch.stack(images) if images else None,
-            "num_media_tiles": [1] * len(images),
+            "media": torch.cat(images) if images else None,
+            "num_media_tiles": [len(image) for image in images],
         }

@@ -1,14 +1,21 @@
-"""A LLaVA conversation as token ids, shifted labels and a prompt to generate from.
+"""A conversation as token ids, shifted labels and a prompt to generate from.
 
 A conversation is ``[{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...]``. The
-text is tokenized piece by piece between images and ends of turns, and a token is a target exactly if some of
-its characters belong to an answer; so no answer is searched for in the ids, and no tokenizer's merging of the
+text is tokenized piece by piece between images and control tokens (ends of turns), and a token is a target exactly if
+some of its characters belong to an answer; so no answer is searched for in the ids, and no tokenizer's merging of the
 character before an answer can shift the mask by one.
+
+The ids are those that ``transformers`` gives to the rendered text as a whole, but for one thing: what looks like a
+control token inside a question or an answer stays text.
 """
 
 from __future__ import annotations
 
+import re
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from nemo_pre.data.errors import SampleError
@@ -20,9 +27,11 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """``system``, then per turn ``before_question`` question ``before_answer`` [``answer_lead`` answer eos].
+    """``system``, then per turn ``before_question`` question ``before_answer`` [``answer_lead`` answer end], and
+    ``between_turns`` where another turn follows.
 
-    What is in brackets is trained on and generated. ``keep_question`` false leaves only the image of a
+    What is in brackets is trained on and generated; the end is ``answer_end``, the tokenizer's eos where that is
+    empty. ``control`` names the special tokens in these texts. ``keep_question`` false leaves only the image of a
     question, as LLaVA does for captions in its first stage.
     """
 
@@ -30,6 +39,9 @@ class ChatTemplate:
     before_question: str = ""
     before_answer: str = ""
     answer_lead: str = ""
+    answer_end: str = ""
+    between_turns: str = ""
+    control: tuple[str, ...] = ()
     keep_question: bool = True
 
 
@@ -41,6 +53,14 @@ TEMPLATES = {
     "plain": ChatTemplate(before_answer="\n"),
     "vicuna_v1": ChatTemplate(VICUNA_SYSTEM, before_question="USER: ", before_answer=" ASSISTANT:", answer_lead=" "),
     "caption": ChatTemplate(keep_question=False),
+    "chatml": ChatTemplate(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        before_question="<|im_start|>user\n",
+        before_answer="<|im_end|>\n<|im_start|>assistant\n",
+        answer_end="<|im_end|>",
+        between_turns="\n",
+        control=("<|im_start|>", "<|im_end|>"),
+    ),
 }
 
 
@@ -55,10 +75,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Text, an image (``text`` None), or the end of an answer (``text`` empty)."""
+    """Text, or the id of a control token or an image."""
 
-    text: str | None
+    text: str = ""
     target: bool = False
+    token: int | None = None
+
+
+_IMAGE = _Piece(token=IMAGE_TOKEN_INDEX)
 
 
 def encode(
@@ -72,13 +96,15 @@ def encode(
         SampleError: turns out of order, or image tags that do not match ``num_images``, or a cut image.
         ValueError: unknown template; a tokenizer that does not know the text.
     """
-    pieces = _render(_turns(conversation, where), _template(template), answered=True)
+    pieces = _render(_turns(conversation, where), _template(template), tokenizer, answered=True)
     ids, targets = _tokenize(pieces, tokenizer, where)
     cut = len(ids) > max_tokens + 1
     ids, targets = ids[: max_tokens + 1], targets[: max_tokens + 1]
     _check_images(pieces, num_images, where)
     if ids[:-1].count(IMAGE_TOKEN_INDEX) < num_images:
-        raise SampleError(f"{where} is cut to {max_tokens} text tokens before its image: raise data.sequence_length")
+        raise SampleError(
+            f"{where} is cut to {max_tokens} text tokens before its last image: raise data.sequence_length"
+        )
     labels = [token if target else IGNORE_INDEX for token, target in zip(ids, targets, strict=True)]
     return Encoded(ids[:-1], labels[1:], cut)
 
@@ -88,9 +114,19 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids up to where the first answer would start; the conversation may end with the question."""
     turns = _turns(conversation, where)
-    pieces = _render(turns[:1], _template(template), answered=False)
+    pieces = _render(turns[:1], _template(template), tokenizer, answered=False)
     _check_images(pieces, num_images, where)
     return _tokenize(pieces, tokenizer, where)[0]
+
+
+def end_of_answer(tokenizer: Any, template: str) -> int:
+    """The id at which an answer is over.
+
+    Raises:
+        ValueError: unknown template; a tokenizer without its control tokens.
+    """
+    end = _template(template).answer_end
+    return _control_id(tokenizer, end) if end else int(tokenizer.eos_token_id)
 
 
 def _template(name: str) -> ChatTemplate:
@@ -107,30 +143,58 @@ def _turns(conversation: list[dict[str, str]], where: str) -> list[tuple[str, st
         raise SampleError(f"{where}: a message needs 'from' and 'value'") from error
     speakers = [speaker for speaker, _ in messages]
     if not messages or speakers != [("human", "gpt")[i % 2] for i in range(len(speakers))]:
-        raise SampleError(f"{where}: messages must alternate human, gpt; found {', '.join(speakers) or 'none'}")
+        found = ", ".join(map(str, speakers)) or "none"
+        raise SampleError(f"{where}: messages must alternate human, gpt; found {found}")
     if any(not isinstance(value, str) for _, value in messages):
         raise SampleError(f"{where}: the value of a message must be text")
+    try:
+        "".join(value for _, value in messages).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
+        raise SampleError(f"{where}: the text of a message has no UTF-8 ({error})") from error
     texts = [value for _, value in messages] + [""] * (len(messages) % 2)
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _render(turns: list[tuple[str, str]], template: ChatTemplate, answered: bool) -> list[_Piece]:
-    pieces = [_Piece(template.system)]
-    for question, answer in turns:
-        pieces.append(_Piece(template.before_question))
+def _render(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Any, answered: bool) -> list[_Piece]:
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must be a fast one that has an eos token")
+    control = {token: _control_id(tokenizer, token) for token in template.control}
+    end = control[template.answer_end] if template.answer_end else tokenizer.eos_token_id
+    pieces = _literal(template.system, control)
+    for turn, (question, answer) in enumerate(turns):
+        pieces += _literal(template.between_turns * (turn > 0) + template.before_question, control)
         if template.keep_question:
             for number, text in enumerate(question.split(IMAGE_TAG)):
-                pieces += [_Piece(None), _Piece(text)] if number else [_Piece(text)]
+                pieces += [_IMAGE, _Piece(text)] if number else [_Piece(text)]
         else:
-            pieces += [_Piece(None)] * question.count(IMAGE_TAG)
-        pieces.append(_Piece(template.before_answer))
-        if answered and answer:
-            pieces += [_Piece(template.answer_lead + answer, target=True), _Piece("", target=True)]
-    return [piece for piece in pieces if piece.text or piece.text is None or piece.target]
+            pieces += [_IMAGE] * question.count(IMAGE_TAG)
+        pieces += _literal(template.before_answer, control)
+        if answered and (answer or turn + 1 < len(turns)):
+            trained = bool(answer)  # nobody should learn to say nothing
+            pieces += [_Piece(template.answer_lead + answer, target=trained), _Piece(target=trained, token=end)]
+    return [piece for piece in pieces if piece.text or piece.token is not None]
+
+
+def _literal(text: str, control: dict[str, int]) -> list[_Piece]:
+    """A template's text, its control tokens taken out."""
+    if not control:
+        return [_Piece(text)]
+    parts = re.split(f"({'|'.join(map(re.escape, control))})", text)
+    return [_Piece(token=control[part]) if part in control else _Piece(part) for part in parts]
+
+
+def _control_id(tokenizer: Any, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    if number is None or number == tokenizer.unk_token_id:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no token {token}: choose another data.chat_template, or a "
+            f"tokenizer that has it"
+        )
+    return int(number)
 
 
 def _check_images(pieces: list[_Piece], num_images: int, where: str) -> None:
-    tags = sum(piece.text is None for piece in pieces)
+    tags = sum(piece is _IMAGE for piece in pieces)
     if tags != num_images:
         raise SampleError(
             f"{where} has {num_images} image(s) and {tags} {IMAGE_TAG} tag(s) in its questions: "
@@ -140,33 +204,39 @@ def _check_images(pieces: list[_Piece], num_images: int, where: str) -> None:
 
 def _tokenize(pieces: list[_Piece], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     """Ids and, per id, whether it belongs to an answer; bos first where the tokenizer has one."""
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must be a fast one that has an eos token")
     ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     targets = [False] * len(ids)
-    run: list[_Piece] = []
-
-    def flush() -> None:
-        run_ids, run_targets = _tokenize_run(run, tokenizer, where)
-        ids.extend(run_ids)
-        targets.extend(run_targets)
-        run.clear()
-
-    for piece in pieces:
-        if piece.text:
-            run.append(piece)
-            continue
-        flush()
-        ids.append(IMAGE_TOKEN_INDEX if piece.text is None else tokenizer.eos_token_id)
-        targets.append(piece.target)
-    flush()
+    for number, (is_text, group) in enumerate(groupby(pieces, key=lambda piece: piece.token is None)):
+        run = list(group)
+        if is_text:
+            run_ids, run_targets = _tokenize_run(run, tokenizer if number == 0 else _inside(tokenizer), where)
+        else:
+            run_ids = [piece.token for piece in run if piece.token is not None]
+            run_targets = [piece.target for piece in run]
+        ids += run_ids
+        targets += run_targets
     return ids, targets
 
 
+@lru_cache(maxsize=8)
+def _inside(tokenizer: Any) -> Any:
+    """The tokenizer for a text that does not begin its sequence.
+
+    SentencePiece's word mark, which Llama's newer tokenizers put before the first word of a sequence, is not for a
+    text that follows a control token or an image. (Older ones put it there too, by a normalizer; theirs is kept.)
+    """
+    from tokenizers.pre_tokenizers import Metaspace
+
+    mark = tokenizer.backend_tokenizer.pre_tokenizer
+    if not isinstance(mark, Metaspace) or mark.prepend_scheme != "first":
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(mark.replacement, prepend_scheme="never", split=mark.split)
+    return tokenizer
+
+
 def _tokenize_run(run: list[_Piece], tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    if not run:
-        return [], []
-    text = "".join(piece.text or "" for piece in run)
+    text = "".join(piece.text for piece in run)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     unknown = tokenizer.unk_token_id
@@ -178,8 +248,8 @@ def _tokenize_run(run: list[_Piece], tokenizer: Any, where: str) -> tuple[list[i
         )
     answers, position = [], 0
     for piece in run:
-        position += len(piece.text or "")
+        position += len(piece.text)
         if piece.target:
-            answers.append((position - len(piece.text or ""), position))
+            answers.append((position - len(piece.text), position))
     overlap = [any(start < stop and end > first for first, stop in answers) for start, end in offsets]
     return ids, overlap

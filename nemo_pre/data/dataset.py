@@ -1,62 +1,101 @@
-"""The map-style dataset: a position in the shards becomes tokens, labels and an image tensor."""
+"""The map-style dataset: a position in the shards becomes tokens, labels and image tensors."""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.data.conversation import encode
 from nemo_pre.data.errors import SampleError
-from nemo_pre.data.images import image_tensor
+from nemo_pre.data.images import image_tiles
 from nemo_pre.data.manifest import Manifest, verify_shards
-from nemo_pre.data.shards import ShardedSamples
+from nemo_pre.data.shards import RawSample, ShardedSamples
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 ON_ERROR = ("raise", "skip")
 MAX_LOADERS = 256  # per rank
 GIVE_UP_AFTER = 100  # unreadable samples in a row: then it is the dataset, not a sample
+NAMED_SKIPS = 20  # per loader process; of the skips after them every hundredth is named
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a sample becomes numbers. ``max_text_tokens`` is T, in which an image counts as one token."""
+    """How a sample becomes numbers.
+
+    Attributes:
+        max_text_tokens: T, the width of a batch's text, in which an image counts as one token.
+        tile_tokens: visual tokens of a tile.
+        max_tiles: of an image, its thumbnail among them.
+    """
 
     tokenizer: Any
     chat_template: str
     max_text_tokens: int
+    tile_tokens: int
     image_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    image_resize: str = "whole"
+    image_filter: str = "bicubic"
+    max_tiles: int = 1
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens the decoder sees, images expanded."""
+        return self.max_text_tokens + self.tile_tokens - 1
+
+    def tiles(self, image: bytes, where: str) -> torch.Tensor:
+        """float32 [tiles, 3, image_size, image_size]."""
+        how = (self.max_tiles, self.image_resize, self.image_filter)
+        return image_tiles(image, self.image_size, self.image_mean, self.image_std, where, *how)
 
 
 @dataclass(frozen=True)
 class Item:
-    """``tokens`` and ``labels`` of the same length (at most T); ``image`` float32 [3, H, W] or None."""
+    """``tokens`` and ``labels`` of the same length (at most T); ``images`` float32 [tiles, 3, H, W] each."""
 
     key: str
     tokens: list[int]
     labels: list[int]
-    image: torch.Tensor | None
+    images: list[torch.Tensor]
 
 
 class ConversationDataset:
-    """The samples of one split. ``on_error=skip`` puts the next readable sample in an unreadable one's place.
+    """The samples of one split, of several prepared sets one after another.
 
-    Which sample replaces which depends on the data alone, so every rank and every resumed run agrees.
-    :meth:`counts` adds up over the loader processes of this rank.
+    ``on_error=skip`` names an unreadable sample in the log and puts the next readable one of its set in its place.
+    Which sample replaces which depends on the data alone, so every rank and every resumed run agrees, and every rank
+    has its micro-batch. :meth:`counts` adds up over the loader processes of this rank.
+
+    Attributes:
+        sizes: samples of each set.
     """
 
-    def __init__(self, manifest: Manifest, split: str, preprocessing: Preprocessing, on_error: str = "raise"):
+    def __init__(
+        self,
+        manifests: Manifest | Sequence[Manifest],
+        split: str,
+        preprocessing: Preprocessing,
+        on_error: str = "raise",
+    ):
         if on_error not in ON_ERROR:
             raise ValueError(f"data.on_error={on_error} is not one of {', '.join(ON_ERROR)}")
-        if not manifest.shards.get(split):
-            raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
-        verify_shards(manifest.shards[split], tolerate_wrong_size=on_error == "skip")
+        manifests = [manifests] if isinstance(manifests, Manifest) else list(manifests)
+        for manifest in manifests:
+            if not manifest.shards.get(split):
+                raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
+            verify_shards(manifest.shards[split], tolerate_wrong_size=on_error == "skip")
         self.split = split
-        self.samples = ShardedSamples(manifest.shards[split])
+        self.samples = ShardedSamples([shard for manifest in manifests for shard in manifest.shards[split]])
+        self.sizes = [manifest.num_samples(split) for manifest in manifests]
         self.preprocessing = preprocessing
         self.on_error = on_error
         # Shared memory with a slot per loader process: no two write to the same one, so no lock is needed.
@@ -66,15 +105,23 @@ class ConversationDataset:
         return len(self.samples)
 
     def __getitem__(self, position: int) -> Item:
-        for attempt in range(min(GIVE_UP_AFTER, len(self))):
+        start, size = self._set_of(position)
+        for attempt in range(min(GIVE_UP_AFTER, size)):
             try:
-                return self._load((position + attempt) % len(self))
+                return self._load(start + (position - start + attempt) % size)
             except SampleError as error:
                 if self.on_error == "raise":
                     raise
                 last = error
-                self._count("skipped")
+                self.pass_over(f"{error}; the next sample is read in its place")
         raise ValueError(f"no readable sample in {attempt + 1} from position {position} on; the last error: {last}")
+
+    def _set_of(self, position: int) -> tuple[int, int]:
+        """Where the set of this sample starts, and its size."""
+        for end, size in zip(accumulate(self.sizes), self.sizes, strict=True):
+            if position < end:
+                return end - size, size
+        raise IndexError(f"sample {position} of {len(self)}")
 
     def counts(self) -> dict[str, int]:
         """How many samples this rank's loaders passed over (``skipped``) or shortened (``cut``) so far."""
@@ -83,23 +130,45 @@ class ConversationDataset:
     def _load(self, position: int) -> Item:
         how = self.preprocessing
         raw = self.samples.read(position)
+        images = [how.tiles(image, raw.where) for image in raw.images]
         encoded = encode(
             raw.record["conversations"],
             how.tokenizer,
             how.chat_template,
-            how.max_text_tokens,
-            num_images=int(raw.image is not None),
+            _room(raw, images, how),
+            num_images=len(images),
             where=raw.where,
         )
-        image = None
-        if raw.image is not None:
-            image = image_tensor(raw.image, how.image_size, how.image_mean, how.image_std, raw.where)
         if encoded.cut:
             self._count("cut")
-        return Item(raw.key, encoded.tokens, encoded.labels, image)
+        return Item(raw.key, encoded.tokens, encoded.labels, images)
 
-    def _count(self, name: str) -> None:
+    def pass_over(self, why: str) -> None:
+        """Count a sample that is not trained on, and name it in the log."""
+        skipped = self._count("skipped")
+        if skipped <= NAMED_SKIPS or skipped % 100 == 0:
+            log.warning("Skipped, number %d of this loader: %s", skipped, why)
+
+    def _count(self, name: str) -> int:
+        """One more in this loader process; how many it has."""
         from torch.utils.data import get_worker_info
 
         worker = get_worker_info()
-        self._counters[name][0 if worker is None else 1 + worker.id % MAX_LOADERS] += 1
+        slot = 0 if worker is None else 1 + worker.id % MAX_LOADERS
+        self._counters[name][slot] += 1
+        return int(self._counters[name][slot])
+
+
+def _room(raw: RawSample, images: list[torch.Tensor], how: Preprocessing) -> int:
+    """How many tokens the sample may have, each image counting as one, so that it fits expanded.
+
+    Raises:
+        SampleError: the images alone fill the sequence.
+    """
+    visual = how.tile_tokens * sum(map(len, images))
+    if visual + 2 > how.sequence_length:
+        raise SampleError(
+            f"{raw.where} has {len(images)} image(s) of {visual} visual tokens in all, which leave no room for text: "
+            f"raise data.sequence_length={how.sequence_length}, or lower data.max_tiles"
+        )
+    return min(how.max_text_tokens, how.sequence_length - visual + len(images))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.conversation import encode_prompt
-from nemo_pre.data.images import image_tensor
 from nemo_pre.data.manifest import read_manifest, verify_shards
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.shards import ShardedSamples
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """``prompt`` int64 [t] ends where the first answer starts, with -200 for the image; ``media`` float32
-    [1, 3, H, W] or None; ``answer`` is the expected text; ``question_type`` is "all" where data states none."""
+    """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``media`` float32
+    [tiles, 3, H, W] or None; ``answer`` is the expected text; ``question_type`` is "all" where data states none."""
 
     key: str
     prompt: torch.Tensor
@@ -48,10 +47,8 @@ def _load(samples: ShardedSamples, position: int, how: Any) -> ValidationSample:
 
     raw = samples.read(position)
     conversation = raw.record["conversations"]
-    prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, int(raw.image is not None), raw.where)
-    media = None
-    if raw.image is not None:
-        media = image_tensor(raw.image, how.image_size, how.image_mean, how.image_std, raw.where)[None]
+    prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, len(raw.images), raw.where)
+    media = torch.cat([how.tiles(image, raw.where) for image in raw.images]) if raw.images else None
     types = raw.record.get("question_types") or ["all"]
     return ValidationSample(
         raw.key, torch.tensor(prompt, dtype=torch.int64), media, conversation[1]["value"], types[0]

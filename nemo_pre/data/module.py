@@ -7,9 +7,12 @@ global stream is the whole state; :mod:`nemo_pre.data.sampler` says how batches 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
@@ -17,10 +20,17 @@ from torch.utils.data import DataLoader
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.collate import Collate
 from nemo_pre.data.dataset import ConversationDataset, Preprocessing
-from nemo_pre.data.manifest import Manifest, read_manifest
+from nemo_pre.data.lengths import read_lengths
+from nemo_pre.data.manifest import Manifest, check_training_size, read_manifest
+from nemo_pre.data.packed import PackedCollate, PackedDataset
+from nemo_pre.data.packing import PackedStream, Packing
 from nemo_pre.data.preprocessing import build_preprocessing
-from nemo_pre.data.sampler import BatchShape, ShuffledStream, TrainingBatches, ValidationBatches
+from nemo_pre.data.sampler import BatchShape, BlendedStream, TrainingBatches, ValidationBatches, shares
 from nemo_pre.data.tokenizer import padding_id
+
+log = logging.getLogger(__name__)
+
+ON_STATE_MISMATCH = ("raise", "restart")
 
 
 class GlobalStreamSampler(MegatronDataSampler):
@@ -30,7 +40,14 @@ class GlobalStreamSampler(MegatronDataSampler):
     """
 
     def __init__(
-        self, seq_len: int, micro_batch_size: int, global_batch_size: int, shuffle_seed: int, val_samples: int | None
+        self,
+        seq_len: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        shuffle_seed: int,
+        val_samples: int | None,
+        weights: Sequence[float] = (1.0,),
+        packing: Packing | None = None,
     ):
         super().__init__(
             seq_len=seq_len,
@@ -41,6 +58,8 @@ class GlobalStreamSampler(MegatronDataSampler):
         )
         self.shuffle_seed = shuffle_seed
         self.val_samples = val_samples
+        self.weights = weights
+        self.packing = packing
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """The same loader with this rank's batches; ``dataset.split`` tells training from validation."""
@@ -53,10 +72,11 @@ class GlobalStreamSampler(MegatronDataSampler):
             parallel_state.get_data_parallel_world_size(),
         )
         dataset = dataloader.dataset
-        assert isinstance(dataset, ConversationDataset), type(dataset)
+        assert isinstance(dataset, (ConversationDataset, PackedDataset)), type(dataset)
         batches: TrainingBatches | ValidationBatches
         if dataset.split == "train":
-            stream = ShuffledStream(len(dataset), self.shuffle_seed)
+            samples = BlendedStream(dataset.sizes, self.weights, self.shuffle_seed)
+            stream = samples if self.packing is None else PackedStream(samples, self.packing)
             batches = TrainingBatches(stream, shape, self.init_consumed_samples)
         else:
             batches = ValidationBatches(min(self.val_samples or len(dataset), len(dataset)), shape)
@@ -78,7 +98,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
     """Conversations about images from prepared shards.
 
     Args:
-        manifest: of the data directory.
+        manifest: of the data directory; with a blend, of its validation split.
         preprocessing: how a sample becomes numbers.
         sequence_length: tokens the decoder sees, image included.
         micro_batch_size, global_batch_size: samples.
@@ -86,9 +106,14 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         num_workers: loader processes per rank.
         on_error: raise | skip.
         val_samples: how many samples a validation pass takes the loss of; None: the whole split.
+        blend: manifests and weights of what is trained on instead of the manifest's training split.
+        on_state_mismatch: raise | restart: what a resume does whose data state is missing or another data's.
+        packing_window: samples of the stream that are packed into rows at a time; None: a row is a sample. With
+            packing, batch sizes and consumed samples count rows.
 
     Raises:
-        ValueError: a shard is missing or has the wrong size.
+        ValueError: a shard is missing or has the wrong size, there is less than one global batch, or packing has no
+            lengths.
     """
 
     def __init__(
@@ -102,34 +127,57 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         on_error: str = "raise",
         val_samples: int | None = None,
+        blend: Sequence[tuple[Manifest, float]] = (),
+        on_state_mismatch: str = "raise",
+        packing_window: int | None = None,
     ):
         super().__init__()
-        self.manifest = manifest
+        if on_state_mismatch not in ON_STATE_MISMATCH:
+            raise ValueError(
+                f"data.on_state_mismatch={on_state_mismatch} is not one of {', '.join(ON_STATE_MISMATCH)}"
+            )
+        sources = blend or [(manifest, 1.0)]
+        self.training, self.weights = [source for source, _ in sources], [weight for _, weight in sources]
+        check_training_size(self.training, global_batch_size)
+        self.on_state_mismatch = on_state_mismatch
         self.tokenizer = preprocessing.tokenizer
         self.num_workers = num_workers
-        self.train_dataset = ConversationDataset(manifest, "train", preprocessing, on_error)
+        self.train_dataset = ConversationDataset(self.training, "train", preprocessing, on_error)
         self.val_dataset = ConversationDataset(manifest, "val", preprocessing, on_error)
-        self.collate = Collate(preprocessing.max_text_tokens, padding_id(preprocessing.tokenizer))
+        padding = padding_id(preprocessing.tokenizer)
+        self.collate = Collate(preprocessing.max_text_tokens, padding)
+        self.packing = None
+        if packing_window is not None:
+            lengths = np.concatenate([read_lengths(source, preprocessing) for source in self.training])
+            # A sample that cannot be read takes the place of one token, until another is read in its place.
+            self.packing = Packing(lengths.clip(min=1), sequence_length, packing_window)
+            self.packed_collate = PackedCollate(sequence_length, padding)
         self.data_sampler = GlobalStreamSampler(
-            sequence_length, micro_batch_size, global_batch_size, shuffle_seed, val_samples
+            sequence_length, micro_batch_size, global_batch_size, shuffle_seed, val_samples, self.weights, self.packing
         )
         self.first_step = 0  # optimizer steps done before this process began
+        self._restored = False
 
     def train_dataloader(self) -> DataLoader:
         # The only place that moves the origin of the count: by now the trainer has its restored step, and a
         # validation that starts later must not touch it.
         self.first_step = self.trainer.global_step if self.trainer else 0
         self.data_sampler.init_global_step = self.first_step
-        return self._dataloader(self.train_dataset)
+        if self.first_step and not self._restored:
+            # Lightning passes over a data module whose name the checkpoint does not have, and says nothing.
+            self._state_mismatch("the checkpoint has no state of the data", "resume from one that has")
+        if self.packing is not None:
+            return self._dataloader(PackedDataset(self.train_dataset), self.packed_collate)
+        return self._dataloader(self.train_dataset, self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        return self._dataloader(self.val_dataset)
+        return self._dataloader(self.val_dataset, self.collate)
 
-    def _dataloader(self, dataset: ConversationDataset) -> DataLoader:
+    def _dataloader(self, dataset: ConversationDataset | PackedDataset, collate: Callable[..., Any]) -> DataLoader:
         return DataLoader(
             dataset,  # type: ignore[arg-type]  # map-style by its methods; loader workers need no torch base class
             num_workers=self.num_workers,
-            collate_fn=self.collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
@@ -144,30 +192,51 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         """This rank's ``skipped`` and ``cut`` training samples so far."""
         return self.train_dataset.counts()
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the training samples of any source, with the proportions of a blend, and with the rows that
+        samples are packed into."""
+        parts = zip(self.training, shares(self.weights), strict=True)
+        blend = " + ".join(f"{share} x {manifest.fingerprint}" for manifest, share in parts)
+        samples = blend if len(self.training) > 1 else self.training[0].fingerprint
+        return samples if self.packing is None else f"{samples}, packed {self.packing.fingerprint}"
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "consumed_samples": self.consumed_samples,
             "shuffle_seed": self.data_sampler.shuffle_seed,
-            "data": self.manifest.fingerprint,
+            "data": self.fingerprint,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the stream where the checkpoint left it.
 
         Raises:
-            ValueError: the checkpoint was trained on other data or in another order.
+            ValueError: the checkpoint was trained on other data or in another order, unless told to restart.
         """
-        if state_dict["data"] != self.manifest.fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained on other data than {self.manifest.directory}: give it the same data, "
-                f"or start a new run from its weights with init_from"
+        self._restored = True
+        missing = sorted({"consumed_samples", "shuffle_seed", "data"} - state_dict.keys())
+        if missing:
+            self._state_mismatch(f"the checkpoint's state of the data has no {', '.join(missing)}", "resume another")
+        elif state_dict["data"] != self.fingerprint:
+            directories = ", ".join(str(manifest.directory) for manifest in self.training)
+            self._state_mismatch(
+                f"the checkpoint was trained on other data than {directories}, or on another blend of it",
+                "give it the same data, or start a new run from its weights with init_from",
             )
-        if state_dict["shuffle_seed"] != self.data_sampler.shuffle_seed:
-            raise ValueError(
-                f"the checkpoint was trained with data.shuffle_seed={state_dict['shuffle_seed']}: resume with the same"
+        elif state_dict["shuffle_seed"] != self.data_sampler.shuffle_seed:
+            self._state_mismatch(
+                f"the checkpoint was trained with data.shuffle_seed={state_dict['shuffle_seed']}",
+                "resume with the same",
             )
-        self.data_sampler.init_consumed_samples = int(state_dict["consumed_samples"])
-        self.data_sampler.prev_consumed_samples = int(state_dict["consumed_samples"])
+        else:
+            self.data_sampler.init_consumed_samples = int(state_dict["consumed_samples"])
+            self.data_sampler.prev_consumed_samples = int(state_dict["consumed_samples"])
+
+    def _state_mismatch(self, what: str, cure: str) -> None:
+        if self.on_state_mismatch == "raise":
+            raise ValueError(f"{what}: {cure} (data.on_state_mismatch=restart begins the data anew)")
+        log.warning("%s: the data begins anew at its first sample, as data.on_state_mismatch=restart says.", what)
 
 
 def build_data_module(config: RunConfig, tokenizer: Any = None) -> ShardedVLMDataModule:
@@ -186,4 +255,7 @@ def build_data_module(config: RunConfig, tokenizer: Any = None) -> ShardedVLMDat
         num_workers=config.data.num_workers,
         on_error=config.data.on_error,
         val_samples=config.trainer.val_samples,
+        blend=[(read_manifest(source.path), source.weight) for source in config.data.blend or []],
+        on_state_mismatch=config.data.on_state_mismatch,
+        packing_window=config.data.packing_window if config.data.packing else None,
     )

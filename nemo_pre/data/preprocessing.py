@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_pre.config.schema import ModelConfig, RunConfig
+from nemo_pre.config.derived import num_visual_tokens
+from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
-
-
-def num_visual_tokens(model: ModelConfig) -> int:
-    """Visual tokens of one image in the decoder's sequence."""
-    vision = model.vision
-    patches = (vision.image_size // vision.patch_size) ** 2
-    has_class_token = vision.family == "clip"
-    return patches + int(has_class_token and not vision.drop_class_token)
 
 
 def num_text_tokens(config: RunConfig) -> int:
@@ -50,7 +43,11 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         tokenizer=tokenizer,
         chat_template=config.data.chat_template,
         max_text_tokens=num_text_tokens(config),
+        tile_tokens=num_visual_tokens(config.model),
         image_size=vision.image_size,
         image_mean=tuple(vision.image_mean),
         image_std=tuple(vision.image_std),
+        image_resize=config.data.image_resize,
+        image_filter=config.data.image_filter,
+        max_tiles=config.data.max_tiles,
     )

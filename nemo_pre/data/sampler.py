@@ -1,17 +1,29 @@
 """The order in which samples are consumed, the same whatever the layout.
 
-Training reads one endless stream: the samples in an order shuffled with (seed, epoch), epoch after epoch.
-Global batch k is stream[k * GBS : (k + 1) * GBS]; it may span two epochs, and nothing is dropped. A position
-in the stream is therefore all there is to resume from, and the number of data-parallel ranks does not enter.
+Training reads one endless stream. Each of its sources, prepared sets with weights, is shuffled with (seed, epoch,
+number of the source), epoch after epoch, and the sources alternate in a fixed pattern that repeats; so the sample at
+a position follows from seed and position alone. Global batch k is stream[k * GBS : (k + 1) * GBS]; it may span two
+epochs, and nothing is dropped. A position in the stream is therefore all there is to resume from, and the number of
+data-parallel ranks or loader processes does not enter.
 Within a global batch, micro-batch m of data-parallel rank r is the slice at (m * DP + r) * MBS, as in Megatron.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import lcm
+from typing import Any, Protocol
 
 import numpy as np
+
+MAX_PERIOD = 1 << 20  # positions after which a blend's pattern repeats; weights are rounded to one in so many
+
+
+class Stream(Protocol):
+    def __getitem__(self, position: int) -> Any:
+        """A sample's number, or those of a row of samples, for any position >= 0."""
 
 
 @dataclass
@@ -20,6 +32,7 @@ class ShuffledStream:
 
     num_samples: int
     seed: int
+    source: int = 0
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, position: int) -> int:
@@ -27,8 +40,55 @@ class ShuffledStream:
         if epoch not in self._orders:
             if len(self._orders) > 1:  # a batch spans two epochs at most at a time
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            order = np.random.default_rng([self.seed, epoch, self.source]).permutation(self.num_samples)
+            self._orders[epoch] = order
         return int(self._orders[epoch][offset])
+
+
+class BlendedStream:
+    """Sources of ``sizes`` samples, numbered one after another, drawn in proportion to ``weights``.
+
+    In every period, which starts at position 0, each source has exactly its share; at any position it is at most
+    1/2 + (its weight's share) * (number of sources) / 2 samples from it.
+
+    Attributes:
+        shares: positions of each source in a period.
+
+    Raises:
+        ValueError: a weight is not positive, or rounds to nothing.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
+        self.seed, self.shares = seed, shares(weights)
+        # The j-th of a source's n positions in a period should lie at (j + 1/2) / n of it.
+        number = np.repeat(np.arange(len(self.shares)), self.shares)
+        occurrence = np.concatenate([np.arange(share) for share in self.shares])
+        order = np.lexsort((number, (2 * occurrence + 1) / np.asarray(self.shares)[number]))
+        self._source, self._occurrence = number[order], occurrence[order]
+        self._starts = np.cumsum([0, *sizes])
+        self._streams = [ShuffledStream(size, seed, source) for source, size in enumerate(sizes)]
+
+    def __getitem__(self, position: int) -> int:
+        period, place = divmod(position, len(self._source))
+        source = int(self._source[place])
+        drawn = period * self.shares[source] + int(self._occurrence[place])
+        return int(self._starts[source]) + self._streams[source][drawn]
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the proportion of ``weights``: exact where they add up to no more than a period."""
+    if not all(weight > 0 for weight in weights):
+        raise ValueError(f"data.blend has the weights {list(weights)}: give every source one above 0")
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not the float beside it
+    fractions = [weight / sum(exact) for weight in exact]
+    period = min(lcm(*(fraction.denominator for fraction in fractions)), MAX_PERIOD)
+    rounded = [int(fraction * period) for fraction in fractions]
+    largest_remainders = sorted(range(len(rounded)), key=lambda i: (rounded[i] - fractions[i] * period, i))
+    for source in largest_remainders[: period - sum(rounded)]:
+        rounded[source] += 1
+    if min(rounded) == 0:
+        raise ValueError(f"data.blend has the weights {list(weights)}: none may be less than a millionth of all")
+    return rounded
 
 
 @dataclass(frozen=True)
@@ -66,7 +126,7 @@ class TrainingBatches:
     so no epoch boundary of Lightning's can fall into the middle of a global batch.
     """
 
-    def __init__(self, stream: ShuffledStream, shape: BatchShape, consumed_samples: int):
+    def __init__(self, stream: Stream, shape: BatchShape, consumed_samples: int):
         self.stream, self.shape, self.consumed_samples = stream, shape, consumed_samples
 
     def __iter__(self) -> Iterator[list[int]]:

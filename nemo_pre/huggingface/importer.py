@@ -80,7 +80,7 @@ def _stored_llava(model: ModelConfig, directory: Path, allow_pickle: bool) -> It
     from nemo_pre.huggingface.weights import HF_TOWER, hub_name, language_weights, projector_weights, tower_weight
 
     source = TensorSource(directory, allow_pickle)
-    names = {hub_name(name): name for name in source.names()}
+    names = {hub_name(name): name for name in source.names() if not name.endswith(IGNORED)}
     towers = (tower_weight(n, source.describe(names[n])[0]) for n in names if n.startswith(HF_TOWER))
     weights = [*language_weights(model.language), *projector_weights(model), *towers]
     yield from _stored(weights, source, names, model)
@@ -93,10 +93,10 @@ def _stored_parts(
     from nemo_pre.huggingface.weights import HF_LANGUAGE, HF_TOWER, language_weights, projector_weights, tower_weight
 
     source = TensorSource(language, allow_pickle)
-    names = {HF_LANGUAGE + name: name for name in source.names()}
+    names = {HF_LANGUAGE + name: name for name in source.names() if not name.endswith(IGNORED)}
     yield from _stored(list(language_weights(model.language)), source, names, model)
     tower = TensorSource(vision, allow_pickle)
-    own = [name for name in tower.names() if not name.startswith(OTHER_TOWER)]
+    own = [name for name in tower.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
     names = {HF_TOWER + name: name for name in own}
     weights = [tower_weight(name, tower.describe(names[name])[0]) for name in names]
     yield from _stored(weights, tower, names, model)
@@ -113,7 +113,7 @@ def _stored(
     """
     from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
 
-    unused = {name for name in names if not name.endswith(IGNORED)}
+    unused = set(names)
     for weight in weights:
         dtypes = set()
         for name, shape in weight.parts.items():

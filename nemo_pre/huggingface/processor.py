@@ -31,7 +31,7 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
                     shutil.copyfile(path, directory / path.name)
             return int(values.get("image_token_index", values.get("image_token_id")))
     tokenizer = _tokenizer(saved, model)
-    processor = _processor(tokenizer, model, TEMPLATES[saved.data.chat_template])
+    processor = _processor(tokenizer, model, saved.data)
     processor.save_pretrained(directory)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TAG))
     _write_generation_config(tokenizer, image_token_id, directory)
@@ -58,25 +58,45 @@ def _tokenizer(saved: Any, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def _processor(tokenizer: Any, model: ModelConfig, template: ChatTemplate) -> Any:
-    from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
+def _processor(tokenizer: Any, model: ModelConfig, data: Any) -> Any:
+    from transformers import LlavaProcessor
 
     vision = model.vision
-    size = {"height": vision.image_size, "width": vision.image_size}
-    statistics = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
-    if vision.family == "clip":
-        # As in training: the whole picture is resized, nothing is cropped.
-        images = CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, **statistics)
-    else:
-        images = SiglipImageProcessor(size=size, resample=3, do_convert_rgb=True, **statistics)
     return LlavaProcessor(
-        image_processor=images,
+        image_processor=_image_processor(model, data),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default" if vision.drop_class_token else "full",
         num_additional_image_tokens=int(vision.family == "clip"),
-        chat_template=jinja_template(template, _adds_bos(tokenizer)),
+        chat_template=jinja_template(TEMPLATES[data.chat_template], _adds_bos(tokenizer)),
     )
+
+
+def _image_processor(model: ModelConfig, data: Any) -> Any:
+    """The processor whose pixels are those of :mod:`nemo_pre.data.images`."""
+    from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
+
+    vision = model.vision
+    square = {"height": vision.image_size, "width": vision.image_size}
+    how = {
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+        "resample": {"bicubic": 3, "bilinear": 2}[data.image_filter],
+        "do_convert_rgb": True,
+    }
+    if data.max_tiles > 1:
+        raise ValueError(
+            f"The run was trained with data.max_tiles={data.max_tiles}, and a LLaVA's picture has one tile: such a "
+            f"model cannot be exported yet."
+        )
+    if data.image_resize == "whole" and vision.family == "siglip":
+        return SiglipImageProcessor(size=square, **how)
+    if data.image_resize == "whole":
+        return CLIPImageProcessor(size=square, do_center_crop=False, crop_size=square, **how)
+    short = {"size": {"shortest_edge": vision.image_size}, "crop_size": square, "do_center_crop": True}
+    if data.image_resize == "crop":
+        return CLIPImageProcessor(**short, **how)
+    return LlavaImageProcessor(do_pad=True, **short, **how)
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -104,17 +124,23 @@ def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool) -> str:
     )
     answer = (
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ eos_token }}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     )
+    end = _literal(template.answer_end) or "{{ eos_token }}"
+    between_turns = ""
+    if template.between_turns:
+        between_turns = "{% if not loop.first %}" + _literal(template.between_turns) + "{% endif %}"
     return (
         bos
         + _literal(template.system)
         + "{% for message in messages %}{% if message['role'] == 'user' %}"
+        + between_turns
         + _literal(template.before_question)
         + question
         + "{% elif message['role'] == 'assistant' %}"
         + _literal(template.before_answer + template.answer_lead)
         + answer
+        + end
         + "{% else %}{{ raise_exception('Only user and assistant take part in a conversation.') }}"
         + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
         + _literal(template.before_answer)

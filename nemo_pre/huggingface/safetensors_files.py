@@ -36,8 +36,16 @@ class TensorSource:
         return list(self._files)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype, without reading the values."""
+        """Shape and dtype, without reading the values.
+
+        Raises:
+            ValueError: it does not hold floating-point numbers.
+        """
         part = self._open(name).get_slice(name)
+        if part.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{name} in {self.directory} holds {part.get_dtype()}: a weight has floating-point numbers."
+            )
         return tuple(part.get_shape()), DTYPES[part.get_dtype()]
 
     def read(self, name: str) -> Tensor:
@@ -100,7 +108,7 @@ class _Loaded:
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self._tensor.dtype)
+        return next((name for name, dtype in DTYPES.items() if dtype == self._tensor.dtype), str(self._tensor.dtype))
 
     def get_tensor(self, name: str) -> Tensor:
         return self._tensor

@@ -120,7 +120,7 @@ def test_a_long_sample_is_cut_and_says_so(tokenizer):
     assert cut.labels == full.labels[:10]
     exactly = encode(TWO_TURNS, tokenizer, "plain", len(full.tokens), num_images=1, where="s")
     assert not exactly.cut
-    with pytest.raises(SampleError, match="before its image"):
+    with pytest.raises(SampleError, match="before its last image"):
         encode(TWO_TURNS, tokenizer, "vicuna_v1", 10, num_images=1, where="sample 5")
 
 
@@ -139,8 +139,8 @@ def test_wrong_samples_are_named(tokenizer):
     assert "'from' and 'value'" in error([{"role": "user"}], 0)
     unknown = [{"from": "human", "value": "describe it."}, TWO_TURNS[1]]
     assert "does not know 'describe'" in error(unknown, 0)
-    with pytest.raises(ValueError, match="chat_template=chatml"):
-        encode(TWO_TURNS, tokenizer, "chatml", 40, 1, where="s")
+    with pytest.raises(ValueError, match="chat_template=llama9"):
+        encode(TWO_TURNS, tokenizer, "llama9", 40, 1, where="s")
 
 
 def test_an_unknown_word_is_not_a_fault_of_the_sample(tokenizer):
@@ -156,8 +156,8 @@ def test_the_tokenizer_is_small_and_goes_there_and_back(tokenizer):
     assert [tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "<s>", "</s>", "<unk>")] == [0, 1, 2, 3]
     assert all(len(tokenizer(str(digit))["input_ids"]) == 1 for digit in range(10))
     for sentence in set(corpus()):
-        if "ASSISTANT" in sentence or not sentence.strip():
-            continue
+        if "ASSISTANT" in sentence or "<|" in sentence or not sentence.strip():
+            continue  # of templates, whose spaces are not a sentence's
         ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == sentence

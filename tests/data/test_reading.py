@@ -80,7 +80,7 @@ def test_a_batch_keeps_the_contract(digits):
     assert batch["attention_mask"] is None
     assert (batch["tokens"] == IMAGE_TOKEN_INDEX).sum(dim=1).tolist() == [0, 1]
     assert batch["media"].shape == (1, 3, 48, 48)
-    assert torch.equal(batch["media"][0], items[1].image)
+    assert torch.equal(batch["media"][0], items[1].images[0][0])
     assert batch["num_media_tiles"] == [1]
     length = len(items[1].tokens)
     assert batch["tokens"][1, :length].tolist() == items[1].tokens

@@ -241,6 +241,22 @@ def test_a_pickle_is_refused_unless_allowed_and_then_cannot_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_buffers_of_older_files_are_passed_over_and_whole_numbers_are_no_weights(tmp_path):
+    original = tiny_llava(tmp_path / "hf")
+    tensors = load_file(original / "model.safetensors")
+    buffers = {
+        "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file({**tensors, **buffers}, original / "model.safetensors")
+    import_checkpoint(str(original), str(tmp_path / "checkpoint"))
+    export_checkpoint(str(tmp_path / "checkpoint"), str(tmp_path / "back"))
+    same_bits(tensors_of(tmp_path / "back"), tensors)
+    save_file({**tensors, "vision_tower.counts": torch.arange(3)}, original / "model.safetensors")
+    with pytest.raises(ValueError, match="vision_tower.counts in .* holds I64"):
+        import_checkpoint(str(original), str(tmp_path / "other"))
+
+
 def test_a_file_cut_short_is_named(tmp_path):
     original = tiny_llava(tmp_path / "hf")
     path = original / "model.safetensors"

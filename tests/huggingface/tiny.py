@@ -87,7 +87,7 @@ def tiny_tokenizer() -> Any:
         unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
     fast.image_token = "<image>"
     return fast
 
