@@ -1,6 +1,6 @@
 """How fast data is validated, against the disk and against decoding alone, whichever is the lower.
 
-    python -m benchmarks.data_validation                      # 6,000 JPEGs of 640 x 480, in a temporary folder
+    python -m benchmarks.data_validation                      # 30,000 JPEGs of 640 x 480, in a temporary folder
     python -m benchmarks.data_validation --folder /data/tmp   # on another disk
 
 Validating, reading the files (with the system's cache dropped for them) and decoding the same JPEGs from memory take
@@ -32,7 +32,7 @@ DISTINCT = 200  # pictures that are drawn; they come again and again
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rate of nemo-pre data validate.")
-    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Manifest, Shard, read_manifest
 from nemo_pre.data.shards import ShardedSamples
 
+ORIGIN = re.compile(r"(?P<name>.+?):(?P<file>.+)\[\d+\]")  # of a prepared record: NAME:FILE[ROW]
 TEXT_ONLY = "text only"
 
 
@@ -142,13 +144,19 @@ def _size(content: bytes) -> tuple[int, int]:
 
 
 def _source(record: dict[str, Any], entry: dict[str, Any], dataset: str) -> str:
-    """What the record or its index entry says; else the first folder of its image's name, as in LLaVA's mixture."""
+    """What the record or its index entry says, without file and row; with the folder its rows or images come from,
+    as in LLaVA's mixture."""
     stated = record.get("source") or entry.get("source")
-    if stated is not None:
+    origin = ORIGIN.fullmatch(str(stated))
+    if stated is not None and origin is None:
         return str(stated)
+    name = origin["name"] if origin else dataset
+    if origin and (folder := os.path.dirname(origin["file"])):
+        return f"{name}/{folder}"
     image = record.get("images") or record.get("image")
     image = image[0] if isinstance(image, list) and image else image
     if not isinstance(image, str):
-        return TEXT_ONLY
+        return f"{name}/{TEXT_ONLY}" if origin else TEXT_ONLY
     folder, slash, _ = os.path.normpath(image).partition("/")
-    return folder if slash and folder else dataset or "unnamed"
+    folder = folder if slash else ""
+    return "/".join(filter(None, (name, folder))) if origin else folder or name or "unnamed"

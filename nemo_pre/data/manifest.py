@@ -51,7 +51,8 @@ def read_manifest(path: str | Path) -> Manifest:
     file = directory / MANIFEST
     if not file.is_file():
         raise ValueError(
-            f"data.path={directory} has no {MANIFEST}: prepare the data first (nemo-pre data demo out={directory})"
+            f"data.path={directory} has no {MANIFEST}: prepare the data first with nemo-pre data prepare, "
+            f"or the demo's with nemo-pre data demo out={directory}"
         )
     try:
         raw = json.loads(file.read_text())

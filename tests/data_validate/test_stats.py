@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.stats import stats
+from data_prep.stats.count import _source
 from data_prep.stats.summary import quantiles
 from tests.data_validate.small import edit, record, samples, seal, write
 
@@ -108,3 +109,21 @@ def test_what_cannot_be_counted_is_refused(tmp_path: Path) -> None:
     seal(data)
     with pytest.raises(ValueError, match="train-00000.index.json is not JSON"):
         stats(str(data), processes=1)
+
+
+@pytest.mark.parametrize(
+    ("stated", "image", "source"),
+    [
+        ("mix:llava_v1_5_mix665k.json[7]", "coco/train2017/1.jpg", "mix/coco"),
+        ("mix:llava_v1_5_mix665k.json[8]", None, "mix/text only"),
+        ("pretrain:blip.json[9]", "1.jpg", "pretrain"),
+        ("fine:ai2d/train-00000-of-00003.parquet[10]", "10.png", "fine/ai2d"),
+        ("laion", "a/1.jpg", "laion"),
+        (None, "gqa/1.jpg", "gqa"),
+        (None, "1.jpg", "data"),
+    ],
+)
+def test_samples_are_counted_by_the_set_and_folder_they_come_from(
+    stated: str | None, image: str | None, source: str
+) -> None:
+    assert _source({"source": stated, "image": image}, {}, "data") == source
