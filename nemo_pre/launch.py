@@ -26,7 +26,10 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nemo_pre.orphans import forked_processes_die_with_their_parent
+from nemo_pre.slurm.stopping import EVERY_TASK_IS_A_RANK, ROLL_BACK
 
 if TYPE_CHECKING:
     from nemo_pre.config.schema import RunConfig
@@ -48,8 +51,8 @@ class RankFailure(RuntimeError):
 def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.preload") -> None:
     """Run ``entry`` (``"module:function"``, called with ``config``) on every rank of the run's layout.
 
-    ``preload`` names the module that CPU ranks find already imported. Ranks other than 0 write their output to
-    ``output_dir/rank<N>.log``.
+    ``preload`` names the module that CPU ranks find already imported, and others import first. Ranks other than 0
+    that are started here write their output to ``output_dir/rank<N>.log``.
 
     Raises:
         RankFailure: a rank raised, or was ended by a signal.
@@ -67,6 +70,8 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.preloa
             )
         os.environ.update(job)
         prepare_environment(config.platform, ranks // config.cluster.nodes)
+        if preload:
+            importlib.import_module(preload)  # without the libraries' warnings, times the number of ranks
         _resolve(entry)(config)
         return
     if config.cluster.nodes > 1:
@@ -81,7 +86,8 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.preloa
     # A process that forks must not have touched CUDA, which importing NeMo may do: GPU ranks import for themselves.
     context.set_forkserver_preload([preload] if preload and not uses_gpu(config.platform) else [])
     with _sigterm_interrupts():
-        _run_local_ranks(context, config, entry, ranks)
+        while not _run_local_ranks(context, config, entry, ranks):
+            pass  # they ask to be started again
 
 
 # --- the environment ------------------------------------------------------------------------------------------------
@@ -125,10 +131,14 @@ def external_job(environment: Mapping[str, str]) -> dict[str, str] | None:
         return {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **job}
     # SLURM_STEP_ID tells a task that srun started from the batch script, which carries the other two as well.
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment or int(tasks) < 2:
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
+        return None
+    if int(tasks) < 2 and EVERY_TASK_IS_A_RANK not in environment:  # an interactive shell
         return None
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-    job_number = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment["SLURM_STEP_ID"])
+    # A requeued job keeps its number; its ranks must not meet those that a former start may have left behind.
+    start = int(environment["SLURM_STEP_ID"]) + 101 * int(environment.get("SLURM_RESTART_COUNT", "0"))
+    job_number = int(environment.get("SLURM_JOB_ID", "0")) * 7 + start
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
@@ -183,7 +193,8 @@ class _Rank:
         return RankFailure(f"Rank {self.number} of {ranks} {how}{where}.")
 
 
-def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) -> None:
+def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) -> bool:
+    """Whether the ranks came to their end; if not, they rolled back and want to go on from there."""
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -191,13 +202,14 @@ def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) ->
     try:
         for number in range(count):
             ranks.append(_Rank(context, config, entry, {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}))
-        _watch(ranks)
+        return _watch(ranks)
     finally:
         _end(ranks)
 
 
-def _watch(ranks: list[_Rank]) -> None:
-    """Wait for every rank; when one fails, give the others their time and raise for the one that is the cause."""
+def _watch(ranks: list[_Rank]) -> bool:
+    """Wait for every rank; when one fails, give the others their time and raise for the one that is the cause. False
+    when they ask to be started again."""
     failed: list[_Rank] = []
     deadline: float | None = None
     running = list(ranks)
@@ -209,10 +221,13 @@ def _watch(ranks: list[_Rank]) -> None:
         failed += [rank for rank in ended if rank.process.exitcode != 0]
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE
+    if any(rank.process.exitcode == ROLL_BACK for rank in failed):
+        return False
     if failed:
         # A rank that lost its connection to a killed one may be heard of first, but is not the cause.
         cause = next((rank for rank in failed if -rank.process.exitcode in SUDDEN), failed[0])
         raise cause.failure(len(ranks))
+    return True
 
 
 def _end(ranks: list[_Rank]) -> None:
@@ -232,6 +247,7 @@ def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Pa
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_launcher, args=(reports,), daemon=True).start()
+    forked_processes_die_with_their_parent()
     os.environ.update(variables)
     if log is not None:
         _write_output_to(log)
@@ -240,14 +256,21 @@ def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Pa
             sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         _resolve(entry)(config)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == ROLL_BACK:
+            _leave(ROLL_BACK)
         trace = traceback.format_exc()
         if log is not None:
             print(trace, file=sys.stderr)
         sentence = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip(".")
         reports.send((sentence[:MESSAGE_LIMIT], trace[-TRACEBACK_LIMIT:]))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: threads of gloo and Megatron may wait for ranks that will never answer
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: threads of gloo and Megatron may wait for ranks that will never answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _die_with_launcher(reports: Any) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
+from nemo_pre.callbacks.checkpoint_files import damage_of, newest_step, numbered_checkpoints, record_sizes
 from nemo_pre.config.compose import save_resolved
 from nemo_pre.config.schema import RunConfig
+
+NO_ROOM = (  # what Linux says, and torch's writer when it could not write as much as it wanted
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "inline_container",
+)
 
 
 def checkpoint_dir(config: RunConfig) -> Path:
@@ -19,7 +29,8 @@ def checkpoint_dir(config: RunConfig) -> Path:
 class RunCheckpoint(ModelCheckpoint):
     """Saves every ``checkpoint_every`` steps and at the end, keeping the newest ``keep_checkpoints``.
 
-    The resolved config lies in each checkpoint, so that one can be read without the run it came from.
+    The resolved config lies in each checkpoint, so that one can be read without the run it came from, and the sizes of
+    its files, so that one that was cut is known.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -50,18 +61,57 @@ class RunCheckpoint(ModelCheckpoint):
         # NeMo logs "step" as the number of the running step; a checkpoint is named by the steps it has done.
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+    def setup(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
+        # A damaged checkpoint must make room for the run's own of the same step; Lightning would save that as "-v1".
         if trainer.is_global_zero:
-            save_resolved(self._config, Path(filepath).with_suffix("") / "config.yaml")
+            for path in numbered_checkpoints(Path(str(self.dirpath))).values():
+                if damage_of(path):
+                    path.rename(path.with_name(f"damaged-{path.name}-{path.stat().st_mtime_ns}"))
+        super().setup(trainer, *args, **kwargs)
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save the current step unless that is done, and return when everything lies on disk. On every rank."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.finish_saving(trainer)
+        trainer.strategy.barrier("saved")
+
+    def finish_saving(self, trainer: Trainer) -> None:
+        """Wait until a save in the background lies on disk. On every rank."""
+        if self.async_save:
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A save that found no room: what is complete stays, what is not is passed over at the next start.
+
+        Raises:
+            ValueError: so that nobody restarts the run into the same full disk.
+        """
+        if any(words in str(error) for error in _causes(exception) for words in NO_ROOM):
+            step = newest_step(Path(str(self.dirpath)))
+            raise ValueError(
+                f"There is no room for the checkpoint of step {trainer.global_step} in {self.dirpath}: free some and "
+                f"start the run again, which continues from step {step}."
+            ) from exception
+
+    def _get_finalize_save_checkpoint_callback(
+        self, trainer: Trainer, filepath: str, global_step: int
+    ) -> Callable[[], None]:
+        finalize = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+
+        def describe_and_finalize() -> None:
+            if dist.is_initialized():
+                dist.barrier()  # every rank's files are complete
+            if trainer.is_global_zero:
+                directory = Path(filepath).with_suffix("")
+                save_resolved(self._config, directory / "config.yaml")
+                record_sizes(directory)
+            finalize()  # removes the mark of an unfinished checkpoint
+
+        return describe_and_finalize
 
 
-def newest_checkpoint(directory: Path) -> str | None:
-    """The newest complete checkpoint in ``directory``, or None."""
-    steps = {
-        int(path.name.removeprefix("step=")): path
-        for path in directory.glob("step=*")
-        if path.is_dir() and path.name.removeprefix("step=").isdigit()
-        if not ModelCheckpoint.is_checkpoint_unfinished(path)
-    }
-    return str(steps[max(steps)]) if steps else None
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

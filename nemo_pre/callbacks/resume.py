@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_pre.callbacks.checkpoint import checkpoint_dir, newest_checkpoint
+from nemo_pre.callbacks.checkpoint import checkpoint_dir
+from nemo_pre.callbacks.checkpoint_files import newest_checkpoint
 from nemo_pre.config.saved import check_same_weights
 from nemo_pre.config.schema import RunConfig
 

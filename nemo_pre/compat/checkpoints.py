@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from nemo_pre.compat.registry import Change, patch
@@ -18,11 +20,15 @@ def results_queue_per_save():
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     from torch import multiprocessing
 
+    from nemo_pre.orphans import die_with
+
     managers: list[Any] = []  # one server process per rank, started by the first save
 
     def get_write_results_queue() -> Any:
         if not managers:
-            managers.append(multiprocessing.get_context("spawn").Manager())
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(die_with, (os.getpid(),))
+            managers.append(manager)
         return managers[0].Queue()
 
     yield Change(filesystem_async, "_get_write_results_queue", get_write_results_queue, written_for="349269cbdd56")

@@ -32,7 +32,8 @@ class ChatTemplate:
 
     What is in brackets is trained on and generated; the end is ``answer_end``, the tokenizer's eos where that is
     empty. ``control`` names the special tokens in these texts. ``keep_question`` false leaves only the image of a
-    question, as LLaVA does for captions in its first stage.
+    question, as LLaVA does for captions in its first stage. ``trim`` takes white space off both ends of questions and
+    answers.
     """
 
     system: str = ""
@@ -43,6 +44,7 @@ class ChatTemplate:
     between_turns: str = ""
     control: tuple[str, ...] = ()
     keep_question: bool = True
+    trim: bool = False
 
 
 VICUNA_SYSTEM = (
@@ -60,6 +62,13 @@ TEMPLATES = {
         answer_end="<|im_end|>",
         between_turns="\n",
         control=("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama3": ChatTemplate(
+        before_question="<|start_header_id|>user<|end_header_id|>\n\n",
+        before_answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_end="<|eot_id|>",
+        control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        trim=True,
     ),
 }
 
@@ -162,6 +171,8 @@ def _render(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Any
     end = control[template.answer_end] if template.answer_end else tokenizer.eos_token_id
     pieces = _literal(template.system, control)
     for turn, (question, answer) in enumerate(turns):
+        if template.trim:
+            question, answer = question.strip(), answer.strip()
         pieces += _literal(template.between_turns * (turn > 0) + template.before_question, control)
         if template.keep_question:
             for number, text in enumerate(question.split(IMAGE_TAG)):

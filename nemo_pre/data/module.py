@@ -25,7 +25,17 @@ from nemo_pre.data.manifest import Manifest, check_training_size, read_manifest
 from nemo_pre.data.packed import PackedCollate, PackedDataset
 from nemo_pre.data.packing import PackedStream, Packing
 from nemo_pre.data.preprocessing import build_preprocessing
-from nemo_pre.data.sampler import BatchShape, BlendedStream, TrainingBatches, ValidationBatches, shares
+from nemo_pre.data.sampler import (
+    BatchShape,
+    BlendedStream,
+    SkippingStream,
+    Stream,
+    TrainingBatches,
+    ValidationBatches,
+    shares,
+    whole_position,
+)
+from nemo_pre.data.skipped import Skipped, read_skipped
 from nemo_pre.data.tokenizer import padding_id
 
 log = logging.getLogger(__name__)
@@ -60,6 +70,7 @@ class GlobalStreamSampler(MegatronDataSampler):
         self.val_samples = val_samples
         self.weights = weights
         self.packing = packing
+        self.skipped: list[tuple[int, int]] = []  # ranges of the stream's positions that are left out
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """The same loader with this rank's batches; ``dataset.split`` tells training from validation."""
@@ -76,7 +87,8 @@ class GlobalStreamSampler(MegatronDataSampler):
         batches: TrainingBatches | ValidationBatches
         if dataset.split == "train":
             samples = BlendedStream(dataset.sizes, self.weights, self.shuffle_seed)
-            stream = samples if self.packing is None else PackedStream(samples, self.packing)
+            stream: Stream = samples if self.packing is None else PackedStream(samples, self.packing)
+            stream = SkippingStream(stream, self.skipped) if self.skipped else stream
             batches = TrainingBatches(stream, shape, self.init_consumed_samples)
         else:
             batches = ValidationBatches(min(self.val_samples or len(dataset), len(dataset)), shape)
@@ -110,6 +122,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         on_state_mismatch: raise | restart: what a resume does whose data state is missing or another data's.
         packing_window: samples of the stream that are packed into rows at a time; None: a row is a sample. With
             packing, batch sizes and consumed samples count rows.
+        skipped: what roll-backs of the run left out, of this stream or others.
 
     Raises:
         ValueError: a shard is missing or has the wrong size, there is less than one global batch, or packing has no
@@ -130,6 +143,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         blend: Sequence[tuple[Manifest, float]] = (),
         on_state_mismatch: str = "raise",
         packing_window: int | None = None,
+        skipped: Sequence[Skipped] = (),
     ):
         super().__init__()
         if on_state_mismatch not in ON_STATE_MISMATCH:
@@ -155,6 +169,8 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         self.data_sampler = GlobalStreamSampler(
             sequence_length, micro_batch_size, global_batch_size, shuffle_seed, val_samples, self.weights, self.packing
         )
+        stream = (self.fingerprint, shuffle_seed)
+        self._skip([(each.first, each.end) for each in skipped if (each.data, each.shuffle_seed) == stream])
         self.first_step = 0  # optimizer steps done before this process began
         self._restored = False
 
@@ -206,6 +222,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
             "consumed_samples": self.consumed_samples,
             "shuffle_seed": self.data_sampler.shuffle_seed,
             "data": self.fingerprint,
+            "skipped": self.data_sampler.skipped,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -232,6 +249,19 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         else:
             self.data_sampler.init_consumed_samples = int(state_dict["consumed_samples"])
             self.data_sampler.prev_consumed_samples = int(state_dict["consumed_samples"])
+            self._skip([(int(first), int(end)) for first, end in state_dict.get("skipped", ())])
+
+    def trained_between(self, step: int, later_step: int, reason: str) -> Skipped:
+        """The samples that the steps behind ``step``, up to ``later_step``, were trained on."""
+        sampler = self.data_sampler
+        first, last = (
+            whole_position(sampler.compute_consumed_samples(each - self.first_step) - back, sampler.skipped)
+            for each, back in ((step, 0), (later_step, 1))
+        )
+        return Skipped(first, last + 1, self.fingerprint, sampler.shuffle_seed, step, later_step, reason)
+
+    def _skip(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self.data_sampler.skipped = sorted({*self.data_sampler.skipped, *ranges})
 
     def _state_mismatch(self, what: str, cure: str) -> None:
         if self.on_state_mismatch == "raise":
@@ -258,4 +288,5 @@ def build_data_module(config: RunConfig, tokenizer: Any = None) -> ShardedVLMDat
         blend=[(read_manifest(source.path), source.weight) for source in config.data.blend or []],
         on_state_mismatch=config.data.on_state_mismatch,
         packing_window=config.data.packing_window if config.data.packing else None,
+        skipped=read_skipped(config.output_dir) if config.resume else (),
     )

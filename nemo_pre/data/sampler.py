@@ -75,6 +75,34 @@ class BlendedStream:
         return int(self._starts[source]) + self._streams[source][drawn]
 
 
+class SkippingStream:
+    """A stream without ranges of its positions: what lies behind one moves up.
+
+    So a position still counts the samples trained on, and those before a range stay where they were.
+
+    Args:
+        stream: the whole one.
+        skipped: ranges [first, end) of its positions.
+    """
+
+    def __init__(self, stream: Stream, skipped: Sequence[tuple[int, int]]):
+        self.stream, self.skipped = stream, skipped
+
+    def __getitem__(self, position: int) -> Any:
+        return self.stream[whole_position(position, self.skipped)]
+
+
+def whole_position(position: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The position in the whole stream of what lies at ``position`` when the ranges ``skipped`` are left out."""
+    end_of_former = 0
+    for first, end in sorted(skipped):
+        if first > position:
+            break
+        position += max(0, end - max(first, end_of_former))  # ranges may overlap
+        end_of_former = max(end, end_of_former)
+    return position
+
+
 def shares(weights: Sequence[float]) -> list[int]:
     """Whole numbers in the proportion of ``weights``: exact where they add up to no more than a period."""
     if not all(weight > 0 for weight in weights):

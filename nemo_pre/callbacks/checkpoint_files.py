@@ -1,0 +1,78 @@
+"""The checkpoints of a run as files: which are complete, damaged, the newest. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SIZES = "sizes.json"  # bytes of every file of a checkpoint, written when the save is complete
+UNFINISHED = "-unfinished"  # NeMo's mark: a file beside a checkpoint that is being written or removed
+
+
+def newest_checkpoint(directory: Path) -> str | None:
+    """The newest complete checkpoint in ``directory``, or None. Warns of a newer one that is damaged.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    checkpoints = numbered_checkpoints(directory)
+    for step in sorted(checkpoints, reverse=True):
+        damage = damage_of(checkpoints[step])
+        if not damage:
+            return str(checkpoints[step])
+        log.warning("%s is damaged, %s.", checkpoints[step], damage)
+    if checkpoints:
+        raise ValueError(
+            f"Every checkpoint in {directory} is damaged: restore the files of one, or move them away to begin anew."
+        )
+    return None
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest complete checkpoint, 0 without one.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    return int((newest_checkpoint(directory) or "=0").rpartition("=")[2])
+
+
+def numbered_checkpoints(directory: Path) -> dict[int, Path]:
+    """By step, the checkpoints in ``directory`` whose save was finished."""
+    return {
+        int(path.name.removeprefix("step=")): path
+        for path in directory.glob("step=*")
+        if path.is_dir() and path.name.removeprefix("step=").isdigit()
+        if not path.with_name(path.name + UNFINISHED).exists()
+    }
+
+
+def record_sizes(checkpoint: Path) -> None:
+    """Write down how large every file of a complete checkpoint is."""
+    sizes = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SIZES
+    }
+    (checkpoint / SIZES).write_text(json.dumps(sizes, indent=1))
+
+
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, empty if nothing is. One without recorded sizes, such as an import, is
+    taken as it is."""
+    try:
+        sizes = json.loads((checkpoint / SIZES).read_text())
+    except FileNotFoundError:
+        return ""
+    except ValueError:
+        return f"{SIZES} cannot be read"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return ""

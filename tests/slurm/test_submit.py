@@ -1,0 +1,141 @@
+"""What nemo-pre submit writes, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from nemo_pre.slurm.submit import parse, render, submit
+
+RUN = ["experiment=digits_tiny", "platform=gpu", "cluster=slurm_site", "cluster.devices_per_node=null"]
+SITE = [
+    "cluster.nodes=2",
+    "cluster.account=vlm",
+    "cluster.qos=high",
+    "cluster.exclude=[bad1,bad2]",
+    "parallel=tp2_pp2_sp",
+]
+
+
+def scripts(*words: str) -> list[str]:
+    return [job.script for job in render(parse([*words, "--dry-run"]))]
+
+
+def is_bash(script: str) -> bool:
+    return subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_sizes_follow_from_the_layout_and_the_number_of_nodes():
+    (script,) = scripts(*RUN, *SITE)
+    for line in (
+        "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=gpu", "--account=vlm", "--qos=high",
+        "--time=1-00:00:00", "--exclude=bad1,bad2", "--requeue", "--signal=B:USR1@180", "--open-mode=append",
+        "--output=runs/digits_tiny/slurm/%j.log", "--exclusive",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}\n" in script, line
+    assert is_bash(script)
+
+
+@pytest.mark.parametrize(("data", "nodes"), [(8, 1), (16, 2)])
+def test_the_number_of_nodes_follows_from_the_layout_and_the_gpus_of_a_node(data, nodes):
+    (script,) = scripts(*RUN[:3], "parallel=single", f"parallel.data={data}", "trainer.global_batch_size=64")
+    assert f"#SBATCH --nodes={nodes}\n#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n" in script
+    assert f"cluster.nodes={nodes}" in next(line for line in script.splitlines() if line.startswith("WORDS="))
+
+
+def test_a_cpu_run_asks_for_no_gpu():
+    (script,) = scripts(*RUN, "platform=cpu", "parallel=dp2")
+    assert "gpus-per-node" not in script
+
+
+def test_environment_and_setup_lines_stand_before_the_ranks_start():
+    (script,) = scripts(*RUN, *SITE, "cluster.setup=[module load cuda]", "+cluster.environment.NCCL_DEBUG='a b'")
+    assert "\nmodule load cuda\n" in script and "\nexport NCCL_DEBUG='a b'\n" in script
+    assert script.index("module load cuda") < script.index("export NCCL_DEBUG") < script.index("srun")
+
+
+def test_a_container_mounts_the_working_directory_and_brings_its_own_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (script,) = scripts(*RUN, *SITE, "cluster.container_image=/i.sqsh", "cluster.container_mounts=[/data:/data]")
+    assert f"--container-image=/i.sqsh --container-mounts={tmp_path}:{tmp_path},/data:/data" in script
+    assert "\nPYTHON=python3\n" in script
+
+
+def test_words_with_blanks_and_dollars_reach_the_ranks_as_they_were():
+    (script,) = scripts(*RUN, *SITE, "data.path='a b$HOME'")
+    line = next(line for line in script.splitlines() if line.startswith("WORDS="))
+    shown = subprocess.run(
+        ["bash", "-c", line + '; printf "%s\\n" "${WORDS[@]}"'], capture_output=True, text=True, check=True
+    )
+    assert "data.path='a b$HOME'" in shown.stdout.splitlines()
+
+
+def test_a_chain_hands_each_stage_the_former_ones_checkpoints():
+    jobs = render(
+        parse(["chain=[digits_tiny,digits_tiny_pre,export,evaluate]", *RUN[1:], "parallel=single", "cluster.nodes=1",
+               "evaluate.suite=digits", "--dry-run"])
+    )  # fmt: skip
+    assert [job.name for job in jobs] == [
+        "digits_tiny", "digits_tiny_pre", "digits_tiny_pre-export", "digits_tiny_pre-evaluate",
+    ]  # fmt: skip
+    assert "init_from" not in jobs[0].script.split("set -uo")[0]
+    assert "init_from=runs/digits_tiny/checkpoints" in jobs[1].script
+    assert "export runs/digits_tiny_pre/checkpoints runs/digits_tiny_pre/hf" in jobs[2].script
+    assert "evaluate runs/digits_tiny_pre/hf suite=digits" in jobs[3].script
+    assert "--gpus-per-node=1" in jobs[3].script and "gpus-per-node" not in jobs[2].script
+    assert all(is_bash(job.script) for job in jobs)
+
+
+def test_a_sweep_is_an_array_with_a_directory_for_every_combination():
+    (script,) = scripts(*RUN, *SITE, "sweep=optim.lr=1e-4,3e-4", "sweep=seed=1,2")
+    assert "#SBATCH --array=0-3\n" in script and "--output=runs/digits_tiny/slurm/%A_%a.log" in script
+    assert "RUN_DIR=runs/digits_tiny-lr-1e-4-seed-2" in script
+    assert script.count("RUN_DIR=runs/digits_tiny-lr-3e-4-") == 2
+    assert is_bash(script)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--force"], "'--force' is not an option of nemo-pre submit"),
+        (["trainer.max_stepz=3"], "There is no option trainer.max_stepz"),
+        (["cluster=mars"], "cluster=mars does not exist: choose one of"),
+        (["cluster=local"], "cluster=local is this machine"),
+        (["cluster.nodes=3"], "The layout's 4 ranks cannot be divided among cluster.nodes=3"),
+        (["cluster.time_limit=86400"], "cluster.time_limit=86400 is not days-hours:minutes:seconds"),
+        (["cluster.sbatch_options=[exclusive]"], "cluster.sbatch_options has 'exclusive'"),
+        (["resume=false"], "resume=false would make a requeued job begin anew"),
+        (["cluster.max_failures=0"], "cluster.max_failures=0 must be 1 or more"),
+        (["output_dir='a b'"], "has a blank or a %"),
+        (["chain=[a,b]"], "experiment= and chain= both name runs"),
+        (["sweep=optim.lr"], "sweep=optim.lr is not OPTION=VALUE,VALUE"),
+        (["sweep=seed=1,2", "output_dir=x"], "need directories of their own"),
+        (["evaluate.suite=pre"], "evaluate.suite=pre has no effect"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence(words, sentence):
+    with pytest.raises(ValueError) as error:
+        scripts(*RUN, *SITE, *words)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["chain=[export]"], "must be experiments, then"),
+        (["chain=[digits_tiny,evaluate]"], "must end with export"),
+        (["chain=[digits_tiny,digits_tiny]"], "need directories of their own"),
+        (["chain=[digits_tiny,export]", "export.colour=red"], "is not an option of nemo-pre export"),
+    ],
+)
+def test_a_chain_that_cannot_work_is_refused_in_one_sentence(words, sentence):
+    with pytest.raises(ValueError) as error:
+        scripts(*RUN[1:], "parallel=single", "cluster.nodes=1", *words)
+    assert sentence in str(error.value)
+
+
+def test_without_slurm_submitting_says_where_to_do_it(monkeypatch, digits):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="There is no sbatch on this machine"):
+        submit([*RUN, *SITE, f"data.path={digits}"])
