@@ -1,0 +1,322 @@
+"""Bytes that autograd keeps from a micro-batch's forward pass to its backward pass, on one rank.
+
+``local`` are Megatron's own layers, unfused, as on CPU ranks: counted from what they save, and compared with it in the
+tests. ``fused`` are Transformer Engine's layers with flash attention on a GPU: an estimate from what such kernels need
+for their backward pass, never measured.
+
+Every figure is of one micro-batch and one model chunk. Symbols as in "Reducing Activation Recomputation in Large
+Transformer Models" (arXiv 2205.05198), but for grouped queries and SwiGLU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from nemo_pre.config.derived import padded_vocab_size
+from nemo_pre.config.schema import RunConfig
+from nemo_pre.planner.load import Load, has_explicit_positions, uses_token_structure
+from nemo_pre.planner.parameters import (
+    prediction_head_matrices,
+    projector_matrices,
+    target_layers_among,
+)
+from nemo_pre.planner.vision import tower_activations
+
+FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
+
+
+@dataclass
+class ChunkActivations:
+    """Bytes of one micro-batch on one chunk.
+
+    Attributes:
+        kept: from the forward to the backward pass, by part.
+        recomputed: what is made again during the backward pass and lives beside the rest.
+        freed_before: of ``kept``, what the backward pass has freed before it first recomputes.
+    """
+
+    kept: Counter[str] = field(default_factory=Counter)
+    recomputed: int = 0
+    freed_before: int = 0
+
+    @property
+    def peak_of_backward(self) -> int:
+        """What the backward pass adds to ``kept`` at its worst."""
+        return max(self.recomputed - self.freed_before, 0)
+
+
+def chunk_activations(
+    config: RunConfig, load: Load, layers: range, first: bool, last: bool, fused: bool
+) -> ChunkActivations:
+    """Of the chunk with the decoder layers ``layers`` (from 0).
+
+    Args:
+        first, last: whether encoder and embedding, or the output layer, belong to it.
+        fused: Transformer Engine's layers rather than Megatron's own.
+    """
+    layer = LayerActivations(config, load, fused)
+    recompute, found = config.parallel.recompute, ChunkActivations()
+    taps = target_layers_among(config, layers)
+    tap = prediction_head_activations(config, load)
+    if recompute == "full" and len(layers):
+        size = config.parallel.recompute_num_layers
+        groups = [layers[start : start + size] for start in range(0, len(layers), size)]
+        found.kept["decoder"] = len(groups) * layer.input + layer.shared_by_recomputed
+        found.recomputed = max(
+            len(group) * layer.everything - layer.norm_input_is_checkpoint + tap * sum(t in group for t in taps)
+            for group in groups
+        )
+    else:
+        selective = recompute == "selective"
+        found.kept["decoder"] = len(layers) * (layer.without_attention if selective else layer.everything)
+        found.kept["decoder"] += layer.shared_by_recomputed if selective else 0
+        found.recomputed = layer.recomputed_attention if selective else 0
+        found.freed_before = layer.freed_before_attention if selective else 0
+        if taps:
+            found.kept["PRe heads"] = tap * len(taps)
+    if first:
+        found.kept += first_chunk_activations(config, load, fused)
+        if layer.first_input_is_whole_sequence:
+            found.kept["decoder"] += layer.whole_input - layer.input
+    elif layer.keeps_its_input:
+        found.kept["decoder"] += layer.teacher_message
+    if last:
+        output = output_activations(config, load, fused)
+        found.freed_before += sum(output.values())
+        found.kept += output
+    return found
+
+
+class LayerActivations:
+    """Of one decoder layer.
+
+    Attributes:
+        everything: without recomputation.
+        without_attention: with the core attention recomputed.
+    """
+
+    def __init__(self, config: RunConfig, load: Load, fused: bool) -> None:
+        language, layout = config.model.language, config.parallel
+        self.config, self.load, self.fused = config, load, fused
+        self.width = language.hidden_size
+        self.bytes = 2 if config.precision.name != "fp32" else FLOAT
+        self.head = self.width // language.num_attention_heads
+        self.heads = language.num_attention_heads // layout.tensor
+        self.groups = language.num_query_groups // layout.tensor
+        self.inner = language.ffn_hidden_size // layout.tensor
+        self.trained = not config.optim.freeze_language
+        self.structured = uses_token_structure(config)
+
+    # --- the pieces -------------------------------------------------------------------------------------------------
+
+    @property
+    def input(self) -> int:
+        """Hidden states on this rank."""
+        return self.load.sharded * self.width * self.bytes
+
+    @property
+    def whole_input(self) -> int:
+        """Hidden states before sequence parallelism cuts them."""
+        return self.load.tokens * self.width * self.bytes
+
+    @property
+    def norm(self) -> int:
+        """The input, and for the weight's gradient the normalised input; float32 but for Transformer Engine's."""
+        kept, width = (1 + self.trained), self.width
+        return self.load.sharded * ((width * self.bytes if self.fused else kept * width * FLOAT) + FLOAT)
+
+    @property
+    def norm_output(self) -> int:
+        """What a linear layer keeps for its weight's gradient, before the gather of sequence parallelism."""
+        return self.input if self.trained else 0
+
+    @property
+    def queries(self) -> int:
+        return self.load.tokens * self.heads * self.head * self.bytes
+
+    @property
+    def fused_qkv(self) -> int:
+        """The projection's output: views of it keep all of it."""
+        return self.load.tokens * (self.heads + 2 * self.groups) * self.head * self.bytes
+
+    @property
+    def key(self) -> int:
+        """A rank's own keys, one head per group."""
+        return self.load.tokens * self.groups * self.head * self.bytes
+
+    @property
+    def all_keys(self) -> int:
+        """Keys of all context ranks, one head per group."""
+        return self.key * self.load.replicas
+
+    @property
+    def repeated_keys(self) -> int:
+        """Keys of all context ranks, one head per query head."""
+        return self.queries * self.load.replicas
+
+    @property
+    def rotary(self) -> int:
+        """Cosine and sine for queries and keys; fused, only the angles are kept, once."""
+        rows = self.load.rows if has_explicit_positions(self.config) else 1
+        return 0 if self.fused else 4 * rows * self.load.queries * self.head * self.bytes
+
+    @property
+    def mlp(self) -> int:
+        """Gate and value; without fusion also the activated gate and a copy of the value; the last layer's input."""
+        per_token = 2 + (0 if self.fused else 2) + self.trained
+        return self.load.tokens * self.inner * per_token * self.bytes
+
+    @property
+    def projection_input(self) -> int:
+        return self.queries if self.trained else 0
+
+    @property
+    def scores(self) -> int:
+        """Elements of the attention matrix."""
+        return self.load.rows * self.heads * self.load.queries * self.load.keys
+
+    @property
+    def core_attention(self) -> int:
+        """Between rotary embedding and output projection, whose input is counted here."""
+        statistics = self.load.tokens * self.heads * FLOAT
+        if self.fused:
+            gathered = 2 * self.all_keys if self.structured and self.load.replicas > 1 else 0
+            return self.queries + self.key + self.fused_qkv + gathered + self.queries + statistics
+        if self.structured:  # PyTorch's kernel keeps its output, which is the projection's input, and a float mask
+            mask = self.load.rows * self.load.queries * self.load.keys * self.bytes
+            return 2 * self.queries + 2 * self.repeated_keys + statistics + mask
+        if self.load.replicas > 1:  # softmax in float32, then a copy in the values' dtype; a boolean mask
+            probabilities = self.scores * (FLOAT + (self.bytes if self.bytes < FLOAT else 0))
+            mask = self.load.queries * self.load.keys
+            return probabilities + self.queries + 2 * self.repeated_keys + mask + self.projection_input
+        keys_and_values = 2 * self.queries if self.heads > self.groups else self.key + self.fused_qkv
+        return self.scores * self.bytes + self.queries + keys_and_values + self.projection_input
+
+    # --- together ---------------------------------------------------------------------------------------------------
+
+    @property
+    def everything(self) -> int:
+        around = 2 * (self.norm + self.norm_output) + self.rotary + self.mlp
+        return around + self.core_attention
+
+    @property
+    def without_attention(self) -> int:
+        """With queries, keys and values instead of what attention keeps; Megatron's ``core_attn`` recomputation."""
+        around = 2 * (self.norm + self.norm_output) + self.rotary + self.mlp
+        inputs = self.queries + self.key + self.fused_qkv + FLOAT  # and the mask's kind, an int32
+        return around + inputs + (self.queries if self.trained or self.structured else 0)
+
+    @property
+    def recomputed_attention(self) -> int:
+        return self.core_attention - self.queries
+
+    @property
+    def freed_before_attention(self) -> int:
+        return self.mlp + self.norm + self.norm_output + self.projection_input
+
+    @property
+    def shared_by_recomputed(self) -> int:
+        """What all recomputed layers of a micro-batch are given beside hidden states: angles, token structure."""
+        rows = self.load.rows if has_explicit_positions(self.config) else 1
+        angles = rows * self.load.queries * self.head * FLOAT
+        structure = self.load.rows * self.load.keys * 3 * FLOAT if self.structured else 0
+        return (angles if self.config.parallel.recompute == "full" else 0) + structure
+
+    @property
+    def norm_input_is_checkpoint(self) -> int:
+        """The recomputed group's first norm keeps the checkpoint itself, if it needs no float32 copy."""
+        return self.input if self.bytes == FLOAT or self.fused else 0
+
+    @property
+    def keeps_its_input(self) -> bool:
+        """Whether the first layer keeps what it was given, rather than a copy in float32."""
+        return self.bytes == FLOAT or self.fused or self.config.parallel.recompute == "full"
+
+    @property
+    def first_input_is_whole_sequence(self) -> bool:
+        """Sequence parallelism's part of the embeddings is a view of all of them, unless LaVer joins two parts."""
+        return self.load.shards > 1 and not self.load.branch and self.keeps_its_input
+
+    @property
+    def teacher_message(self) -> int:
+        """What comes with the student's hidden states from the former stage, in one tensor."""
+        return self.load.rows * self.load.branch // self.load.replicas // self.load.shards * self.width * self.bytes
+
+
+# --- the first chunk ------------------------------------------------------------------------------------------------
+
+
+def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
+    """Encoder, projector and the indices that lay the sequence out."""
+    visual = load.rows * load.visual
+    indices = load.rows * load.text * (0 if config.optim.freeze_language else 1 + 3) * INDEX + 3 * visual * INDEX
+    if config.parallel.tensor > 1:
+        indices += load.rows * load.text
+    if load.branch:
+        whole_text = load.rows * load.text * 3 * INDEX if config.objective.laver.sequence == "whole" else 0
+        indices += 3 * visual * INDEX + whole_text + load.rows * load.branch
+    if config.parallel.context > 1:
+        indices += 4 * INDEX
+    size, tiles = 2 if config.precision.name != "fp32" else FLOAT, load.rows * load.tiles
+    return Counter(
+        {
+            "vision": 0 if config.optim.freeze_vision else tower_activations(config.model.vision, tiles, size),
+            "projector": projector_activations(config, load),
+            "embedding": indices,
+        }
+    )
+
+
+def projector_activations(config: RunConfig, load: Load) -> int:
+    """Inputs of its linear layers and of the GELUs between them."""
+    size = 2 if config.precision.name != "fp32" else FLOAT
+    tokens, matrices = load.rows * load.tiles * load.tile_tokens, projector_matrices(config)
+    trained = not config.optim.freeze_projector
+    if not trained and config.optim.freeze_vision:
+        return 0
+    inputs = sum(columns for columns, _ in matrices) if trained else 0
+    return tokens * (inputs + sum(columns for columns, _ in matrices[1:])) * size
+
+
+# --- heads and the last chunk ---------------------------------------------------------------------------------------
+
+
+def prediction_head_activations(config: RunConfig, load: Load) -> int:
+    """Of one PRe head on the rank with most visual tokens; the loss keeps its gradient by the prediction."""
+    pre, size = config.objective.pre, 2 if config.precision.name != "fp32" else FLOAT
+    if not pre.enabled:
+        return 0
+    (width, hidden), (_, output) = prediction_head_matrices(config)
+    visual = load.on_fullest_rank(load.visual, load.length)
+    pooled = visual if pre.variant == "patch" else load.rows * load.images
+    norm = (width + 2) * size if pre.head_norm else 0
+    per_image = FLOAT + 1  # its tokens, and whether it has any
+    pooling = visual * (width * FLOAT + INDEX) + pooled * per_image if pre.variant == "global" else 0
+    return pooled * ((width + 2 * hidden + output) * size + norm) + visual * INDEX + pooling
+
+
+def output_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
+    """The last norm, logits, loss, and LaVer's head and losses."""
+    layer = LayerActivations(config, load, fused)
+    vocabulary = padded_vocab_size(config.model.language.vocab_size) // config.parallel.tensor
+    loss = load.sample_tokens * (INDEX + FLOAT + 1)  # masked labels, loss mask, whether a label lies on this rank
+    logits = load.sample_tokens * vocabulary * FLOAT
+    found = Counter({"logits and loss": logits + loss, "decoder": layer.norm + layer.norm_output})
+    if load.branch:
+        found["LaVer"] = laver_activations(config, load)
+    return found
+
+
+def laver_activations(config: RunConfig, load: Load) -> int:
+    """The student's head on the fullest rank, the images it compares, and the loss' gradient by masked tokens."""
+    laver, size = config.objective.laver, 2 if config.precision.name != "fp32" else FLOAT
+    width, ranks = config.model.language.hidden_size, load.replicas * load.shards
+    here = load.on_fullest_rank(load.visual, load.branch)
+    per_image = -(-load.visual // load.images)
+    images = load.rows * load.images if laver.gram_scope == "micro_batch" else -(-load.rows * load.images // ranks)
+    compared = images * per_image
+    masked = min(load.rows * load.masked, here)
+    head = here * ((2 * width + 4 * laver.head_hidden_width) * size + 2 * INDEX)
+    gram = compared * (2 * width * FLOAT + 2 * FLOAT + INDEX)
+    return head + gram + masked * (width * size + INDEX)

@@ -1,0 +1,189 @@
+"""A rank's memory by kind, for every pipeline stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_pre.config.derived import padded_vocab_size
+from nemo_pre.config.schema import RunConfig
+from nemo_pre.planner.activations import (
+    FLOAT,
+    ChunkActivations,
+    LayerActivations,
+    chunk_activations,
+)
+from nemo_pre.planner.load import Load, uses_token_structure
+from nemo_pre.planner.parameters import (
+    chunks_of_stages,
+    fp8_layers_among,
+    layer_parameters,
+    projector_parameters,
+    rank_parameters,
+    target_layers_among,
+    trainable_parameters,
+)
+from nemo_pre.planner.schedule import peak
+
+GIB = 1024**3
+ON_GPU = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
+
+
+@dataclass
+class RankMemory:
+    """Of one rank of a pipeline stage, in bytes.
+
+    Attributes:
+        state: weights, gradients, optimizer and teacher, by kind.
+        activations: by part, of all micro-batches in flight, and what a backward pass recomputes.
+        working: buffers of communication, gradients under way and the libraries, by kind.
+        in_flight: micro-batches of each chunk at the peak.
+    """
+
+    state: dict[str, int]
+    activations: dict[str, int]
+    working: dict[str, int] = field(default_factory=dict)
+    in_flight: list[int] = field(default_factory=list)
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        kinds = {**self.state, **{f"activations, {part}": size for part, size in self.activations.items()}}
+        return {kind: size for kind, size in (kinds | self.working).items() if size}
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_kind.values())
+
+
+def rank_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> RankMemory:
+    """Of a rank of ``stage``.
+
+    Args:
+        fused: a GPU's layers (Transformer Engine's), with its libraries' buffers.
+    """
+    activations, in_flight = rank_activations(config, load, stage, fused)
+    return RankMemory(
+        state=state_memory(config, stage),
+        activations=dict(activations),
+        working=working_memory(config, load, stage, fused),
+        in_flight=in_flight,
+    )
+
+
+def fullest_rank(config: RunConfig, load: Load, fused: bool) -> tuple[int, RankMemory]:
+    """The stage whose ranks hold most, and what they hold."""
+    sizes = {stage: rank_memory(config, load, stage, fused) for stage in stages_that_differ(config)}
+    stage = max(sizes, key=lambda number: sizes[number].total)
+    return stage, sizes[stage]
+
+
+def stages_that_differ(config: RunConfig) -> list[int]:
+    """Of stages with the same parts the first, which has most micro-batches in flight."""
+    found: dict[tuple[Any, ...], int] = {}
+    last = config.parallel.pipeline - 1
+    for stage, chunks in enumerate(chunks_of_stages(config)):
+        parts = [(len(layers), len(target_layers_among(config, layers))) for layers in chunks]
+        found.setdefault((*parts, stage == 0, stage == last), stage)
+    return sorted(found.values())
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def state_memory(config: RunConfig, stage: int) -> dict[str, int]:
+    """AdamW with float32 gradients and moments; bf16 adds a float32 master weight, cut as the moments are."""
+    layout, bf16 = config.parallel, config.precision.name != "fp32"
+    parameters = rank_parameters(config, stage)
+    trained = sum(trainable_parameters(config, parameters).values())
+    replicas = layout.data * layout.context
+    return {
+        "weights": sum(parameters.values()) * (2 if bf16 else FLOAT),
+        "gradients": trained * FLOAT,
+        "optimizer": trained * (12 if bf16 else 8) // (replicas if layout.distributed_optimizer else 1),
+        "teacher": teacher_memory(config, stage, parameters),
+        "FP8 copies": _fp8_copies(config, stage),
+        "moving anchor": projector_parameters(config) * FLOAT * (stage == 0 and has_moving_anchor(config)),
+    }
+
+
+def _fp8_copies(config: RunConfig, stage: int) -> int:
+    """Of the weights of FP8 layers, kept from the step's first micro-batch on, row by row and column by column; the
+    teacher's layers have theirs."""
+    layers = sum(fp8_layers_among(config, chunk) for chunk in chunks_of_stages(config)[stage])
+    copies = 2 * (1 + config.objective.laver.enabled)
+    return copies * layers * layer_parameters(config, config.parallel.tensor)
+
+
+def has_moving_anchor(config: RunConfig) -> bool:
+    return config.objective.pre.enabled and config.objective.pre.ema_momentum is not None
+
+
+def teacher_memory(config: RunConfig, stage: int, parameters: dict[str, int]) -> int:
+    """A float32 average cut over replicas, and the copy that computes: all of it, or the largest layer's."""
+    laver, layout = config.objective.laver, config.parallel
+    if not laver.enabled:
+        return 0
+    last = stage == layout.pipeline - 1
+    mask_token = config.model.language.hidden_size if laver.mask_token == "learned" and stage == 0 else 0
+    averaged = parameters["decoder"] + parameters["laver"] - mask_token
+    largest = max(layer_parameters(config, layout.tensor), (parameters["laver"] - mask_token) * last)
+    copied = averaged if laver.teacher_memory == "resident" else largest
+    bytes_of_copy = 2 if config.precision.name != "fp32" else FLOAT
+    return averaged * FLOAT // (layout.data * layout.context) + copied * bytes_of_copy
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> tuple[Counter[str], list[int]]:
+    """Activations of a stage's ranks at the peak of a step, by part, and the micro-batches in flight per chunk."""
+    chunks = activations_of_chunks(config, load, stage, fused)
+    micro_batches = max(config.trainer.global_batch_size // (load.rows * config.parallel.data), 1)
+    kept = [sum(chunk.kept.values()) for chunk in chunks]
+    extra = [chunk.peak_of_backward for chunk in chunks]
+    most, in_flight = peak(stage, config.parallel.pipeline, micro_batches, kept, extra)
+    found: Counter[str] = Counter()
+    for chunk, number in zip(chunks, in_flight, strict=True):
+        found.update({part: size * number for part, size in chunk.kept.items() if size})
+    recomputed = round(most) - sum(found.values())
+    if recomputed:
+        found["recomputed"] = recomputed
+    if not (fused or uses_token_structure(config) or config.parallel.context > 1):
+        found["causal mask"] = load.length**2
+    return found, in_flight
+
+
+def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool) -> list[ChunkActivations]:
+    chunks, stages = chunks_of_stages(config)[stage], config.parallel.pipeline
+    return [
+        chunk_activations(
+            config,
+            load,
+            layers,
+            first=stage == 0 and index == 0,
+            last=stage == stages - 1 and index == len(chunks) - 1,
+            fused=fused,
+        )
+        for index, layers in enumerate(chunks)
+    ]
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> dict[str, int]:
+    """Estimates: what lives for a moment at the worst, and what the libraries take."""
+    layer, layout = LayerActivations(config, load, fused), config.parallel
+    messages = 4 * (layer.input + layer.teacher_message) if layout.pipeline > 1 else 0
+    gathered = 2 * layer.whole_input if load.shards > 1 else 0
+    last = stage == layout.pipeline - 1
+    vocabulary = padded_vocab_size(config.model.language.vocab_size) // layout.tensor
+    logits = load.sample_tokens * vocabulary * layer.bytes * last
+    gate_and_value = 2 * load.tokens * layer.inner * layer.bytes
+    weight = vocabulary * layer.width * layer.bytes * (0 if config.optim.freeze_language else 1)
+    return {
+        "communication": messages + gathered,
+        "gradients under way": max(logits, gate_and_value + 2 * layer.whole_input) + weight,
+        "libraries": ON_GPU if fused else 0,
+    }

@@ -1,0 +1,115 @@
+"""Vision towers of every family: parameters, FLOPs, and what autograd keeps of them.
+
+The towers are ``transformers``' own (with PyTorch's fused attention), on the first stage, whole on each of its ranks.
+"""
+
+from __future__ import annotations
+
+from nemo_pre.config.schema import VisionConfig
+from nemo_pre.config.vision_families import class_tokens, encoder_tokens
+
+FLOAT = 4  # bytes
+
+
+def num_patches(vision: VisionConfig) -> int:
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def unused_layers(vision: VisionConfig) -> int:
+    """Behind the layer whose features are taken: they run, and are frozen."""
+    last_used = vision.feature_layer if vision.feature_layer >= 0 else vision.num_layers + 1 + vision.feature_layer
+    return vision.num_layers - last_used
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def tower_parameters(vision: VisionConfig) -> int:
+    width, pixels = vision.hidden_size, 3 * vision.patch_size**2
+    if vision.family == "patch_mlp":
+        return vision.intermediate_size * (pixels + 1) + width * (vision.intermediate_size + 1)
+    positions = num_patches(vision) + class_tokens(vision)
+    embeddings = (pixels + positions + class_tokens(vision)) * width
+    embeddings += {"clip": 2, "aimv2": 2}.get(vision.family, 1) * width  # a norm; a bias and a norm's weight; a bias
+    return embeddings + vision.num_layers * layer_parameters(vision) + _beside_layers(vision)
+
+
+def layer_parameters(vision: VisionConfig) -> int:
+    width, inner = vision.hidden_size, vision.intermediate_size
+    if vision.family == "aimv2":  # gated MLP, no biases
+        return 4 * width**2 + 3 * width * inner + 2 * width
+    scales = 2 * width if vision.family == "dinov2" else 0
+    return 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width + scales
+
+
+def unused_parameters(vision: VisionConfig) -> int:
+    """What the features do not depend on: it is frozen."""
+    return unused_layers(vision) * layer_parameters(vision) + _beside_layers(vision)
+
+
+def _beside_layers(vision: VisionConfig) -> int:
+    """The last norm; SigLIP's pooling: a probe that attends to all patches, a norm, an MLP; DINOv2's mask token."""
+    width = vision.hidden_size
+    pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
+    return {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width, "aimv2": width}.get(
+        vision.family, 0
+    )
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
+    """Of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
+    width, inner, tokens = vision.hidden_size, vision.intermediate_size, encoder_tokens(vision)
+    first_width = inner if vision.family == "patch_mlp" else width
+    patches = 2.0 * tiles * num_patches(vision) * 3 * vision.patch_size**2 * first_width
+    if vision.family == "patch_mlp":
+        output = 2.0 * tiles * tokens * inner * width
+        return patches + output, patches + 2 * output  # pixels need no gradient
+    matrices = 4 * width**2 + (3 if vision.family == "aimv2" else 2) * width * inner
+    layer = tiles * (2.0 * tokens * matrices + 4.0 * tokens**2 * width)
+    used = vision.num_layers - unused_layers(vision)
+    pooling = tiles * _pooling_flops(vision) if vision.family == "siglip" else 0.0
+    return patches + vision.num_layers * layer + pooling, patches + 2 * used * layer
+
+
+def _pooling_flops(vision: VisionConfig) -> float:
+    width, tokens = vision.hidden_size, encoder_tokens(vision)
+    projections = 2.0 * width**2 * (2 * tokens + 2)
+    return projections + 4.0 * tokens * width + 4.0 * width * vision.intermediate_size
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
+    """Bytes of a trained tower up to the features' layer: what the layers behind it save is freed at once.
+
+    Args:
+        size: bytes of an element.
+    """
+    inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
+    pixels = tiles * 3 * vision.image_size**2 * size
+    if vision.family == "patch_mlp":
+        return 2 * tokens * inner * size + pixels  # the GELU's input and output
+    used = vision.num_layers - unused_layers(vision)
+    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", "aimv2") else 0
+    return used * tokens * _layer_bytes(vision, size) + before_layers + pixels
+
+
+def _layer_bytes(vision: VisionConfig, size: int) -> int:
+    """Of a token in a layer: norms, inputs of linear layers, activation function, attention."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    copies = 5 if vision.family == "aimv2" else 2  # its patches lie transposed: each linear layer makes a copy
+    inputs = (copies * width + inner) * size
+    activation = {"clip": 2 * inner, "aimv2": 3 * inner}.get(vision.family, inner) * size  # x and sigmoid(1.702 x)
+    attention = 4 * width * size + vision.num_attention_heads * FLOAT
+    scaled = 2 * width * size if vision.family == "dinov2" else 0
+    return 2 * _norm(vision, size) + inputs + activation + attention + scaled
+
+
+def _norm(vision: VisionConfig, size: int) -> int:
+    """Of a token: the input and its statistics; AIMv2's has a float32 copy, and the normalised input."""
+    width = vision.hidden_size
+    return width * (FLOAT + size) + FLOAT if vision.family == "aimv2" else (width + 2) * size

@@ -1,0 +1,165 @@
+"""A grid of runs: experiments x GPUs x layouts x regularizers x PRe's target depths x how the batch grows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+WITH_STRUCTURE = ["model.attention=mixed", "model.rope=2d"]  # what LaVer needs of a model
+REGULARIZERS = {
+    "recipe": [],  # what the experiment says
+    "none": ["objective=none"],
+    "pre": ["objective=pre"],
+    "laver": ["objective=laver", *WITH_STRUCTURE],
+    "pre_laver": ["objective=pre_laver", *WITH_STRUCTURE],
+}
+BATCHES = ("strong", "weak")  # the recipe's at every number of GPUs | in proportion to the GPUs, from the fewest on
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run.
+
+    Attributes:
+        layout: ``best`` of the planner's search, ``recipe`` (the experiment's own), or a name of recipes/parallel;
+            replicas follow from ``gpus``.
+        depth: PRe's target layer as a part of the decoder's depth; None: the objective's own.
+        growth: of the batch beside the recipe's.
+        overrides: options that all runs of the grid share.
+    """
+
+    experiment: str
+    gpus: int
+    layout: str
+    regularizer: str
+    depth: float | None
+    batch: str
+    growth: float
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        parts = [self.experiment, self.regularizer, f"{self.gpus}gpus", self.layout, self.batch]
+        return "-".join([*parts, *([] if self.depth is None else [f"depth{self.depth:g}"])])
+
+    @property
+    def words(self) -> list[str]:
+        """The options of ``nemo-pre train``, but for layout, batch and target layer."""
+        layout = [] if self.layout in ("best", "recipe") else [f"parallel={self.layout}"]
+        return [f"experiment={self.experiment}", *REGULARIZERS[self.regularizer], *layout, *self.overrides]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a study compares; fields are the keys of its YAML file and the words of the command line."""
+
+    experiments: list[str] = field(default_factory=list)
+    gpus: list[int] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=lambda: ["best"])
+    regularizers: list[str] = field(default_factory=lambda: ["recipe"])
+    depths: list[float] = field(default_factory=list)
+    batches: list[str] = field(default_factory=lambda: ["strong"])
+    overrides: list[str] = field(default_factory=list)
+
+    def points(self) -> list[Point]:
+        """Every combination; depths only with regularizers that have PRe.
+
+        Raises:
+            ValueError: an axis is empty, or a value is unknown.
+        """
+        self._check()
+        found = []
+        for name, regularizer, batch, layout, gpus in itertools.product(
+            self.experiments, self.regularizers, self.batches, self.layouts, self.gpus
+        ):
+            growth = gpus / min(self.gpus) if batch == "weak" else 1.0
+            for depth in self.depths if regularizer in ("recipe", "pre", "pre_laver") and self.depths else [None]:
+                found.append(
+                    Point(name, gpus, layout, regularizer, depth, batch, growth, tuple(self.overrides)),
+                )
+        return found
+
+    def _check(self) -> None:
+        import recipes
+
+        known = {
+            "experiments": recipes.choices("experiment"),
+            "layouts": ["best", "recipe", *recipes.choices("parallel")],
+            "regularizers": list(REGULARIZERS),
+            "batches": list(BATCHES),
+        }
+        for axis in ("experiments", "gpus"):
+            if not getattr(self, axis):
+                raise ValueError(f"A scaling study needs {axis}=[...]: name one at least, or choose study=sizes.")
+        for axis, choices in known.items():
+            for value in getattr(self, axis):
+                if value not in choices:
+                    raise ValueError(f"{axis} has '{value}': choose of {', '.join(choices)}.")
+        if any(gpus < 1 for gpus in self.gpus):
+            raise ValueError(f"gpus={self.gpus} must be 1 or more.")
+        if any(not 0 < depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths} must be above 0 and at most 1.")
+
+
+SIZES = ("qwen25_1_5b", "qwen25_3b", "qwen25_7b", "qwen25_14b", "qwen25_32b", "llama3_70b")
+STUDIES = {
+    "sizes": Grid(
+        experiments=[f"siglip2_{model}_laver_stage2_knowledge" for model in SIZES],
+        gpus=[64, 256, 1024, 4096],
+        regularizers=["none", "pre", "laver"],
+        batches=["strong", "weak"],
+        overrides=["trainer.global_batch_size=1024"],
+    ),
+    # Which part of the depth PRe's target layer should lie at was left open by arXiv 2603.20808.
+    "target_depth": Grid(
+        experiments=[
+            "clip_qwen25_3b_stage2_full_pre",
+            "siglip2_qwen25_7b_stage2_full_pre",
+            "siglip2_qwen25_14b_stage2_full_pre",
+            "siglip2_qwen25_32b_stage2_full_pre",
+        ],
+        gpus=[64],
+        depths=[0.25, 0.375, 0.5, 0.625, 0.75, 1.0],
+    ),
+}
+
+
+AXES = tuple(axis.name for axis in fields(Grid))
+_KINDS: dict[str, type] = {"gpus": int, "depths": float}
+
+
+def read_grid(file: str | Path) -> Grid:
+    """A YAML file's grid.
+
+    Raises:
+        ValueError: the file cannot be read, or has other keys than a grid.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no grid: give it the keys {', '.join(AXES)}.")
+    for name in values:
+        if name not in AXES:
+            raise ValueError(f"{file} has the key '{name}': choose of {', '.join(AXES)}.")
+    return Grid(**{axis: axis_values(axis, listed) for axis, listed in values.items()})
+
+
+def axis_values(axis: str, values: Any) -> list[Any]:
+    """A list, or words with commas between them, as the axis' kind.
+
+    Raises:
+        ValueError: a number was expected.
+    """
+    listed: Sequence[Any] = values if isinstance(values, list) else str(values).strip("[]").split(",")
+    kind = _KINDS.get(axis, str)
+    try:
+        return [kind(value.strip() if isinstance(value, str) else value) for value in listed if value != ""]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{axis}={values} must be numbers with commas between them.") from error
