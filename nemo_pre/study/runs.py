@@ -1,0 +1,119 @@
+"""One run of a study: trained, then diagnosed, each by a process of its own; what is finished is not repeated.
+
+A run's directory says by ``options.json`` what it was started with, by ``trained.json`` and ``diagnosed.json`` that
+these were finished. A run that was killed is started again with the same options and resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPTIONS, TRAINED, DIAGNOSED, LOG = "options.json", "trained.json", "diagnosed.json", "log.txt"
+DIAGNOSTICS = "diagnostics"
+
+
+class RunFailed(RuntimeError):
+    """The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """``overrides`` of ``nemo-pre train`` but for the directory; ``diagnose``: options of ``nemo-pre diagnose``."""
+
+    arm: str
+    seed: int
+    directory: Path
+    overrides: tuple[str, ...]
+    steps: int
+    cost: float
+    data: str
+    diagnose: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def is_finished(self) -> bool:
+        return self._is_trained and _read(self.directory / DIAGNOSED) == {"options": list(self.diagnose)}
+
+    @property
+    def _is_trained(self) -> bool:
+        found = _read(self.directory / TRAINED)
+        return found is not None and found["options"] == list(self.overrides)
+
+    @property
+    def steps_done(self) -> int:
+        """Read off its metrics, while another process trains."""
+        from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
+
+        if self._is_trained:
+            return self.steps
+        file = self.directory / METRICS
+        return max((int(line["step"]) for line in read_metrics(file)), default=0) if file.is_file() else 0
+
+    def check(self) -> None:
+        """Raises:
+        ValueError: the directory holds a run with other options.
+        """
+        held = _read(self.directory / OPTIONS)
+        if held is not None and held["options"] != list(self.overrides):
+            differ = sorted({*held["options"]} ^ {*self.overrides})
+            raise ValueError(
+                f"{self.directory} holds a run with other options ({', '.join(differ)}): remove it, or give another "
+                f"runs=DIRECTORY."
+            )
+
+    def do(self, environment: dict[str, str]) -> None:
+        """Train and diagnose, what of it is not finished.
+
+        Raises:
+            RunFailed: a process ended with an error.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write(self.directory / OPTIONS, {"options": list(self.overrides)})
+        if not self._is_trained:
+            (self.directory / DIAGNOSED).unlink(missing_ok=True)  # of other weights
+            started = time.monotonic()
+            self._process("train", [*self.overrides, f"output_dir={self.directory}"], environment)
+            seconds = round(time.monotonic() - started, 1)
+            _write(self.directory / TRAINED, {"options": list(self.overrides), "seconds": seconds})
+        if not self.is_finished:
+            where = [str(self.directory), self.data, str(self.directory / DIAGNOSTICS)]
+            self._process("diagnose", [*where, *self.diagnose, f"title={self.arm}"], environment)
+            _write(self.directory / DIAGNOSED, {"options": list(self.diagnose)})
+
+    def _process(self, verb: str, words: Sequence[str], environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", "nemo_pre.cli", verb, *words]
+        log, variables = self.directory / LOG, {**os.environ, **environment}
+        with log.open("a") as file:
+            file.write(f"nemo-pre {verb} {' '.join(words)}\n")
+            file.flush()
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=variables, close_fds=False, check=False
+            ).returncode
+        if code:
+            last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+            raise RunFailed(f"{self.name}: nemo-pre {verb} ended with code {code} ({last.strip()}); see {log}.")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, content: Any) -> None:
+    """Written beside and renamed, so that a kill leaves no half of a marker."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)

@@ -1,0 +1,129 @@
+"""One tiny model diagnosed three ways gives the same numbers: as a Hugging Face directory, as a checkpoint, and as a
+checkpoint laid out over ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_pre.data.conversation import TEMPLATES
+from nemo_pre.diagnostics.diagnose import REPORT, RESULTS, diagnose
+from nemo_pre.huggingface.exporter import export_checkpoint
+from nemo_pre.huggingface.importer import import_checkpoint
+from nemo_pre.huggingface.processor import jinja_template
+from tests.diagnostics.diagnose_ranks import classes_of_stripes, diagnose_checkpoint, numbers
+from tests.huggingface.test_logits import written
+from tests.ranks import run_ranks
+from tests.report.test_page import Page
+
+MODELS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
+    "causal": ({"language": "llama", "vision": "clip"}, [{}, {"pipeline": 2}, {"tensor": 2}, {"replicas": 3}]),
+    "mixed": ({"language": "qwen2", "vision": "siglip", "spatial": ("mixed", "2d")}, [{"pipeline": 2}]),
+}
+CASES = [(name, layout) for name, (_, layouts) in MODELS.items() for layout in layouts]
+ASKED = {"num_images": 11, "num_fit": 24, "platform": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def diagnosed(tmp_path_factory, digits, monkeypatch_module) -> Path:
+    """By model: ``NAME/hf``, ``NAME/checkpoint``, and ``NAME/out``, the diagnosis of the directory."""
+    from transformers import dynamic_module_utils
+
+    root = tmp_path_factory.mktemp("diagnosed")
+    monkeypatch_module.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(root / "code"))
+    monkeypatch_module.syspath_prepend(str(root / "code"))
+    for name, (options, _) in MODELS.items():
+        original = written(root / name / "original", **options)
+        # The prompts of the run's template, so that both sides are asked the same.
+        (original / "chat_template.jinja").write_text(jinja_template(TEMPLATES["vicuna_v1"], tokenizer_adds_bos=False))
+        import_checkpoint(str(original), str(root / name / "checkpoint"))
+        export_checkpoint(str(root / name / "checkpoint"), str(root / name / "hf"))
+        diagnose(str(root / name / "hf"), str(digits), str(root / name / "out"), batch_size=4, title=name, **ASKED)
+    return root
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def results(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / RESULTS).read_text())
+
+
+@pytest.mark.parametrize("name, layout", CASES, ids=str)
+def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, layout, diagnosed, digits, tmp_path):
+    ranks = math.prod(layout.values())
+    checkpoint = str(diagnosed / name / "checkpoint")
+    run_ranks(diagnose_checkpoint, ranks, checkpoint, str(digits), str(tmp_path), layout, 3)
+    expected, found = results(diagnosed / name / "out"), results(tmp_path)
+    ours, theirs = numbers(found["layers"]), numbers(expected["layers"])
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    assert [word["token"] for word in found["logit_lens"]] == [word["token"] for word in expected["logit_lens"]]
+    assert len(found["pictures"]["heat_maps"][0]["maps"]) == 5
+
+
+@pytest.mark.parametrize(
+    "resize, rows",
+    [
+        ("whole", [[1, 2, 2, 3]] * 4),
+        ("crop", [[2, 2, 2, 2]] * 4),
+        ("pad", [[-1] * 4, [1, 2, 2, 3], [1, 2, 2, 3], [-1] * 4]),
+    ],
+)
+def test_a_mask_is_cut_padded_and_resized_as_the_picture_is(resize, rows):
+    assert run_ranks(classes_of_stripes, 1, resize) == [rows]
+
+
+def test_every_layer_has_every_measure(diagnosed):
+    found = results(diagnosed / "causal" / "out")
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3, 4]
+    for layer in found["layers"]:
+        assert -1 < layer["coupling"] < layer["cohesion"] < 1 or layer["layer"] > 0
+        assert layer["contrast_difference"] == pytest.approx(layer["cohesion"] - layer["coupling"])
+        assert 1 <= layer["effective_dimension"] <= 32 and 0 < layer["redundancy"] < 1
+        assert set(layer["probe"]) == {"presence", "count"}
+        by_head = layer["attention_to_visual_by_head"]
+        assert (
+            by_head is None if layer["layer"] == 0 else len(by_head) == 4 and all(0 < share < 1 for share in by_head)
+        )
+    assert found["layers"][0]["cka_to_layer_0"] == pytest.approx(1.0)
+    assert sum(word["share"] for word in found["logit_lens"]) <= 1.0 + 1e-9
+
+
+def test_the_report_is_one_page_with_the_curves_of_the_compared_runs(diagnosed, digits, tmp_path):
+    hostile = "<script>alert(1)</script>"
+    others = f"{diagnosed / 'causal' / 'out'},{diagnosed / 'mixed' / 'out' / RESULTS}"
+    model = diagnosed / "causal" / "hf"
+    diagnose(str(model), str(digits), str(tmp_path), num_images=2, num_fit=0, compare=others, title=hostile)
+    page = Page((tmp_path / REPORT).read_text())
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]  # its own, by the policy's digest
+    assert hostile in page.text and "causal" in page.text and "mixed" in page.text
+    assert all(
+        str(value).startswith("data:image/png") for _, attributes in page.tags if (value := attributes.get("src"))
+    )
+    for chart in ("Cohesion", "Effective dimension", "Redundancy", "Attention of text to visual tokens"):
+        assert chart in page.charts()
+    assert (
+        "Linear probe for the number of digits, accuracy" in page.charts()
+    )  # of the compared runs: this one has no probes
+    assert "eq. 3" in page.text and "eq. 7" in page.text
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"num_images": 0}, "num_images=0"),
+        ({"num_fit": 1}, "2 images or more"),
+        ({"label": "species"}, "label=species is in no record"),
+        ({"compare": "nowhere.json"}, "nowhere.json is not a results.json"),
+    ],
+)
+def test_wrong_options_are_one_sentence_each(options, told, diagnosed, digits, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        diagnose(str(diagnosed / "causal" / "hf"), str(digits), str(tmp_path), **{**ASKED, **options})
