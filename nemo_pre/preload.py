@@ -18,7 +18,9 @@ MODULES = (
     "nemo.collections.llm",
     "nemo.collections.vlm",
     "nemo.lightning",
+    "transformers.models.aimv2.modeling_aimv2",
     "transformers.models.clip.modeling_clip",
+    "transformers.models.dinov2.modeling_dinov2",
     "transformers.models.siglip.modeling_siglip",
 )
 

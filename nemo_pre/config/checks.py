@@ -15,11 +15,24 @@ from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
 from nemo_pre.config.memory import MemoryEstimate, estimate_memory
+from nemo_pre.config.precision_checks import (
+    PRECISIONS,
+    ignored_precision_options,
+    precision_of_this_machine,
+    precision_problems,
+)
 from nemo_pre.config.presence import check_presence
 from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
-from nemo_pre.config.visual_checks import ignored_visual_options, visual_choices, visual_problems, visual_ranges
+from nemo_pre.config.visual_checks import (
+    ignored_visual_options,
+    tower_problems,
+    visual_choices,
+    visual_problems,
+    visual_ranges,
+)
 from nemo_pre.launch import external_job, uses_gpu, visible_gpus
 from nemo_pre.optim import MODULE_RATES
+from nemo_pre.planner.parameters import chunks_of_stages, layers_problem
 
 
 @dataclass
@@ -82,7 +95,10 @@ def check_run(config: RunConfig) -> Report:
         data=data,
         warnings=warnings,
     )
-    report.memory.refuse_if_too_much()
+    problem = report.memory.problem()
+    if problem is not None and not config.trainer.ignore_memory_estimate:
+        raise ValueError(problem)
+    report.warnings += [problem] if problem is not None else []
     return report
 
 
@@ -117,6 +133,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _batch(config)
     yield from _objective(config)
     yield from visual_problems(config)
+    yield from precision_problems(config)
     yield from _machines(config)
 
 
@@ -130,8 +147,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
     pre = config.objective.pre
     for name, value, choices in (
         ("platform", config.platform, ("auto", "cpu", "gpu")),
-        ("precision.name", config.precision.name, ("fp32", "bf16")),
-        ("model.vision.family", config.model.vision.family, ("clip", "siglip")),
+        ("precision.name", config.precision.name, PRECISIONS),
         ("model.language.family", config.model.language.family, ("llama", "qwen2")),
         ("data.chat_template", config.data.chat_template, tuple(TEMPLATES)),
         ("data.on_error", config.data.on_error, ("raise", "skip")),
@@ -139,6 +155,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
         ("data.image_resize", config.data.image_resize, RESIZES),
         ("data.image_filter", config.data.image_filter, FILTERS),
         ("parallel.recompute", config.parallel.recompute, ("none", "selective", "full")),
+        ("trainer.nan_action", config.trainer.nan_action, ("stop", "roll_back")),
+        ("trainer.spike_action", config.trainer.spike_action, ("none", "stop", "roll_back")),
         ("objective.pre.variant", pre.variant, ("patch", "global")),
         ("objective.pre.anchor", pre.anchor, ("pre_llm", "pre_projector", "external")),
         ("objective.pre.head_activation", pre.head_activation, ("gelu", "relu", "silu")),
@@ -156,10 +174,13 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     vision, language, layout = config.model.vision, config.model.language, config.parallel
     trainer, optim, pre = config.trainer, config.optim, config.objective.pre
     for name, number in (
-        *((f"model.vision.{key}", getattr(vision, key)) for key in _integer_fields(vision, but="feature_layer")),
+        *(
+            (f"model.vision.{key}", getattr(vision, key))
+            for key in _integer_fields(vision, but=("feature_layer", "num_layers"))
+        ),
         *((f"model.language.{key}", getattr(language, key)) for key in _integer_fields(language)),
         *((f"parallel.{key}", getattr(layout, key)) for key in _integer_fields(layout)),
-        *((f"trainer.{key}", getattr(trainer, key)) for key in _integer_fields(trainer, but="val_samples")),
+        *((f"trainer.{key}", getattr(trainer, key)) for key in _integer_fields(trainer, but=("val_samples",))),
         ("trainer.val_every", trainer.val_every),
         ("trainer.checkpoint_every", trainer.checkpoint_every),
         ("parallel.virtual_pipeline", layout.virtual_pipeline),
@@ -169,6 +190,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
         ("data.sequence_length", config.data.sequence_length),
         ("data.max_tiles", config.data.max_tiles),
         ("data.packing_window", config.data.packing_window),
+        ("trainer.log_diagnostics_every", config.trainer.log_diagnostics_every),
     ):
         if number is not None and number < 1:
             yield f"{name}={number} must be 1 or more."
@@ -204,9 +226,9 @@ def _ranges(config: RunConfig) -> Iterator[str]:
             yield f"{name}={positive} must be more than 0."
 
 
-def _integer_fields(part: Any, but: str = "") -> list[str]:
+def _integer_fields(part: Any, but: tuple[str, ...] = ()) -> list[str]:
     """The names of a dataclass's fields whose type is plainly int."""
-    return [f.name for f in dataclasses.fields(part) if f.type in ("int", int) and f.name != but]
+    return [f.name for f in dataclasses.fields(part) if f.type in ("int", int) and f.name not in but]
 
 
 # --- the model and its layout ---------------------------------------------------------------------------------------
@@ -214,20 +236,7 @@ def _integer_fields(part: Any, but: str = "") -> list[str]:
 
 def _model_shape(config: RunConfig) -> Iterator[str]:
     vision, language, optim = config.model.vision, config.model.language, config.optim
-    if vision.image_size % vision.patch_size:
-        yield (
-            f"model.vision.image_size={vision.image_size} must be a multiple of "
-            f"model.vision.patch_size={vision.patch_size}."
-        )
-    if not -vision.num_layers - 1 <= vision.feature_layer <= vision.num_layers:
-        yield (
-            f"model.vision.feature_layer={vision.feature_layer} does not exist: a tower of {vision.num_layers} layers "
-            f"has {-vision.num_layers - 1} to {vision.num_layers}."
-        )
-    if vision.family == "siglip" and vision.drop_class_token:
-        yield "model.vision.family=siglip has no class token: set model.vision.drop_class_token=false."
-    if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or not all(std > 0 for std in vision.image_std):
-        yield "model.vision.image_mean and image_std need three numbers each, the latter more than 0."
+    yield from tower_problems(vision)
     for name, part in (("vision", vision), ("language", language)):
         if part.hidden_size % part.num_attention_heads:
             yield (
@@ -264,14 +273,14 @@ def _layout(config: RunConfig) -> Iterator[str]:
         )
     if layout.virtual_pipeline == 1:
         yield "parallel.virtual_pipeline=1 is no interleaving: set it to null, or to 2 or more."
-    chunks = layout.pipeline * (layout.virtual_pipeline or 1)
-    if language.num_layers % chunks:
-        what = "parallel.pipeline" + (" x parallel.virtual_pipeline" if layout.virtual_pipeline else "")
-        yield f"{what}={chunks} must divide model.language.num_layers={language.num_layers}."
-    if layout.recompute == "full" and (language.num_layers // chunks) % layout.recompute_num_layers:
+    problem = layers_problem(config)
+    if problem is not None:
+        yield problem
+    sizes = {len(layers) for stage in chunks_of_stages(config) for layers in stage}
+    if layout.recompute == "full" and any(size % layout.recompute_num_layers for size in sizes):
         yield (
             f"parallel.recompute_num_layers={layout.recompute_num_layers} must divide the "
-            f"{language.num_layers // chunks} layers of a pipeline chunk."
+            f"{' and '.join(map(str, sorted(sizes)))} layers of a pipeline chunk."
         )
 
 
@@ -337,6 +346,16 @@ def _objective(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _roll_backs(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if not trainer.spike_factor > 1:
+        yield f"trainer.spike_factor={trainer.spike_factor} must be more than 1."
+    if "roll_back" in (trainer.nan_action, trainer.spike_action) and not config.resume:
+        yield "A roll-back continues from a checkpoint, which resume=false forbids: leave resume=true."
+    if trainer.nan_action == "roll_back" and not config.optim.clip_grad:
+        yield "trainer.nan_action=roll_back looks at the gradient's norm, which needs optim.clip_grad above 0."
+
+
 # --- the machines ---------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +369,8 @@ def _machines(config: RunConfig) -> Iterator[str]:
             f"{cluster.nodes} x {cluster.devices_per_node} devices: change parallel, or cluster=local."
         )
     started_here = external_job(os.environ) is None and cluster.nodes == 1
+    if started_here and not config.dry_run:
+        yield from precision_of_this_machine(config)
     if config.platform == "gpu" and gpus == 0 and started_here and not config.dry_run:
         yield "platform=gpu, but this machine shows no NVIDIA GPU: set platform=cpu or auto."
     if started_here and not config.dry_run and uses_gpu(config.platform) and 0 < gpus < ranks:
@@ -377,6 +398,7 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
         yield "data.num_workers=0 reads and decodes images in the training process; a few workers are faster."
     if layout.tensor > (cluster.devices_per_node or layout.tensor):
         yield "parallel.tensor is larger than cluster.devices_per_node: tensor parallelism across nodes is slow."
+    yield from ignored_precision_options(config)
     yield from _ignored_pre_options(pre)
     yield from ignored_visual_options(config)
     if optim.lr_heads is not None and not (pre.enabled or config.objective.laver.enabled):

@@ -48,8 +48,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     config = compose_config(overrides)
     missing = missing_values(config)
     if missing:
-        example = f"experiment={recipes.choices('experiment')[0]}"
-        hint = f"choose an experiment, e.g. {example}" if config.experiment is None else "set them"
+        hint = "choose an experiment, e.g. experiment=digits_tiny" if config.experiment is None else "set them"
         raise ValueError(f"The run is not complete, {', '.join(missing)} have no value: {hint}.")
     with _one_sentence():
         run = OmegaConf.to_object(config)

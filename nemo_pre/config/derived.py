@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from nemo_pre.config.schema import ModelConfig, ParallelConfig, PReConfig
+from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, PReConfig
+from nemo_pre.config.vision_families import kept_class_tokens
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
+FP8_MULTIPLE = 16  # of both sides of a matrix that is multiplied in FP8 (cuBLASLt), and so of a rank's tokens
 VOCAB_MULTIPLE = 128  # divisible by every tensor-parallel size in use, so that padding never depends on the layout
 
 
@@ -20,8 +22,20 @@ def padded_vocab_size(vocab_size: int) -> int:
 def num_visual_tokens(model: ModelConfig) -> int:
     """Visual tokens of one image in the decoder's sequence."""
     vision = model.vision
-    has_class_token = vision.family == "clip" and not vision.drop_class_token
-    return (vision.image_size // vision.patch_size) ** 2 + int(has_class_token)
+    return (vision.image_size // vision.patch_size) ** 2 + kept_class_tokens(vision)
+
+
+def fp8_recipe(precision: PrecisionConfig) -> str | None:
+    """Megatron's name for how FP8 is scaled: ``delayed``, ``tensorwise`` or ``blockwise``; None without FP8."""
+    kind, _, recipe = precision.name.partition("_")
+    return recipe if kind == "fp8" else None
+
+
+def bf16_layers(precision: PrecisionConfig) -> int:
+    """Layers at each end of the decoder that stay bf16 beside FP8 ones. Delayed scaling knows all layers or none."""
+    if precision.bf16_layers is not None:
+        return precision.bf16_layers
+    return 0 if fp8_recipe(precision) in (None, "delayed") else 1
 
 
 def target_layers(pre: PReConfig, num_layers: int) -> tuple[int, ...]:

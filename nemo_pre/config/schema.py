@@ -15,16 +15,18 @@ from omegaconf import MISSING
 
 @dataclass
 class VisionConfig:
-    """The vision tower: a ``transformers`` vision model and the resolution it is fed. Its weights are random, or come
-    with ``init_from``."""
+    """The vision tower: a ``transformers`` vision model, or an MLP on patches, and the resolution it is fed. Its
+    weights are random, or come with ``init_from``."""
 
-    family: str = "clip"  # clip | siglip
+    family: str = "clip"  # clip | siglip | dinov2 | aimv2 | patch_mlp (no layers, trained from scratch)
     image_size: int = MISSING  # pixels, square
     patch_size: int = MISSING  # pixels, square
     hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_layers: int = MISSING
-    num_attention_heads: int = MISSING
+    intermediate_size: int = (
+        MISSING  # of dinov2 a multiple of hidden_size; of patch_mlp the width between its two layers
+    )
+    num_layers: int = MISSING  # of patch_mlp 0
+    num_attention_heads: int = MISSING  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
     drop_class_token: bool = True
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
@@ -105,6 +107,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None  # model chunks per pipeline rank
+    pipeline_layers: list[int] | None = None  # decoder layers of each chunk, as a sample meets them; null: even
     context: int = 1
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     data: int = 1
@@ -116,7 +119,12 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    name: str = MISSING  # fp32 | bf16
+    """What parameters and activations are; gradients, master weights and moments are float32. With fp8_* the decoder's
+    layers multiply matrices in FP8 (Transformer Engine, on Hopper and later)."""
+
+    name: str = MISSING  # fp32 | bf16 | fp8_delayed | fp8_tensorwise | fp8_blockwise
+    amax_history: int = 1024  # micro-batches whose largest values fp8_delayed scales by
+    bf16_layers: int | None = None  # at each end of the decoder without FP8; null: 1, none with fp8_delayed
 
 
 @dataclass
@@ -222,8 +230,14 @@ class TrainerConfig:
     checkpoint_every: int | None = None  # steps; null: at the end only
     keep_checkpoints: int = 2
     async_checkpoint: bool = False
+    ignore_memory_estimate: bool = False  # train although nemo-pre plan's count says that a rank's memory is too small
     rank_timeout: int = 600  # seconds a collective may wait before the job is ended
     hang_timeout: int = 1800  # seconds without a finished step after which every rank prints its stacks and ends
+    nan_action: str = "stop"  # stop | roll_back: at a loss or gradient that is not finite
+    spike_action: str = "none"  # none | stop | roll_back (to the last checkpoint, leaving out the batches since)
+    spike_factor: float = 3.0  # a loss is a spike above so many times the median of the last spike_window steps
+    spike_window: int = 100  # steps; a fifth of them must be there
+    max_roll_backs: int = 10  # of a run; the next one stops it
 
 
 @dataclass
@@ -248,8 +262,10 @@ class ClusterConfig:
     python: str | None = None  # of the virtual environment; null: the submitting one, in a container python3
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_*, GLOO_SOCKET_IFNAME, ...
     setup: list[str] = field(default_factory=list)  # shell lines of the batch script, such as module load
+    ft_restarts: int = 0  # above 0: by nvidia-resiliency-ext's ft_launcher, in place, before the job is requeued
     max_failures: int = 5  # in a row without a new checkpoint, before the job stops restarting
     health_check: bool = True  # of every node before training; a bad one is excluded and the job requeued
+    all_reduce_check: bool = True  # of every node's ranks, and of all, after the health check
     min_free_gb: float = 10.0  # disk space the health check wants in output_dir
     min_write_mb_s: float = 20.0  # and speed of writing
 

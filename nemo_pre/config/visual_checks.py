@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Iterator
 
 from nemo_pre.config.derived import axis_of_frequency
-from nemo_pre.config.schema import LaVerConfig, RunConfig, ScheduleConfig
+from nemo_pre.config.schema import LaVerConfig, RunConfig, ScheduleConfig, VisionConfig
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, kept_class_tokens
 from nemo_pre.launch import uses_gpu
 
 
 def visual_choices(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Name, value and what it may be."""
     model, laver = config.model, config.objective.laver
+    yield "model.vision.family", model.vision.family, tuple(FAMILIES)
     yield "model.attention", model.attention, ("causal", "mixed")
     yield "model.attention_backend", model.attention_backend, ("auto", "dense", "flex")
     yield "model.rope", model.rope, ("1d", "2d", "mrope")
@@ -70,6 +72,34 @@ def visual_ranges(config: RunConfig) -> Iterator[str]:
             yield f"{name}={positive} must be more than 0."
 
 
+def tower_problems(vision: VisionConfig) -> Iterator[str]:
+    """What no vision tower can look like."""
+    least = 0 if vision.family == "patch_mlp" else 1
+    if vision.num_layers < least:
+        yield f"model.vision.num_layers={vision.num_layers} must be {least} or more."
+    if vision.family == "patch_mlp" and (vision.num_layers, vision.feature_layer) != (0, -1):
+        yield "model.vision.family=patch_mlp has no layers: set model.vision.num_layers=0 and feature_layer=-1."
+    if vision.image_size % vision.patch_size:
+        yield (
+            f"model.vision.image_size={vision.image_size} must be a multiple of "
+            f"model.vision.patch_size={vision.patch_size}."
+        )
+    if not -vision.num_layers - 1 <= vision.feature_layer <= vision.num_layers:
+        yield (
+            f"model.vision.feature_layer={vision.feature_layer} does not exist: a tower of {vision.num_layers} layers "
+            f"has {-vision.num_layers - 1} to {vision.num_layers}."
+        )
+    if vision.drop_class_token and not class_tokens(vision):
+        yield (f"model.vision.family={vision.family} has no class token: set model.vision.drop_class_token=false.")
+    if vision.family == "dinov2" and vision.intermediate_size % vision.hidden_size:
+        yield (
+            f"model.vision.intermediate_size={vision.intermediate_size} must be a multiple of "
+            f"model.vision.hidden_size={vision.hidden_size} for model.vision.family=dinov2."
+        )
+    if len(vision.image_mean) != 3 or len(vision.image_std) != 3 or not all(std > 0 for std in vision.image_std):
+        yield "model.vision.image_mean and image_std need three numbers each, the latter more than 0."
+
+
 def visual_problems(config: RunConfig) -> Iterator[str]:
     """What cannot work: attention, positions, LaVer."""
     model, laver = config.model, config.objective.laver
@@ -80,7 +110,7 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
         axis_of_frequency(model.rope, model.rope_sections, width // 2)
     except ValueError as error:
         yield str(error)
-    if model.rope != "1d" and model.vision.family == "clip" and not model.vision.drop_class_token:
+    if model.rope != "1d" and kept_class_tokens(model.vision):
         yield f"model.rope={model.rope} places a grid of patches: set model.vision.drop_class_token=true."
     if not laver.enabled:
         return
@@ -106,6 +136,8 @@ def ignored_visual_options(config: RunConfig) -> Iterator[str]:
     model, laver = config.model, config.objective.laver
     if model.attention == "causal" and model.attention_backend != "auto" and not config.data.packing:
         yield "model.attention_backend has no effect with model.attention=causal and data.packing=false."
+    if model.vision.family == "patch_mlp" and config.optim.freeze_vision:
+        yield "optim.freeze_vision=true keeps a patch MLP as it was drawn, unless init_from's was trained."
     if model.rope == "1d" and model.rope_sections is not None:
         yield "model.rope_sections has no effect with model.rope=1d."
     if not laver.enabled:

@@ -6,18 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import recipes
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, kept_class_tokens, transformers_values
 
 SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
 LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
-VISION_FAMILIES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+VISION_FAMILIES = {family.model_type: name for name, family in FAMILIES.items()}
+WHOLE_MODELS = ("clip", "siglip")  # whose files name the vision tower's weights as the tower's own files do
 # What our layers do, and nothing else: a config that says otherwise is refused.
 LANGUAGE_MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
-VISION_MUST = {
-    "clip": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
-    "siglip": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3},
-}
 LLAVA_MUST = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 
 
@@ -41,7 +40,7 @@ def read_llava(directory: Path) -> ModelConfig:
         )
     vision.feature_layer = config.vision_feature_layer
     vision.drop_class_token = config.vision_feature_select_strategy == "default"
-    if vision.drop_class_token and vision.family != "clip":
+    if vision.drop_class_token and not class_tokens(vision):
         raise ValueError(
             f"{where} has vision_feature_select_strategy=default with a tower that has no class token, which would "
             f"drop a patch: it must be full."
@@ -59,17 +58,13 @@ def read_llava(directory: Path) -> ModelConfig:
 
 
 def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
-    """A fresh VLM from a vision tower's directory (or that of a whole CLIP or SigLIP) and a language model's.
+    """A fresh VLM from a vision tower's directory (or that of a whole CLIP or SigLIP) and a language model's; a name
+    in recipes/model/vision instead of the former stands for a tower that is trained from scratch.
 
     Raises:
         ValueError: one of them is of a kind that we do not have.
     """
-    tower = _read_json(vision / "config.json")
-    tower = tower.get("vision_config", tower)
-    if tower.get("model_type") in ("clip", "siglip"):  # older files name the whole model here
-        tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
-    described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
-    described.drop_class_token = described.family == "clip"
+    described = new_tower(vision) if is_recipe(vision) else _read_tower(vision)
     text = _from_dict(_read_json(language / "config.json"))
     return ModelConfig(
         name=name,
@@ -77,6 +72,40 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
         language=_language(text, f"{language}/config.json"),
         tokenizer=str(language),
     )
+
+
+def _read_tower(vision: Path) -> VisionConfig:
+    tower = _read_json(vision / "config.json")
+    if tower.get("model_type") in WHOLE_MODELS:
+        tower = tower.get("vision_config", tower)
+        if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
+            tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
+    if tower.get("model_type") == "aimv2_vision_model":
+        tower = {**tower, "use_head": False}  # no features come from it
+    described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
+    described.drop_class_token = class_tokens(described) > 0
+    return described
+
+
+def is_recipe(vision: Path) -> bool:
+    """Whether this names a recipe, not a directory."""
+    return not vision.is_dir() and str(vision) in recipes.choices("model/vision")
+
+
+def new_tower(recipe: Path) -> VisionConfig:
+    """The tower of a file in recipes/model/vision.
+
+    Raises:
+        ValueError: it is one that does not start from random weights.
+    """
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.load(recipes.DIRECTORY / "model" / "vision" / f"{recipe}.yaml").model.vision
+    described = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VisionConfig), values))
+    assert isinstance(described, VisionConfig)
+    if FAMILIES[described.family].classes is not None:
+        raise ValueError(f"vision={recipe} starts from published weights: give the directory they are in.")
+    return described
 
 
 def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype: str) -> dict[str, Any]:
@@ -91,19 +120,10 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
     vision, language = model.vision, model.language
     side = vision.image_size // vision.patch_size
     values: dict[str, Any] = {
-        "vision_config": {
-            "model_type": {ours: theirs for theirs, ours in VISION_FAMILIES.items()}[vision.family],
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            **VISION_MUST[vision.family],
-        },
+        "vision_config": {"model_type": FAMILIES[vision.family].model_type, **transformers_values(vision)},
         "text_config": _text_values(language, exported_vocab_size(language, image_token_id), max_positions),
         "image_token_index": image_token_id,
-        "image_seq_length": side * side + int(_keeps_class_token(vision)),
+        "image_seq_length": side * side + kept_class_tokens(vision),
         "vision_feature_layer": vision.feature_layer,
         "vision_feature_select_strategy": "default" if vision.drop_class_token else "full",
         "tie_word_embeddings": language.tie_embeddings,
@@ -113,10 +133,11 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
     if is_spatial(model):
         kind = SPATIAL
         frequencies = language.hidden_size // language.num_attention_heads // 2
+        axes = None if model.rope == "1d" else axis_of_frequency(model.rope, model.rope_sections, frequencies)
         values |= {
             "visual_attention": model.attention,
             "visual_rope": model.rope,
-            "rope_axes": axis_of_frequency(model.rope, model.rope_sections, frequencies),
+            "rope_axes": axes,
             "tile_grid": [side, side],
         }
     config = _config_class(kind).from_dict(values)
@@ -133,16 +154,12 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
 
 def is_spatial(model: ModelConfig) -> bool:
     """Whether the model needs our custom code at inference."""
-    return model.attention != "causal" or model.rope != "1d"
+    return model.attention != "causal" or model.rope != "1d" or FAMILIES[model.vision.family].classes is None
 
 
 def exported_vocab_size(language: LanguageConfig, image_token_id: int) -> int:
     """The image's id needs a row of the embedding, although nobody reads it."""
     return max(language.vocab_size, image_token_id + 1)
-
-
-def _keeps_class_token(vision: VisionConfig) -> bool:
-    return vision.family == "clip" and not vision.drop_class_token
 
 
 def _text_values(language: LanguageConfig, vocab_size: int, max_positions: int) -> dict[str, Any]:
@@ -176,7 +193,7 @@ def _text_values(language: LanguageConfig, vocab_size: int, max_positions: int) 
 def _language(text: Any, where: str) -> LanguageConfig:
     if text.model_type not in LANGUAGE_FAMILIES:
         raise ValueError(
-            f"{where} has a language model of type {text.model_type}: only {' and '.join(LANGUAGE_FAMILIES)} are "
+            f"{where} has a language model of type {text.model_type}: only {', '.join(LANGUAGE_FAMILIES)} can be "
             f"imported."
         )
     _require(where, text, LANGUAGE_MUST)
@@ -219,19 +236,20 @@ def _rope_scaling(values: dict[str, Any] | None, where: str) -> RopeScalingConfi
 def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
     if tower.model_type not in VISION_FAMILIES:
         raise ValueError(
-            f"{where} has a vision tower of type {tower.model_type}: only {' and '.join(VISION_FAMILIES)} are "
+            f"{where} has a vision tower of type {tower.model_type}: only {', '.join(VISION_FAMILIES)} can be "
             f"imported."
         )
     family = VISION_FAMILIES[tower.model_type]
-    _require(where, tower, VISION_MUST[family])
+    _require(where, tower, FAMILIES[family].must)
+    width = tower.hidden_size
     described = VisionConfig(
         family=family,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        num_layers=tower.num_hidden_layers,
-        num_attention_heads=tower.num_attention_heads,
+        hidden_size=width,
+        intermediate_size=width * tower.mlp_ratio if family == "dinov2" else tower.intermediate_size,
+        num_layers=getattr(tower, "num_hidden_layers", 0),  # a patch MLP has neither
+        num_attention_heads=getattr(tower, "num_attention_heads", 1),
     )
     processor = directory / "preprocessor_config.json"
     if processor.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
+from nemo_pre.config.vision_families import FAMILIES
 from nemo_pre.huggingface.architecture import is_spatial
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
@@ -61,11 +62,10 @@ def _front_matter(model: ModelConfig) -> str:
 
 def _architecture(model: ModelConfig) -> str:
     vision, language = model.vision, model.language
-    towers = {"clip": "CLIP", "siglip": "SigLIP"}
     decoders = {"llama": "Llama", "qwen2": "Qwen2"}
     text = (
-        f"a {towers[vision.family]} tower at {vision.image_size} pixels (patches of {vision.patch_size}), a two-layer "
-        f"projector and a {decoders[language.family]} decoder of {language.num_layers} layers and width "
+        f"a {FAMILIES[vision.family].title} tower at {vision.image_size} pixels (patches of {vision.patch_size}), a "
+        f"two-layer projector and a {decoders[language.family]} decoder of {language.num_layers} layers and width "
         f"{language.hidden_size}"
     )
     if is_spatial(model):
@@ -75,12 +75,14 @@ def _architecture(model: ModelConfig) -> str:
 
 def _usage(model: ModelConfig) -> str:
     remote = ", trust_remote_code=True" if is_spatial(model) else ""
-    warning = (
-        "\n\nThe code beside the weights is needed: loaded as a plain LLaVA the model would attend causally and count "
-        "positions in one dimension, which it was not trained for."
-        if is_spatial(model)
-        else ""
-    )
+    warning = ""
+    if FAMILIES[model.vision.family].classes is None:
+        warning = "\n\nThe code beside the weights is needed: `transformers` has no such model without an encoder."
+    elif is_spatial(model):
+        warning = (
+            "\n\nThe code beside the weights is needed: loaded as a plain LLaVA the model would attend causally and "
+            "count positions in one dimension, which it was not trained for."
+        )
     return f"""## Use
 
 ```python

@@ -1,7 +1,8 @@
 """``nemo-pre export``: a Hugging Face directory out of a checkpoint of any layout.
 
 A plain or PRe-trained model becomes a LLaVA that ``transformers`` loads without further code. One trained with mixed
-attention or positions in two dimensions needs them at inference too, and takes the code of ``remote_code/`` with it.
+attention or positions in two dimensions, or without an encoder, needs them at inference too, and takes the code of
+``remote_code/`` with it.
 What only training needed stays behind. One output file's tensors are in memory at a time, and the directory appears
 under its name when it is complete.
 """

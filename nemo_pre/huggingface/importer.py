@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.weights import Weight
 
 ORIGINAL = "huggingface"  # the source's files beside its weights, in the checkpoint
-# Computed, not learned; and the parts of a whole CLIP or SigLIP beside its vision tower.
+# Computed, not learned; and what no features come from: the parts of a whole CLIP or SigLIP beside its vision tower,
+# and AIMv2's head.
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "visual_projection.")
+OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "visual_projection.", "head.")
 
 
 def import_checkpoint(
@@ -36,19 +37,25 @@ def import_checkpoint(
     vision: str | None = None,
     language: str | None = None,
     feature_layer: int = -2,
+    image_size: int | None = None,
     seed: int = 1234,
     allow_pickle: bool = False,
 ) -> Path:
     """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
 
-      nemo-pre import LLAVA_DIR OUT                              a LLaVA (Llama or Qwen2; CLIP or SigLIP)
+      nemo-pre import LLAVA_DIR OUT                              a LLaVA (Llama or Qwen2; CLIP, SigLIP, DINOv2, AIMv2)
       nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
+      nemo-pre import vision=patch_mlp language=DIR out=OUT      a new patch MLP (recipes/model/vision), no encoder
 
-    Directories are local, with safetensors. feature_layer and seed (of the new projector) are for the second form;
-    allow_pickle=true also reads pytorch_model*.bin.
+    Directories are local, with safetensors. feature_layer, image_size (to which the tower's position embeddings are
+    resampled; null: its own) and seed (of the new projector) are for the second form; allow_pickle=true also reads
+    pytorch_model*.bin.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
+    if llava is not None and image_size is not None:
+        raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
+    from nemo_pre.config.visual_checks import tower_problems
     from nemo_pre.huggingface.architecture import read_llava, read_parts
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
     from nemo_pre.launch import prepare_environment
@@ -62,7 +69,11 @@ def import_checkpoint(
     else:
         assert vision is not None and language is not None
         model = read_parts(Path(vision), Path(language), target.name)
-        model.vision.feature_layer = feature_layer
+        if model.vision.num_layers:
+            model.vision.feature_layer = feature_layer
+        model.vision.image_size = image_size or model.vision.image_size
+        for problem in tower_problems(model.vision):
+            raise ValueError(problem)
         tensors = list(_stored_parts(model, Path(vision), Path(language), seed, allow_pickle))
         original = Path(language)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
@@ -90,17 +101,30 @@ def _stored_parts(
     model: ModelConfig, vision: Path, language: Path, seed: int, allow_pickle: bool
 ) -> Iterator[StoredTensor]:
     from nemo_pre.huggingface.safetensors_files import TensorSource
-    from nemo_pre.huggingface.weights import HF_LANGUAGE, HF_TOWER, language_weights, projector_weights, tower_weight
+    from nemo_pre.huggingface.weights import HF_LANGUAGE, language_weights, projector_weights
 
     source = TensorSource(language, allow_pickle)
     names = {HF_LANGUAGE + name: name for name in source.names() if not name.endswith(IGNORED)}
     yield from _stored(list(language_weights(model.language)), source, names, model)
-    tower = TensorSource(vision, allow_pickle)
-    own = [name for name in tower.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
-    names = {HF_TOWER + name: name for name in own}
-    weights = [tower_weight(name, tower.describe(names[name])[0]) for name in names]
-    yield from _stored(weights, tower, names, model)
+    yield from _stored_tower(model, vision, seed, allow_pickle)
     yield from _new_projector(list(projector_weights(model)), model, seed)
+
+
+def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: bool) -> Iterator[StoredTensor]:
+    from nemo_pre.huggingface.architecture import is_recipe
+    from nemo_pre.huggingface.safetensors_files import TensorSource
+    from nemo_pre.huggingface.weights import HF_TOWER, TOWER, resampled_positions, tower_weight
+    from nemo_pre.neva.vision import VisionTowerConfig
+
+    if is_recipe(vision):
+        values = VisionTowerConfig(model.vision, seed).configure_model().state_dict()
+        yield from (_new_tensor(TOWER + name, tensor) for name, tensor in values.items())
+        return
+    source = TensorSource(vision, allow_pickle)
+    own = [name for name in source.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
+    names = {HF_TOWER + name: name for name in own}
+    weights = [tower_weight(name, source.describe(names[name])[0]) for name in names]
+    yield from _stored([resampled_positions(weight, model.vision) for weight in weights], source, names, model)
 
 
 def _stored(
@@ -146,7 +170,6 @@ def _new_projector(weights: list[Weight], model: ModelConfig, seed: int) -> Iter
     """The values that a run with this seed starts from."""
     import torch
 
-    from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
     from nemo_pre.huggingface.weights import PROJECTOR
     from nemo_pre.neva.build import build_projector_config
 
@@ -155,7 +178,13 @@ def _new_projector(weights: list[Weight], model: ModelConfig, seed: int) -> Iter
     for weight in weights:
         tensor = values[weight.key.removeprefix(PROJECTOR)]
         assert tuple(tensor.shape) == weight.shape and tensor.dtype == torch.float32
-        yield StoredTensor(weight.key, None, None, weight.shape, torch.float32, partial(_given, tensor))
+        yield _new_tensor(weight.key, tensor)
+
+
+def _new_tensor(key: str, tensor: torch.Tensor) -> StoredTensor:
+    from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
+
+    return StoredTensor(key, None, None, tuple(tensor.shape), tensor.dtype, partial(_given, tensor))
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate
+from nemo_pre.config.vision_families import class_tokens
+from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer
 from nemo_pre.huggingface.architecture import SPATIAL
 from nemo_pre.huggingface.importer import ORIGINAL
 
@@ -34,7 +35,7 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
     processor = _processor(tokenizer, model, saved.data)
     processor.save_pretrained(directory)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TAG))
-    _write_generation_config(tokenizer, image_token_id, directory)
+    _write_generation_config(tokenizer, saved.data.chat_template, image_token_id, directory)
     return image_token_id
 
 
@@ -67,7 +68,7 @@ def _processor(tokenizer: Any, model: ModelConfig, data: Any) -> Any:
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default" if vision.drop_class_token else "full",
-        num_additional_image_tokens=int(vision.family == "clip"),
+        num_additional_image_tokens=class_tokens(vision),
         chat_template=jinja_template(TEMPLATES[data.chat_template], _adds_bos(tokenizer)),
     )
 
@@ -111,7 +112,7 @@ def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool) -> str:
     image = f"{{{{ {json.dumps(IMAGE_TAG)} }}}}"
     line_break = "" if not template.keep_question else r"{% if not loop.last %}{{ '\n' }}{% endif %}"
     text = "{{ part['text'] }}" if template.keep_question else ""
-    question = (
+    question = _trimmed(
         "{% if message['content'] is string %}"
         + ("{{ message['content'] }}" if template.keep_question else "")
         + "{% else %}{% for part in message['content'] %}"
@@ -120,11 +121,13 @@ def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool) -> str:
         + line_break
         + "{% elif part['type'] == 'text' %}"
         + text
-        + "{% endif %}{% endfor %}{% endif %}"
+        + "{% endif %}{% endfor %}{% endif %}",
+        template,
     )
-    answer = (
+    answer = _trimmed(
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}",
+        template,
     )
     end = _literal(template.answer_end) or "{{ eos_token }}"
     between_turns = ""
@@ -148,17 +151,22 @@ def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool) -> str:
     )
 
 
+def _trimmed(content: str, template: ChatTemplate) -> str:
+    return "{% set content %}" + content + "{% endset %}{{ content | trim }}" if template.trim else content
+
+
 def _literal(text: str) -> str:
     """Inside an expression, where Jinja leaves spaces and line breaks alone."""
     return f"{{{{ {json.dumps(text)} }}}}" if text else ""
 
 
-def _write_generation_config(tokenizer: Any, image_token_id: int, directory: Path) -> None:
+def _write_generation_config(tokenizer: Any, template: str, image_token_id: int, directory: Path) -> None:
     from transformers import GenerationConfig
 
+    ends = sorted({tokenizer.eos_token_id, end_of_answer(tokenizer, template)})
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[image_token_id],  # a row that was never trained
     ).save_pretrained(directory)

@@ -7,15 +7,17 @@ Engine's fused layers in a checkpoint, whatever layers wrote it. Everything else
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nemo_pre.config.derived import padded_vocab_size
-from nemo_pre.config.schema import LanguageConfig, ModelConfig
+from nemo_pre.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from nemo_pre.config.vision_families import class_tokens, encoder_tokens
 
 Shape = tuple[int, ...]
 LANGUAGE, LAYERS = "module.language_model.", "module.language_model.decoder.layers."
@@ -108,6 +110,20 @@ def tower_weight(name: str, shape: Shape) -> Weight:
     return _copied(TOWER + name.removeprefix(HF_TOWER), name, shape)
 
 
+def resampled_positions(weight: Weight, vision: VisionConfig) -> Weight:
+    """The tower's position embeddings for ``vision.image_size``, if this is them and they are for another; else
+    ``weight`` as it is."""
+    if "position_embedding" not in weight.key:
+        return weight
+    *leading, found, width = weight.shape
+    wanted = encoder_tokens(vision)
+    if found == wanted:
+        return weight
+    before = class_tokens(vision)
+    resample = partial(_resampled, class_tokens=before, side=math.isqrt(wanted - before))
+    return replace(weight, shape=(*leading, wanted, width), join=resample)
+
+
 def hub_name(name: str) -> str:
     """A LLaVA's tensor under the name that files on the hub use."""
     return next((old + name.removeprefix(new) for new, old in RENAMED.items() if name.startswith(new)), name)
@@ -119,6 +135,18 @@ def _copied(key: str, name: str, shape: Shape, layer: int | None = None) -> Weig
 
 def _only(parts: list[Tensor]) -> Tensor:
     return parts[0]
+
+
+def _resampled(parts: list[Tensor], class_tokens: int, side: int) -> Tensor:
+    """As ``interpolate_pos_encoding`` of ``transformers``' towers: a square grid, bicubic, without antialiasing."""
+    (table,) = parts
+    rows = table.reshape(-1, table.shape[-1])
+    first, patches = rows[:class_tokens], rows[class_tokens:]
+    old = math.isqrt(len(patches))
+    grid = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    patches = grid.permute(0, 2, 3, 1).reshape(side * side, -1).to(table.dtype)
+    return torch.cat([first, patches]).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
 def _alone(tensor: Tensor) -> list[Tensor]:

@@ -1,90 +1,122 @@
-"""Vision towers: ``transformers`` models with random weights; a checkpoint brings others."""
+"""Vision towers: ``transformers`` models, or an MLP on patches, with random weights; a checkpoint brings others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-FAMILIES = ("clip", "siglip")
+from nemo_pre.config.schema import VisionConfig
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, encoder_tokens, transformers_values
+
+# Parts of towers that the features of a layer do not depend on: what lies behind all layers, and masking's token.
+BESIDE_LAYERS = ("post_layernorm", "layernorm", "rms_norm", "head", "embeddings.mask_token")
 
 
 @dataclass
 class VisionTowerConfig:
-    """A ``transformers`` vision tower, in the form NeVA expects of its ``vision_transformer_config``.
+    """A vision tower, in the form NeVA expects of its ``vision_transformer_config``.
 
     Attributes:
-        family: ``clip`` (one class token) or ``siglip`` (none).
+        vision: family and shape.
         seed: seed of the random weights, the same in every layout.
-        image_size, patch_size: pixels.
-        image_mean, image_std: how the data loader normalises pixels in [0, 1].
     """
 
-    family: str
+    vision: VisionConfig
     seed: int
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    image_mean: list[float]
-    image_std: list[float]
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
 
     @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.vision.patch_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.vision.hidden_size
+
+    @property
+    def image_mean(self) -> list[float]:
+        return self.vision.image_mean
+
+    @property
+    def image_std(self) -> list[float]:
+        return self.vision.image_std
+
+    @property
     def add_class_token(self) -> bool:
-        return self.family == "clip"
+        return self.class_token_len > 0
 
     @property
     def class_token_len(self) -> int:
-        return 1 if self.add_class_token else 0
+        return class_tokens(self.vision)
 
     @property
     def num_image_embeddings_per_tile(self) -> int:
-        return (self.image_size // self.patch_size) ** 2 + self.class_token_len
+        return encoder_tokens(self.vision)
 
     def configure_model(self) -> nn.Module:
         from nemo_pre.neva.seeding import seeded
 
-        model_class, config_class = _classes(self.family)
-        config = config_class(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_attention_heads,
-        )
         with seeded(self.seed, "vision_model"):
-            model = model_class(config)
+            model = _tower(self.vision)
         model.set_input_tensor = _receive_nothing
         return model
+
+
+class PatchMLP(nn.Module):
+    """Patches through a 2-layer MLP, each by itself: what an encoder-free model has in a tower's place.
+
+    It tells the language model nothing of a patch's place; that is left to the order of tokens, or to 2D-RoPE.
+    """
+
+    def __init__(self, patch_size: int, intermediate_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, intermediate_size, kernel_size=patch_size, stride=patch_size)
+        self.activation = nn.GELU()
+        self.output = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = True) -> Any:
+        """``[n, 3, H, W]`` to the only entry of ``hidden_states``, ``[n, patches, hidden_size]``, row by row."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        features = self.output(self.activation(patches))
+        return BaseModelOutput(last_hidden_state=features, hidden_states=(features,) if output_hidden_states else None)
+
+
+def _tower(vision: VisionConfig) -> nn.Module:
+    import transformers
+
+    classes = FAMILIES[vision.family].classes
+    if classes is None:
+        return PatchMLP(vision.patch_size, vision.intermediate_size, vision.hidden_size)
+    model_class, config_class = (getattr(transformers, name) for name in classes)
+    model: nn.Module = model_class(config_class(**transformers_values(vision)))
+    return model
 
 
 def _receive_nothing(_: object) -> None:
     """Pipeline schedules offer every stage an input; the tower is on the first stage and has none."""
 
 
-def _classes(family: str) -> tuple[Any, Any]:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
-
-    if family == "clip":
-        return CLIPVisionModel, CLIPVisionConfig
-    if family == "siglip":
-        return SiglipVisionModel, SiglipVisionConfig
-    raise ValueError(f"model.vision.family is '{family}': choose one of {', '.join(FAMILIES)}.")
-
-
 def freeze_unused_layers(vision_model: nn.Module, feature_layer: int) -> None:
-    """Freeze what lies behind the feature layer: it gets no gradient, and Megatron's overlapped gradient
+    """Freeze what the features do not depend on: it gets no gradient, and Megatron's overlapped gradient
     reduction waits for ever for a parameter that is trainable but unused."""
-    tower = getattr(vision_model, "vision_model", vision_model)
-    layers = tower.encoder.layers
+    if isinstance(vision_model, PatchMLP):
+        return
+    tower: Any = getattr(vision_model, "vision_model", vision_model)
+    layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers
     last_used = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
-    unused = [layers[last_used:], getattr(tower, "post_layernorm", None), getattr(tower, "head", None)]
-    for module in unused:
-        if module is not None:
-            module.requires_grad_(False)
+    layers[last_used:].requires_grad_(False)
+    for name in BESIDE_LAYERS:
+        try:
+            attrgetter(name)(tower).requires_grad_(False)
+        except AttributeError:  # another family's
+            continue

@@ -79,7 +79,7 @@ def test_a_learning_rate_of_zero_stays_zero():
         (["foo=1"], "There is no option foo: "),
         (["experiment=digits_tiny", "model.vision.nope=1"], "There is no option model.vision.nope: "),
         (["experiment=digits_tiny", "+trainer.nope=1"], "There is no option trainer.nope: "),
-        (["experiment=nope"], "experiment=nope does not exist: choose one of digits-laver, "),
+        (["experiment=nope"], "experiment=nope does not exist: choose one of aimv2_qwen25_7b_laver_stage1_align, "),
         (["parallel=tp3"], "parallel=tp3 does not exist: choose one of cp2, "),
         (["experiment=digits_tiny", "trainer.max_steps=many"], "trainer.max_steps has a value that does not fit: "),
         (["experiment=digits_tiny", "parallel.sequence=maybe"], "parallel.sequence has a value that does not fit: "),

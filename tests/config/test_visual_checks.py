@@ -46,6 +46,21 @@ REFUSED = [
     ),
     (["objective.lm_weight=-1"], "objective.lm_weight=-1.0 must be 0 or more."),
     (["trainer.log_grad_norms_every=0"], "trainer.log_grad_norms_every=0 must be 1 or more."),
+    (
+        ["model.vision.family=vit"],
+        "model.vision.family=vit is unknown: choose one of clip, siglip, dinov2, aimv2, pat",
+    ),
+    (["model.vision.family=aimv2"], "model.vision.family=aimv2 has no class token: set model.vision.drop_class_token"),
+    (["model.vision.family=patch_mlp"], "model.vision.family=patch_mlp has no layers: set model.vision.num_layers=0"),
+    (["model.vision.num_layers=0"], "model.vision.num_layers=0 must be 1 or more."),
+    (
+        ["model.vision.family=dinov2", "model.vision.intermediate_size=100"],
+        "model.vision.intermediate_size=100 must be a multiple of model.vision.hidden_size=96",
+    ),
+    (
+        ["model.vision.family=dinov2", "model.rope=2d", "model.vision.drop_class_token=false"],
+        "model.rope=2d places a grid of patches: set model.vision.drop_class_token=true.",
+    ),
 ]
 
 

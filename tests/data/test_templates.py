@@ -3,6 +3,7 @@
 Where ours differ from what others would give, a test says so:
 
 - a control token's name inside a question is text for us, and a control token for ``transformers``;
+- Llama 3's template takes white space off both ends of a message, and ours with it;
 - ``transformers`` ends Qwen's conversation with a line break after the last ``<|im_end|>``; ours ends before it, and
   no label is lost, for it predicts nothing and is predicted by nothing;
 - LLaVA-1.5's own code tokenizes the text after an image as if a sequence began there. With a legacy SentencePiece
@@ -28,7 +29,7 @@ from nemo_pre.data.conversation import (
     end_of_answer,
 )
 from nemo_pre.huggingface.processor import jinja_template
-from tests.data.tokenizers import llama_like, qwen_like
+from tests.data.tokenizers import llama3_like, llama_like, qwen_like
 
 PER_IMAGE = 3  # visual tokens
 
@@ -40,6 +41,14 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Llama 3's own; what is trained on is marked.
+LLAMA3 = (
+    "{% for message in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
 # Vicuna v1.1's, as in LLaVA-1.5; the tokenizer adds bos.
 VICUNA = (
     "{{ " + repr(VICUNA_SYSTEM) + " }}{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -47,6 +56,11 @@ VICUNA = (
     "{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+OWN = {
+    "chatml": (qwen_like, CHATML),
+    "vicuna_v1": (lambda: llama_like(legacy=True), VICUNA),
+    "llama3": (llama3_like, LLAMA3),
+}
 WORDS = [
     "What",
     "is",
@@ -146,6 +160,21 @@ def test_chatml_is_qwens_token_for_token(images):
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
+def test_llama3_is_llamas_token_for_token(images):
+    """By ``apply_chat_template`` itself, mask included, also where messages begin and end with white space."""
+    tokenizer = llama3_like()
+    for seed in range(60):
+        rng = random.Random(seed)
+        turns = [(rng.choice(["", " ", "\n\n"]) + q + rng.choice(["", "\t"]), f" {a}\n") for q, a in chat(rng, images)]
+        known = tokenizer.apply_chat_template(
+            theirs(turns), chat_template=LLAMA3, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = expanded(tokenizer, turns, "llama3")
+        assert ids == known["input_ids"], turns
+        assert mask == [bool(own) for own in known["assistant_masks"]], turns
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
 def test_vicuna_is_the_same_token_for_token(tokenizer, images):
     for seed in range(60):
         turns = chat(random.Random(seed), images)
@@ -155,21 +184,22 @@ def test_vicuna_is_the_same_token_for_token(tokenizer, images):
         assert mask == own, turns
 
 
-@pytest.mark.parametrize("name, written", [("chatml", CHATML), ("vicuna_v1", VICUNA)])
-def test_a_prompt_is_the_same_with_a_generation_prompt(name, written):
-    tokenizer = qwen_like() if name == "chatml" else llama_like(legacy=True)
+@pytest.mark.parametrize("name", OWN)
+def test_a_prompt_is_the_same_with_a_generation_prompt(name):
+    tokenizer, written = OWN[name][0](), OWN[name][1]
     for seed in range(30):
         turns = chat(random.Random(seed), images=0)[:1]
         text = tokenizer.apply_chat_template(
             theirs(turns)[:1], chat_template=written, tokenize=False, add_generation_prompt=True
         )
-        assert encode_prompt(ours(turns), tokenizer, name, 0, "here") == tokenizer(text)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=name != "llama3")["input_ids"]  # whose template begins with bos
+        assert encode_prompt(ours(turns), tokenizer, name, 0, "here") == ids
 
 
-@pytest.mark.parametrize("name, written", [("chatml", CHATML), ("vicuna_v1", VICUNA)])
-def test_the_exported_template_renders_what_the_models_own_renders(name, written):
-    tokenizer = qwen_like() if name == "chatml" else llama_like(legacy=True)
-    exported = jinja_template(TEMPLATES[name], tokenizer_adds_bos=True)
+@pytest.mark.parametrize("name", OWN)
+def test_the_exported_template_renders_what_the_models_own_renders(name):
+    tokenizer, written = OWN[name][0](), OWN[name][1]
+    exported = jinja_template(TEMPLATES[name], tokenizer_adds_bos=name != "llama3")
     for seed in range(30):
         messages = theirs(chat(random.Random(seed), images=1))
         for asked in (messages, messages[:-1]):
@@ -202,6 +232,8 @@ def test_an_answer_ends_where_the_template_says():
     assert end_of_answer(tokenizer, "chatml") == tokenizer.convert_tokens_to_ids("<|im_end|>")
     llama = llama_like(legacy=True)
     assert end_of_answer(llama, "vicuna_v1") == llama.eos_token_id
+    llama3 = llama3_like()
+    assert end_of_answer(llama3, "llama3") == llama3.convert_tokens_to_ids("<|eot_id|>") != llama3.eos_token_id
     for use in (
         lambda: end_of_answer(llama, "chatml"),
         lambda: encode(ours([("a", "b")]), llama, "chatml", 9, 0, "k"),

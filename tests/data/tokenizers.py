@@ -14,15 +14,44 @@ TEXTS = ["What is shown in the picture? There is a red car. How many dogs are th
 
 def qwen_like() -> Any:
     """Byte-level BPE with Qwen2's splitting and control tokens, NFC, no bos; eos ends a turn."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import normalizers
     from transformers import PreTrainedTokenizerFast
 
+    inner = _byte_level(digits=r"\p{N}")
+    inner.normalizer = normalizers.NFC()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
+    return tokenizer
+
+
+def llama3_like() -> Any:
+    """Byte-level BPE with Llama 3's splitting and control tokens; bos goes before every text, eos ends a text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = _byte_level(digits=r"\p{N}{1,3}")
+    control = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    inner.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", *control])
+    bos = ("<|begin_of_text|>", inner.token_to_id("<|begin_of_text|>"))
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|> $B", special_tokens=[bos]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [*control, "<image>"]})
+    return tokenizer
+
+
+def _byte_level(digits: str) -> Any:
+    """GPT-4's splitting, which Qwen2 and Llama 3 share but for the digits that may be together."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     inner = Tokenizer(models.BPE())
-    inner.normalizer = normalizers.NFC()
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -32,9 +61,7 @@ def qwen_like() -> Any:
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     inner.train_from_iterator(TEXTS, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
-    return tokenizer
+    return inner
 
 
 def llama_like(legacy: bool) -> Any:

@@ -36,6 +36,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_siglip_mixed_2d": {"language": "qwen2", "vision": "siglip", "spatial": ("mixed", "2d")},
     "llama_clip_mixed_mrope": {"language": "llama", "vision": "clip", "spatial": ("mixed", "mrope")},
+    "llama_dinov2": {"language": "llama", "vision": "dinov2"},
+    "qwen2_aimv2": {"language": "qwen2", "vision": "aimv2"},
+    "qwen2_dinov2_mixed_2d": {"language": "qwen2", "vision": "dinov2", "spatial": ("mixed", "2d")},
 }
 LAYOUTS = {
     "llama_clip": [{}, {"tensor": 2}, {"pipeline": 2}],

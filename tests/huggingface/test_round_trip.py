@@ -29,6 +29,8 @@ FAMILIES = {
     "llama_clip": {"language": "llama", "vision": "clip"},
     "qwen2_siglip": {"language": "qwen2", "vision": "siglip"},
     "qwen2_clip_tied": {"language": "qwen2", "vision": "clip", "tie": True},
+    "llama_dinov2": {"language": "llama", "vision": "dinov2"},
+    "qwen2_aimv2": {"language": "qwen2", "vision": "aimv2"},
     "one_group": {"language": "llama", "vision": "siglip", "num_key_value_heads": 1},
     "no_groups": {"language": "qwen2", "vision": "clip", "num_key_value_heads": 4},
 }
@@ -71,6 +73,8 @@ def test_every_tensor_comes_back_bit_for_bit(family, dtype, tmp_path):
         ("llama_clip", {"pipeline": 2}),
         ("qwen2_clip_tied", {"pipeline": 2}),
         ("no_groups", {"tensor": 2}),
+        ("llama_dinov2", {"pipeline": 2}),
+        ("qwen2_aimv2", {}),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_SIZE, PATCH_SIZE = 16, 4
+WITH_CLASS_TOKEN = ("clip", "dinov2")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% elif message['role'] == 'assistant' %}ASSISTANT: {% endif %}"
@@ -22,8 +23,9 @@ def tiny_llava(
     tie: bool = False,
     **text_options: Any,
 ) -> Path:
-    """Write a random LLaVA (``llama`` | ``qwen2``, ``clip`` | ``siglip``) with tokenizer, processor and chat template.
+    """Write a random LLaVA with tokenizer, processor and chat template.
 
+    Languages: ``llama`` | ``qwen2``; towers: ``clip`` | ``siglip`` | ``dinov2`` | ``aimv2``.
     16 visual tokens an image, 4 layers of width 32 with 4 heads and 2 query groups; ids from ``len(tokenizer)`` to the
     vocabulary's 300 belong to no token.
     """
@@ -37,7 +39,7 @@ def tiny_llava(
         text_config=text,
         image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if vision == "clip" else "full",
+        vision_feature_select_strategy="default" if vision in WITH_CLASS_TOKEN else "full",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=tie,
     )
@@ -57,15 +59,16 @@ def tiny_processor(vision: str) -> Any:
     from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
 
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = (
-        CLIPImageProcessor(size=size, do_center_crop=False) if vision == "clip" else SiglipImageProcessor(size=size)
-    )
+    if vision == "siglip":
+        image_processor = SiglipImageProcessor(size=size)
+    else:
+        image_processor = CLIPImageProcessor(size=size, do_center_crop=False)
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tiny_tokenizer(),
         patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default" if vision == "clip" else "full",
-        num_additional_image_tokens=1 if vision == "clip" else 0,
+        vision_feature_select_strategy="default" if vision in WITH_CLASS_TOKEN else "full",
+        num_additional_image_tokens=1 if vision in WITH_CLASS_TOKEN else 0,
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -87,7 +90,8 @@ def tiny_tokenizer() -> Any:
         unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
+    llama3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>", *llama3]})
     fast.image_token = "<image>"
     return fast
 
@@ -111,14 +115,17 @@ def _text_config(language: str, tie: bool, options: dict[str, Any]) -> Any:
 
 
 def _vision_config(vision: str) -> Any:
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
+    from transformers import Aimv2VisionConfig, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
     shape = {
         "hidden_size": 24,
-        "intermediate_size": 40,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
     }
-    return {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[vision](**shape)
+    if vision == "dinov2":
+        return Dinov2Config(mlp_ratio=2, **shape)
+    if vision == "aimv2":
+        return Aimv2VisionConfig(intermediate_size=40, use_head=False, **shape)
+    return {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[vision](intermediate_size=40, **shape)

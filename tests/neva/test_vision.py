@@ -5,23 +5,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_pre.config.schema import VisionConfig
 from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
 
 SHAPE = dict(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=2)
-STATISTICS = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+CLASS_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "aimv2": 0, "patch_mlp": 0}
 
 
-def tower(family="clip", **changes):
-    return VisionTowerConfig(**{"family": family, "seed": 7, **SHAPE, **STATISTICS, **changes})
+def tower(family="clip"):
+    return VisionTowerConfig(VisionConfig(family=family, **SHAPE), seed=7)
 
 
-@pytest.mark.parametrize("family, class_tokens", [("clip", 1), ("siglip", 0)])
+@pytest.mark.parametrize("family, class_tokens", CLASS_TOKENS.items())
 def test_a_tower_gives_the_tokens_its_config_promises(family, class_tokens):
     config = tower(family)
     hidden_states = config.configure_model()(torch.zeros(2, 3, 28, 28), output_hidden_states=True).hidden_states
-    assert hidden_states[-2].shape == (2, 16 + class_tokens, 32)
+    assert hidden_states[-1].shape == (2, 16 + class_tokens, 32)
+    assert len(hidden_states) == (1 if family == "patch_mlp" else 4)
     assert config.num_image_embeddings_per_tile == 16 + class_tokens
     assert config.class_token_len == class_tokens
 
@@ -35,12 +37,28 @@ def test_random_weights_do_not_depend_on_what_was_drawn_before():
     assert torch.equal(torch.get_rng_state(), state), "building a tower advanced the rank's generator"
 
 
-def test_layers_behind_the_feature_layer_are_frozen_and_no_others():
-    model = tower().configure_model()
-    freeze_unused_layers(model, feature_layer=-2)
-    model(torch.zeros(1, 3, 28, 28), output_hidden_states=True).hidden_states[-2].sum().backward()
+@pytest.mark.parametrize("feature_layer", [-2, -1])
+@pytest.mark.parametrize("family", CLASS_TOKENS)
+def test_what_the_features_do_not_depend_on_is_frozen_and_nothing_else(family, feature_layer):
+    model = tower(family).configure_model()
+    feature_layer = -1 if family == "patch_mlp" else feature_layer
+    freeze_unused_layers(model, feature_layer)
+    features = model(torch.randn(1, 3, 28, 28), output_hidden_states=True).hidden_states[feature_layer]
+    features.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_a_patch_mlp_gives_each_patch_by_itself_row_by_row():
+    model = tower("patch_mlp").configure_model()
+    image = torch.randn(1, 3, 28, 28)
+    changed = image.clone()
+    changed[..., 7:14, 14:21] += 1.0  # the patch in row 1 and column 2 of 4 x 4
+    before, after = (model(pixels).hidden_states[-1][0] for pixels in (image, changed))
+    assert (before != after).any(dim=-1).nonzero().flatten().tolist() == [6]
+    first = image[0, :, :7, :7].flatten()
+    hidden = torch.nn.functional.gelu(model.patch_embedding.weight.flatten(1) @ first + model.patch_embedding.bias)
+    torch.testing.assert_close(before[0], model.output(hidden), atol=1e-5, rtol=1e-5)
 
 
 def tiny_dinov2(path):

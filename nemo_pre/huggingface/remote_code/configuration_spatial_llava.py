@@ -5,9 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import LlavaConfig
+from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
 TEXT_MODELS = ("llama", "qwen2")
+
+
+class PatchMLPConfig(PretrainedConfig):
+    """Patches through an MLP in a vision tower's place: encoder-free.
+
+    Args:
+        image_size, patch_size: pixels.
+        intermediate_size, hidden_size: outputs of its two layers.
+    """
+
+    model_type = "patch_mlp"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        image_size: int = 384,
+        patch_size: int = 16,
+        intermediate_size: int = 1024,
+        hidden_size: int = 1024,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.intermediate_size = intermediate_size
+        self.hidden_size = hidden_size
+
+
+AutoConfig.register(PatchMLPConfig.model_type, PatchMLPConfig, exist_ok=True)
 
 
 class SpatialLlavaConfig(LlavaConfig):

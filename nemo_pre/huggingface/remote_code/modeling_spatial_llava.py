@@ -1,8 +1,9 @@
-"""A LLaVA whose visual tokens see each other both ways and have positions in two dimensions.
+"""A LLaVA whose visual tokens see each other both ways and have positions in two dimensions, or without an encoder.
 
-Source: LaVer, arXiv 2512.06281. Only the attention mask and the rotary positions differ from transformers'
-LlavaForConditionalGeneration; weights and their names are the same. Both follow from the token ids and the padding
-mask of the whole sequence, so that nothing is remembered from one step of generation to the next.
+Source: LaVer, arXiv 2512.06281. Only the attention mask, the rotary positions and a patch MLP as a vision tower differ
+from transformers' LlavaForConditionalGeneration; weights and their names are the same. Mask and positions follow from
+the token ids and the padding mask of the whole sequence, so that nothing is remembered from one step of generation to
+the next.
 
 Shape suffixes: B batch, S tokens so far, Q the last of them, which a forward computes (without a cache, all), D head.
 """
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModel, LlavaForConditionalGeneration, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from .configuration_spatial_llava import SpatialLlavaConfig
+from .configuration_spatial_llava import PatchMLPConfig, SpatialLlavaConfig
 
 HUB_NAMES = {
     "^language_model.model": "model.language_model",
@@ -70,6 +72,31 @@ def mixed_attention_mask(image_BS: Tensor, real_BS: Tensor, num_queries: int) ->
     same_image_BQS = (image_BQ1 == image_BS[:, None]) & (image_BQ1 >= 0)
     seen_BQS = ((index_S <= query_Q1) | same_image_BQS) & real_BS[:, None]
     return (seen_BQS | (index_S == query_Q1))[:, None]
+
+
+class PatchMLPModel(PreTrainedModel):
+    """Each patch by itself through two layers; ``hidden_states`` has their output ``[B, patches, hidden_size]``."""
+
+    config_class = PatchMLPConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = True  # it has no attention at all
+
+    def __init__(self, config: PatchMLPConfig) -> None:
+        super().__init__(config)
+        patch, inner = config.patch_size, config.intermediate_size
+        self.patch_embedding = nn.Conv2d(3, inner, kernel_size=patch, stride=patch)
+        self.activation = nn.GELU()
+        self.output = nn.Linear(inner, config.hidden_size)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        features = self.output(self.activation(patches))
+        return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+
+AutoModel.register(PatchMLPConfig, PatchMLPModel, exist_ok=True)
 
 
 class SpatialRotaryEmbedding(nn.Module):

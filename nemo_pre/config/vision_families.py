@@ -1,0 +1,105 @@
+"""Families of vision towers: what their transformers' configurations must say, and how many tokens they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_pre.config.schema import VisionConfig
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """Attributes:
+    title: for model cards.
+    model_type: the name of the vision model in ``config.json``.
+    class_tokens: tokens that are no patch's, before the patches.
+    classes: ``transformers``' classes of model and configuration; None: ours, which travel with exported models.
+    must: what our towers are, and nothing else: a configuration that says otherwise is refused.
+    """
+
+    title: str
+    model_type: str
+    class_tokens: int
+    classes: tuple[str, str] | None = None
+    must: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES = {
+    "clip": VisionFamily(
+        "CLIP",
+        "clip_vision_model",
+        1,
+        ("CLIPVisionModel", "CLIPVisionConfig"),
+        {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3},
+    ),
+    "siglip": VisionFamily(
+        "SigLIP",
+        "siglip_vision_model",
+        0,
+        ("SiglipVisionModel", "SiglipVisionConfig"),
+        {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3},
+    ),
+    "dinov2": VisionFamily(
+        "DINOv2",
+        "dinov2",
+        1,
+        ("Dinov2Model", "Dinov2Config"),
+        {
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "num_channels": 3,
+            "qkv_bias": True,
+            "use_swiglu_ffn": False,
+            "use_mask_token": True,
+        },
+    ),
+    "aimv2": VisionFamily(
+        "AIMv2",
+        "aimv2_vision_model",
+        0,
+        ("Aimv2VisionModel", "Aimv2VisionConfig"),
+        {
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "num_channels": 3,
+            "qkv_bias": False,
+            "mlp_bias": False,
+            "is_native": False,
+            "use_head": False,
+        },
+    ),
+    "patch_mlp": VisionFamily("patch MLP", "patch_mlp", 0),
+}
+
+
+def class_tokens(vision: VisionConfig) -> int:
+    """Tokens of the tower that are no patch's."""
+    return FAMILIES[vision.family].class_tokens
+
+
+def kept_class_tokens(vision: VisionConfig) -> int:
+    """Those that the language model sees too."""
+    return 0 if vision.drop_class_token else class_tokens(vision)
+
+
+def encoder_tokens(vision: VisionConfig) -> int:
+    """Tokens of a tile in the tower."""
+    return (vision.image_size // vision.patch_size) ** 2 + class_tokens(vision)
+
+
+def transformers_values(vision: VisionConfig) -> dict[str, Any]:
+    """The keyword arguments of the family's configuration in ``config.json``."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    if vision.family == "patch_mlp":
+        sizes = {"intermediate_size": inner, "hidden_size": width}
+        return {"image_size": vision.image_size, "patch_size": vision.patch_size, **sizes}
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": width,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        **({"mlp_ratio": inner // width} if vision.family == "dinov2" else {"intermediate_size": inner}),
+        **FAMILIES[vision.family].must,
+    }

@@ -1,0 +1,165 @@
+"""Every model recipe is the published architecture: parameters and names of weights, values beside them, pixels."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+
+import recipes
+from nemo_pre.config.compose import compose_config, compose_run
+from nemo_pre.config.derived import num_visual_tokens
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.huggingface.architecture import hf_config
+from nemo_pre.huggingface.weights import HF_LANGUAGE, language_weights, projector_weights
+from nemo_pre.planner.parameters import LANGUAGE, model_parameters
+
+# From each model's config.json on the hub, with the sum of its weights: parameters, layers, vocabulary, query groups,
+# rope theta, epsilon of the norms, tied embeddings, positions.
+PUBLISHED = {
+    "vicuna_7b": (6_738_415_616, 32, 32000, 32, 1e4, 1e-5, False, 4096),
+    "vicuna_13b": (13_015_864_320, 40, 32000, 40, 1e4, 1e-5, False, 4096),
+    "qwen25_1_5b": (1_543_714_304, 28, 151936, 2, 1e6, 1e-6, True, 32768),
+    "qwen25_3b": (3_085_938_688, 36, 151936, 2, 1e6, 1e-6, True, 32768),
+    "qwen25_7b": (7_615_616_512, 28, 152064, 4, 1e6, 1e-6, False, 32768),
+    "qwen25_14b": (14_770_033_664, 48, 152064, 8, 1e6, 1e-6, False, 32768),
+    "qwen25_32b": (32_763_876_352, 64, 152064, 8, 1e6, 1e-6, False, 32768),
+    "qwen25_72b": (72_706_203_648, 80, 152064, 8, 1e6, 1e-6, False, 32768),
+    "llama3_8b": (8_030_261_248, 32, 128256, 8, 5e5, 1e-5, False, 8192),
+    "llama3_70b": (70_553_706_496, 80, 128256, 8, 5e5, 1e-5, False, 8192),
+}
+# Parameters of published towers, and the patch and image size they are published for.
+TOWERS = {
+    "clip_l14_336": (303_507_456, 14, 336),
+    "siglip2_so400m_384": (428_225_600, 14, 378),  # SigLIP's first version, whose shape SigLIP2 kept
+    "dinov2_l14_336": (304_368_640, 14, 518),
+}
+MODELS = [name for name in recipes.choices("model") if name != "digits_tiny"]
+
+
+@cache
+def with_parts(vision: str, language: str) -> Any:
+    words = ["model=llava15_7b", f"model/vision={vision}", f"model/language={language}", "stage=stage2_full"]
+    return compose_run([*words, "data.sequence_length=4096"])
+
+
+@cache
+def hf_language(language: str) -> Any:
+    """transformers' language model of the exported config, without memory."""
+    return on_meta(hf_config(with_parts("clip_l14_336", language).model, 0, 4096, "bfloat16")["text_config"])
+
+
+def on_meta(values: dict[str, Any]) -> Any:
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+    import nemo_pre.huggingface.remote_code.modeling_spatial_llava  # noqa: F401  # knows a patch MLP
+
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    with torch.device("meta"):
+        if values["model_type"] in ("llama", "qwen2"):
+            return AutoModelForCausalLM.from_config(config)
+        return AutoModel.from_config(config)
+
+
+def size(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_every_language_model_is_in_the_table():
+    assert set(recipes.choices("model/language")) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_language_model_is_the_published_one(name):
+    parameters, *values = PUBLISHED[name]
+    config = hf_language(name).config
+    assert size(hf_language(name)) == parameters
+    assert values == [
+        config.num_hidden_layers,
+        config.vocab_size,
+        config.num_key_value_heads,
+        config.rope_theta,
+        config.rms_norm_eps,
+        config.tie_word_embeddings,
+        config.max_position_embeddings,
+    ]
+    planned = model_parameters(with_parts("clip_l14_336", name))
+    assert sum(planned[part] for part in LANGUAGE) == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_weights_of_our_checkpoint_are_those_of_transformers_by_name_and_shape(name):
+    language = with_parts("clip_l14_336", name).model.language
+    ours = {part: shape for weight in language_weights(language) for part, shape in weight.parts.items()}
+    theirs = {HF_LANGUAGE + key: tuple(tensor.shape) for key, tensor in hf_language(name).named_parameters()}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", recipes.choices("model/vision"))
+def test_a_tower_is_counted_built_and_exported_as_the_same_one(name):
+    import torch
+
+    from nemo_pre.neva.vision import VisionTowerConfig
+
+    config = with_parts(name, "qwen25_3b")
+    with torch.device("meta"):
+        built = VisionTowerConfig(config.model.vision, seed=0).configure_model()
+    assert size(built) == model_parameters(config)["vision"]
+    tower = on_meta(hf_config(config.model, 0, 4096, "bfloat16")["vision_config"])
+    shapes = {key: tensor.shape for key, tensor in tower.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in built.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_has_the_published_size_at_its_own_resolution(name):
+    parameters, patch_size, image_size = TOWERS[name]
+    config = deepcopy(with_parts(name, "qwen25_3b"))
+    config.model.vision.patch_size, config.model.vision.image_size = patch_size, image_size
+    assert model_parameters(config)["vision"] == parameters
+
+
+def test_aimv2_fills_the_published_file_of_float32():
+    """https://huggingface.co/apple/aimv2-large-patch14-336: model.safetensors has 1.24 GB."""
+    assert round(model_parameters(with_parts("aimv2_l14_336", "qwen25_3b"))["vision"] * 4 / 1e9, 2) == 1.24
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_named_after_its_parts_and_its_projector_fits_both(name):
+    model: ModelConfig = compose_run([f"model={name}", "stage=stage2_full"]).model
+    choices = compose_config([f"model={name}"])
+    assert model.name == choices.model.name == name
+    tower, language = name.replace("llava15", "clip_vicuna").split("_", 1)
+    assert model.vision.family == {"siglip2": "siglip", "clip672": "clip", "patch": "patch_mlp"}.get(tower, tower)
+    published = PUBLISHED[language.removeprefix("mlp_")]
+    assert (model.language.num_layers, model.language.vocab_size) == published[1:3]
+    widths = model.vision.hidden_size, model.language.hidden_size
+    assert [weight.shape for weight in projector_weights(model)] == [
+        (widths[1], widths[0]),
+        (widths[1],),
+        (widths[1], widths[1]),
+        (widths[1],),
+    ]
+
+
+@pytest.mark.parametrize("name", recipes.choices("model/vision"))
+def test_pixels_are_normalised_and_resized_as_the_encoders_own_processor_does(name):
+    from transformers import image_utils
+
+    config = with_parts(name, "qwen25_3b")
+    vision = config.model.vision
+    mean, std, how = {
+        "clip": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD, ("crop", "bicubic")),
+        "siglip": (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD, ("whole", "bilinear")),
+        "dinov2": (image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD, ("crop", "bicubic")),
+        "aimv2": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD, ("crop", "bicubic")),
+        "patch_mlp": (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD, ("whole", "bicubic")),
+    }[vision.family]
+    assert (vision.image_mean, vision.image_std) == (list(mean), list(std))
+    aligned = compose_run(
+        ["model=llava15_7b", f"model/vision={name}", "stage=stage1_align", "data.sequence_length=2560"]
+    )
+    assert (aligned.data.image_resize, aligned.data.image_filter) == how
+    assert num_visual_tokens(config.model) == (2304 if name == "clip_l14_672" else 576)
