@@ -42,6 +42,7 @@ class Settings:
     Attributes:
         name: of the result file.
         sides: the overrides of each run; the first is what the others are compared with.
+        text_only: the sides whose samples have no image, of the same length.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Settings:
     sequence_length: int | None  # None: the recipe's
     blocks: int
     steps_per_block: int
+    text_only: tuple[str, ...] = ()
 
     @property
     def timed_steps(self) -> int:
@@ -225,23 +227,22 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
         language = model.config.language_transformer_config
         language.transformer_layer_spec = local_layer_spec
         language.gradient_accumulation_fusion = False  # a kernel the counter does not see either
-    trainer.fit(model, synthetic_data(config))
+    trainer.fit(model, synthetic_data(config, images=side not in settings.text_only))
     return on_gpu
 
 
 def run_config(settings: Settings, side: str, scratch: str, steps: int) -> Any:
     from nemo_pre.config.compose import compose_run
 
+    precision = f"precision={settings.precision}"
     data, length = ("digits", 96) if settings.model == "digits_tiny" else ("llava_instruct", 2048)
     overrides = [
         f"name={settings.name}_{side}",
         f"model={settings.model}",
-        "model.vision.path=null",
-        "model.language.path=null",
         f"data={data}",
         f"data.sequence_length={settings.sequence_length or length}",
         *settings.sides[side],
-        f"precision={settings.precision}",
+        *([] if any(word.startswith("precision=") for word in settings.sides[side]) else [precision]),
         f"trainer.max_steps={steps}",
         f"trainer.micro_batch_size={settings.micro_batch_size}",
         f"trainer.global_batch_size={settings.micro_batch_size * settings.num_microbatches}",
@@ -253,8 +254,8 @@ def run_config(settings: Settings, side: str, scratch: str, steps: int) -> Any:
     return compose_run(overrides)
 
 
-def synthetic_data(config: Any) -> Any:
-    """One random micro-batch again and again: an image per sample, text up to the full length, a quarter of it
+def synthetic_data(config: Any, images: bool) -> Any:
+    """One random micro-batch again and again: an image per sample or none, text up to the full length, a quarter of it
     answers. What the data holds does not change what a step costs; loading it is not what is measured."""
     import lightning.pytorch as pl
     import torch
@@ -264,11 +265,13 @@ def synthetic_data(config: Any) -> Any:
     from nemo_pre.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
     from nemo_pre.data.preprocessing import num_text_tokens
 
-    rows, text, size = config.trainer.micro_batch_size, num_text_tokens(config), config.model.vision.image_size
+    rows, size = config.trainer.micro_batch_size, config.model.vision.image_size
+    text = num_text_tokens(config) if images else config.data.sequence_length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.language.vocab_size, (rows, text + 1), generator=generator)
     tokens, labels = ids[:, :-1].clone(), ids[:, 1:].clone()
-    tokens[:, 0] = IMAGE_TOKEN_INDEX
+    if images:
+        tokens[:, 0] = IMAGE_TOKEN_INDEX
     labels[:, : text - text // 4] = IGNORE_INDEX
     batch = {
         "tokens": tokens,
@@ -276,8 +279,8 @@ def synthetic_data(config: Any) -> Any:
         "loss_mask": (labels != IGNORE_INDEX).float(),
         "position_ids": torch.arange(text).repeat(rows, 1),
         "attention_mask": None,
-        "media": torch.randn(rows, 3, size, size, generator=generator),
-        "num_media_tiles": [1] * rows,
+        "media": torch.randn(rows, 3, size, size, generator=generator) if images else None,
+        "num_media_tiles": [1] * rows if images else [],
     }
 
     class Repeated(torch.utils.data.Dataset):

@@ -43,6 +43,11 @@ VERBS = {
         "nemo_pre.planner.plan:plan",
         usage="nemo_pre.planner.plan:plan_help",
     ),
+    "scale": Verb(
+        "a grid of runs: simulated, submitted or collected, and drawn",
+        "nemo_pre.scaling.scale:scale",
+        usage="nemo_pre.scaling.scale:scale_help",
+    ),
     "submit": Verb(
         "send a run, a chain of runs or a sweep to Slurm",
         "nemo_pre.slurm.submit:submit",
@@ -64,6 +69,7 @@ VERBS = {
     "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),
     "evaluate": Verb("run lmms-eval on an exported directory", "nemo_pre.evaluation.evaluate:evaluate"),
     "diagnose": Verb("measure what becomes of a model's visual tokens", "nemo_pre.diagnostics.diagnose:diagnose"),
+    "study digits": Verb("train and diagnose every arm of the digits study", "nemo_pre.study.digits:study"),
     "watch": Verb("evaluate a run's checkpoints while it trains", "nemo_pre.evaluation.watch:evaluate_run"),
     "compare": Verb("put runs side by side: table and plot", "nemo_pre.report.compare:compare"),
     "report": Verb("write a run's HTML report", "nemo_pre.report.page:report"),
@@ -90,6 +96,9 @@ def main(arguments: Arguments | None = None) -> int:
         return _complain(str(failure), 1)
     except KeyboardInterrupt:
         return _complain("Interrupted.", 130)
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _dispatch(words: list[str]) -> int:

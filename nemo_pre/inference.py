@@ -154,6 +154,7 @@ def answer(run: InferenceRun) -> None:
     """On every rank: load the model, answer the requests, and on the first rank print or write the answers."""
     import torch.distributed as dist
 
+    from nemo_pre.data.conversation import end_of_answer
     from nemo_pre.data.preprocessing import build_preprocessing
     from nemo_pre.generation import generate as generate_tokens
     from nemo_pre.preload import silence
@@ -168,7 +169,7 @@ def answer(run: InferenceRun) -> None:
         chunks,
         prompts,
         run.max_new_tokens,
-        how.tokenizer.eos_token_id,
+        end_of_answer(how.tokenizer, how.chat_template),
         min(len(how.tokenizer), run.model.language.vocab_size),
         run.trainer.micro_batch_size,
         on_token=shown,

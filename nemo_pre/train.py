@@ -62,7 +62,7 @@ def build_trainer(
     from nemo import lightning as nl
 
     nodes = config.cluster.nodes
-    precision = {"fp32": "32", "bf16": "bf16-mixed"}[config.precision.name]
+    precision = "32" if config.precision.name == "fp32" else "bf16-mixed"
     return nl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=world_size(config.parallel) // nodes,
@@ -105,7 +105,7 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_grad_reduce=layout.overlap_grad_reduce,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=config.trainer.nan_action == "stop",  # on one rank; a roll-back needs them all
         ),
         process_group_backend="nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=config.trainer.rank_timeout),
@@ -172,6 +172,7 @@ def run_callbacks(config: RunConfig) -> list[Any]:
     """Everything a run does beside computing gradients, in order."""
     from nemo_pre.callbacks.checkpoint import RunCheckpoint
     from nemo_pre.callbacks.metrics import MetricsCallback
+    from nemo_pre.callbacks.preemption import HangWatchdog, NotANumberGuard, PreemptionCallback
     from nemo_pre.callbacks.progress import ProgressCallback
 
     log_every, batch_size = config.trainer.log_every, config.trainer.global_batch_size
@@ -190,6 +191,15 @@ def run_callbacks(config: RunConfig) -> list[Any]:
         from nemo_pre.callbacks.exact_match import ExactMatchCallback
 
         callbacks.append(ExactMatchCallback(config))
+    if config.trainer.log_diagnostics_every:
+        from nemo_pre.callbacks.diagnostics import DiagnosticsCallback
+
+        callbacks.append(DiagnosticsCallback(config))
+    if (config.trainer.nan_action, config.trainer.spike_action) != ("stop", "none"):
+        from nemo_pre.callbacks.loss_guard import LossGuard
+
+        callbacks.append(LossGuard(config))
+    callbacks += [NotANumberGuard(), HangWatchdog(config.trainer.hang_timeout), PreemptionCallback()]
     return [*callbacks, RunCheckpoint(config)]
 
 

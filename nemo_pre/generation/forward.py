@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_pre.neva.fp8 import without_fp8
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MCoreVisualNevaModel, unobserved
 from nemo_pre.objective import StepPlan
@@ -223,10 +224,11 @@ def combined_length(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> int
 
 @contextmanager
 def evaluating(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
-    """Evaluation mode, and the training mode it found restored; PRe neither sees nor sends anything."""
+    """Evaluation mode, and the training mode it found restored; PRe neither sees nor sends anything, and nothing is
+    computed in FP8."""
     training = [chunk.training for chunk in chunks]
     try:
-        with unobserved(chunks):
+        with unobserved(chunks), without_fp8(chunk.language_model.config for chunk in chunks):
             for chunk in chunks:
                 chunk.eval()
             yield

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, local_layer_spec
 from nemo.collections.llm.gpt.model.llama import LlamaConfig
 from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
@@ -15,7 +16,8 @@ from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
 from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size
-from nemo_pre.config.schema import ModelConfig, RunConfig
+from nemo_pre.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemo_pre.neva.fp8 import fp8_options
 from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.vision import VisionTowerConfig
@@ -45,18 +47,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
         language_transformer_config=language,
-        vision_transformer_config=VisionTowerConfig(
-            family=vision.family,
-            seed=config.seed,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_layers=vision.num_layers,
-            num_attention_heads=vision.num_attention_heads,
-            image_mean=vision.image_mean,
-            image_std=vision.image_std,
-        ),
+        vision_transformer_config=VisionTowerConfig(vision, config.seed),
         vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
         packed=config.data.packing,
@@ -95,7 +86,7 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
     model: ModelConfig = config.model
     language = model.language
     family: type[GPTConfig] = {"llama": LlamaConfig, "qwen2": Qwen2Config}[language.family]
-    return family(
+    built = family(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -112,8 +103,20 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
         params_dtype=torch.float32,
         transformer_layer_spec=_layer_spec(config, fused, on_gpu),
         **_recompute_options(config),
+        **fp8_options(config.precision),
         **({} if fused else TRANSFORMER_CONFIG),
     )
+    # Not among the arguments: Megatron would compare it with the pipeline's size, which the config learns later.
+    built.pipeline_model_parallel_layout = _uneven_layout(config.parallel)
+    return built
+
+
+def _uneven_layout(layout: ParallelConfig) -> PipelineParallelLayerLayout | None:
+    """``parallel.pipeline_layers`` in Megatron's letters: embedding, transformer layers, loss."""
+    if layout.pipeline_layers is None:
+        return None
+    chunks = "|".join("t" * layers for layers in layout.pipeline_layers)
+    return PipelineParallelLayerLayout.from_str(f"E{chunks}L", layout.pipeline)
 
 
 def _layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:

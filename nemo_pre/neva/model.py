@@ -23,6 +23,7 @@ from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, Nev
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
+from nemo_pre.config.derived import FP8_MULTIPLE
 from nemo_pre.config.schema import RopeScalingConfig
 from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
 from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
@@ -415,14 +416,20 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         """The length a batch whose longest sample has ``longest`` tokens is padded or cut to."""
         if self.tp_comm_overlap_lm:  # its buffers are allocated once, for the maximum
             return self._language_max_sequence_length
-        factor, _ = self._get_shard_factor(None)
+        factor = self._length_factor
         return min(-(-longest // factor) * factor, self._language_max_sequence_length)
 
     def sharded_length(self, longest: int) -> int:
         """``longest`` rounded up so that every rank of sequence and context parallelism has the same share, at least
         one token."""
-        factor, _ = self._get_shard_factor(None)
+        factor = self._length_factor
         return max(-(-longest // factor), 1) * factor
+
+    @property
+    def _length_factor(self) -> int:
+        """What a length is a multiple of, so that all ranks have the same share and FP8 can multiply it."""
+        factor, _ = self._get_shard_factor(None)
+        return factor * (FP8_MULTIPLE if self.config.language_transformer_config.fp8 else 1)
 
     def _embed(
         self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch

@@ -47,7 +47,7 @@ def build_optimizer(config: RunConfig) -> Any:
             adam_beta2=optim.beta2,
             adam_eps=optim.eps,
             clip_grad=optim.clip_grad,
-            bf16=config.precision.name == "bf16",
+            bf16=config.precision.name != "fp32",
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
         lr_scheduler=nl.lr_scheduler.CosineAnnealingScheduler(

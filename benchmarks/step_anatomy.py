@@ -1,0 +1,70 @@
+"""What a step is made of: the decoder on text alone, NeVA, and NeVA with PRe, with LaVer and with both; or in one
+precision after another.
+
+    python -m benchmarks.step_anatomy parts --model llava15_7b --layers 4 --precision bf16 --micro-batch-size 2
+    python -m benchmarks.step_anatomy precision --model llava15_7b --layers 4 --micro-batch-size 2
+
+Every side is a run of the product (see :mod:`benchmarks.overhead`); all are in memory at once, so depth is cut to what
+fits. Of ``parts`` the first is NeVA on samples without an image, as long as the others: what Megatron gives a text
+model of these layers. Sides with LaVer have mixed attention and 2D-RoPE, and so has the plain run they are read by.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from benchmarks.overhead import Settings, compare, parse_arguments
+
+SPATIAL = ["model.attention=mixed", "model.rope=2d"]
+MASKED = ["objective.laver.mask_schedule=constant"]  # from the first step on
+PARTS = {
+    "text": ["objective=none"],
+    "neva": ["objective=none"],
+    "pre": ["objective=pre"],
+    "neva_spatial": [*SPATIAL, "objective=none"],
+    "laver": [*SPATIAL, "objective=laver/paper", *MASKED],
+    "both": [*SPATIAL, "objective=pre_laver", *MASKED],
+}
+PRECISIONS = {
+    name: ["objective=none", f"precision={name}"]
+    for name in ("bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
+}
+ON_CPU = {name: ["objective=none", f"precision={name}"] for name in ("bf16", "fp32")}
+
+
+def throughput(result: dict[str, Any]) -> dict[str, Any]:
+    """Tokens and images a second, and FLOP/s as counted (attention of plain causal kernels is not)."""
+    settings = result["settings"]
+    samples = settings["micro_batch_size"] * settings["num_microbatches"]
+    rates = {}
+    for side in settings["sides"]:
+        seconds = result["step_time"][f"{side}_median_ms"] / 1000
+        rates[side] = {
+            "samples_per_second": round(samples / seconds, 3),
+            "tflops_per_second": round(result["flops"][side] / seconds / 1e12, 4),
+        }
+    return {"throughput": rates}
+
+
+def main() -> None:
+    what = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if what not in ("parts", "precision"):
+        sys.exit(__doc__)
+    arguments = parse_arguments("Step time by part of the model or by precision.")
+    if what == "precision":
+        import torch
+
+        sides = PRECISIONS if torch.cuda.is_available() else ON_CPU
+        compare(Settings("step_precision", sides, **arguments), throughput)
+        return
+    sides = PARTS
+    if arguments["model"] == "digits_tiny":
+        # Beside a decoder of width 128 a head of 2048 would be most of the model: as wide, in proportion, as at 7B.
+        narrow = ["objective.laver.head_hidden_width=73"]
+        sides = {name: [*words, *(narrow if name in ("laver", "both") else [])] for name, words in PARTS.items()}
+    compare(Settings("step_parts", sides, **arguments, text_only=("text",)), throughput)
+
+
+if __name__ == "__main__":
+    main()
