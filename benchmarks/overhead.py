@@ -21,7 +21,7 @@ import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -93,12 +93,21 @@ def parse_arguments(description: str) -> dict[str, Any]:
 # --- the parent: who runs when ----------------------------------------------------------------------------------
 
 
-def measure_in_turns(context: Any, settings: Settings, scratch: str) -> tuple[Times, dict[str, Any], dict[str, Any]]:
-    """Times by side, block and step (wall, CPU seconds), peak memory by side (bytes, on a GPU) and the machine."""
+def measure_in_turns(
+    context: Any, settings: Settings, scratch: str, runners: Mapping[str, Callable[..., None]] | None = None
+) -> tuple[Times, dict[str, Any], dict[str, Any]]:
+    """Times by side, block and step (wall, CPU seconds), peak memory by side (bytes, on a GPU) and the machine.
+
+    ``runners`` names the sides that are something else than a run of the product; they speak as :func:`run_timed`.
+    """
     pipes, processes = {}, []
     for side in settings.sides:
         pipes[side], child = context.Pipe()
-        processes.append(context.Process(target=run_timed, args=(child, settings, side, scratch), daemon=True))
+        processes.append(
+            context.Process(
+                target=(runners or {}).get(side, run_timed), args=(child, settings, side, scratch), daemon=True
+            )
+        )
         processes[-1].start()
         child.close()
     times: Times = {side: [] for side in settings.sides}
