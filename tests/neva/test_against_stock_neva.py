@@ -70,16 +70,19 @@ def padded(longest: int, **flags: Any) -> int:
     """:meth:`MCoreVisualNevaModel.padded_length` on nothing but the attributes it reads."""
     from nemo_pre.neva.model import MCoreVisualNevaModel
 
+    class Chunk(SimpleNamespace):
+        _get_shard_factor = MCoreVisualNevaModel._get_shard_factor
+        _length_factor = MCoreVisualNevaModel._length_factor
+
     attributes: dict[str, Any] = dict(
         tp_comm_overlap_lm=False,
         context_parallel_lm=1,
         sequence_parallel_lm=False,
         tensor_model_parallel_size_lm=1,
         _language_max_sequence_length=64,
+        config=SimpleNamespace(language_transformer_config=SimpleNamespace(fp8=None)),
     )
-    chunk = SimpleNamespace(**(attributes | flags))
-    chunk._get_shard_factor = lambda packed: MCoreVisualNevaModel._get_shard_factor(chunk, packed)
-    return MCoreVisualNevaModel.padded_length(chunk, longest)
+    return MCoreVisualNevaModel.padded_length(Chunk(**(attributes | flags)), longest)
 
 
 def lengths() -> dict[str, int]:
