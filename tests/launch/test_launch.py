@@ -25,6 +25,8 @@ def start(function, output_dir, *overrides, **environment):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A suite in the background of a script ignores Ctrl-C, and what it starts would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
