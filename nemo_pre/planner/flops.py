@@ -13,7 +13,7 @@ from nemo_pre.config.schema import ParallelConfig, RunConfig
 from nemo_pre.planner.load import Load
 from nemo_pre.planner.memory import has_moving_anchor
 from nemo_pre.planner.parameters import (
-    chunks_of_stages,
+    placed_chunks,
     prediction_head_matrices,
     projector_matrices,
     target_layers_among,
@@ -66,17 +66,9 @@ def chunk_flops(
 
 def stage_flops(config: RunConfig, load: Load, stage: int, dense: bool) -> list[dict[str, Flops]]:
     """The same of every chunk of a pipeline stage."""
-    chunks, stages = chunks_of_stages(config)[stage], config.parallel.pipeline
     return [
-        chunk_flops(
-            config,
-            load,
-            layers,
-            first=stage == 0 and index == 0,
-            last=stage == stages - 1 and index == len(chunks) - 1,
-            dense=dense,
-        )
-        for index, layers in enumerate(chunks)
+        chunk_flops(config, load, layers, first=first, last=last, dense=dense)
+        for layers, first, last in placed_chunks(config, stage)
     ]
 
 

@@ -19,6 +19,7 @@ from nemo_pre.planner.parameters import (
     chunks_of_stages,
     fp8_layers_among,
     layer_parameters,
+    placed_chunks,
     projector_parameters,
     rank_parameters,
     target_layers_among,
@@ -155,17 +156,9 @@ def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> 
 
 
 def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool) -> list[ChunkActivations]:
-    chunks, stages = chunks_of_stages(config)[stage], config.parallel.pipeline
     return [
-        chunk_activations(
-            config,
-            load,
-            layers,
-            first=stage == 0 and index == 0,
-            last=stage == stages - 1 and index == len(chunks) - 1,
-            fused=fused,
-        )
-        for index, layers in enumerate(chunks)
+        chunk_activations(config, load, layers, first=first, last=last, fused=fused)
+        for layers, first, last in placed_chunks(config, stage)
     ]
 
 

@@ -30,6 +30,16 @@ def chunks_of_stages(config: RunConfig) -> list[Chunks]:
     return [chunks[stage :: layout.pipeline] for stage in range(layout.pipeline)]
 
 
+def placed_chunks(config: RunConfig, stage: int) -> list[tuple[range, bool, bool]]:
+    """Of every chunk of a stage its layers, and whether it is the pipeline's first and its last."""
+    chunks, stages = chunks_of_stages(config)[stage], config.parallel.pipeline
+    last = len(chunks) - 1
+    return [
+        (layers, stage == 0 and index == 0, stage == stages - 1 and index == last)
+        for index, layers in enumerate(chunks)
+    ]
+
+
 def num_chunks(layout: ParallelConfig) -> int:
     """Model chunks of a whole pipeline."""
     return layout.pipeline * (layout.virtual_pipeline or 1)
