@@ -8,7 +8,8 @@ PLAIN, LAVER, BOTH = "experiment=digits_tiny", "experiment=digits-laver", "exper
 PRE = (PLAIN, "objective=pre")
 MIXED, ROTARY_2D = "model.attention=mixed", "model.rope=2d"
 NO_GRAM, PLAIN_GRAM = "objective.laver.gram_weight=0", "objective.laver.gram_clipped=false"
-SECOND_STAGE = ("optim.freeze_vision=true", "optim.lr=5e-4")
+FROZEN = "optim.freeze_vision=true"
+SECOND_STAGE = (FROZEN, "optim.lr=5e-4")
 LAVER_COST = 1.6  # of a step, in steps without
 
 BASELINE = "baseline"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.study.arms import SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
+from nemo_pre.study.arms import FROZEN, SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
 from nemo_pre.study.runs import StudyRun
 
 RECORDS = 6  # diagnostics during a run
@@ -21,7 +21,8 @@ def study(
     arms: str | None = None,
     seeds: int = 3,
     ablation_seeds: int = 1,
-    first_steps: int = 800,
+    encoder_steps: int = 1500,
+    first_steps: int = 600,
     steps: int = 600,
     num_images: int = 512,
     num_fit: int = 2048,
@@ -36,11 +37,13 @@ def study(
       nemo-pre study digits arms=baseline,pre,laver seeds=2        a part of it
       nemo-pre study digits model.language.num_layers=16 runs=runs/deep out=experiments/deep page=docs/deep.md
 
-    A first stage trains a model from random weights for first_steps steps; each arm goes on from it, on other samples,
-    for steps steps with a frozen encoder, as LaVer needs it (first_steps=0: every arm from random weights). Main arms
-    have seeds 1 to seeds, the others 1 to ablation_seeds. Every run is diagnosed on the first num_images of the val
-    split, probes are fitted on num_fit of the train split, and val_samples questions are answered. options are
-    overrides for all runs. at_a_time runs go in parallel, as many as there are cores or GPUs unless given.
+    An encoder learns for encoder_steps steps to name what each patch shows and is frozen then (encoder_steps=0: the
+    first stage trains one from random weights). A first stage trains projector and language model from random weights
+    for first_steps steps; each arm goes on from it, on other samples, for steps steps (first_steps=0: every arm by
+    itself). Main arms have seeds 1 to seeds, the others 1 to ablation_seeds. Every run is diagnosed on the first
+    num_images of the val split, probes are fitted on num_fit of the train split, and val_samples questions are
+    answered. options are overrides for all runs. at_a_time runs go in parallel, as many as there are cores or GPUs
+    unless given.
 
     Killed and started again with the same options it goes on where it was; finished runs are not repeated. out gets
     summary.json and figures; remarks.md there is put into the page. dry_run lists the runs and does nothing.
@@ -53,18 +56,21 @@ def study(
     for name, value in {**counts, "at_a_time": 1 if at_a_time is None else at_a_time}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
-    if first_steps < 0:
-        raise ValueError(f"first_steps={first_steps}: give 0 or more.")
+    for name, value in {"first_steps": first_steps, "encoder_steps": encoder_steps}.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: give 0 or more.")
     from nemo_pre.config.compose import compose_run
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.launch import RankFailure
+    from nemo_pre.study.encoder import prepare_encoder, prepare_start, start_directory
     from nemo_pre.study.figures import draw
     from nemo_pre.study.page import write_page
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
     from nemo_pre.study.summary import summarise, write_summary
 
     read_manifest(data)
-    num_layers = compose_run(["experiment=digits_tiny", *options]).model.language.num_layers
+    run_config = compose_run(["experiment=digits_tiny", *options])
+    num_layers = run_config.model.language.num_layers
     asked = chosen(digits_arms(num_layers), arms)
     common = [
         f"data.path={data}",
@@ -72,8 +78,10 @@ def study(
         f"platform={platform}",
         "trainer.log_every=10",
     ]
-    common += ["trainer.keep_checkpoints=1"]
+    common += ["trainer.keep_checkpoints=1", "trainer.micro_batch_size=16"]
     plan = _Plan(Path(runs), common, list(options), data, (f"num_images={num_images}", f"num_fit={num_fit}"), platform)
+    if encoder_steps:
+        plan.starts = lambda seed: [f"init_from={start_directory(Path(runs), seed)}", FROZEN]
     for arm in asked:
         for seed in range(1, (seeds if arm.main else ablation_seeds) + 1):
             plan.add(arm, seed, first_steps, steps)
@@ -86,8 +94,14 @@ def study(
     with alone(Path(runs)):
         for run in ordered:
             run.check()
+        encoder = None
+        if encoder_steps:
+            encoder = prepare_encoder(run_config, data, Path(runs), encoder_steps, "cuda" if on_gpu else "cpu")
+            for seed in sorted({run.seed for run in ordered}):
+                prepare_start(run_config, Path(runs), seed)
         failures = do_all(ordered, plan.starts_from, at_a_time or most, on_gpu)
     settings = {
+        "encoder": encoder and {name: encoder[name] for name in ("steps", "accuracy")},
         "first_steps": first_steps,
         "steps": steps,
         "val_samples": val_samples,
@@ -118,14 +132,18 @@ class _Plan:
         self._first: dict[tuple[str, int], StudyRun] = {}
         self._second: list[StudyRun] = []
         self.starts_from: dict[StudyRun, StudyRun] = {}
+        self.starts: Callable[[int], list[str]] = lambda seed: []  # overrides of what nothing comes before
 
     def add(self, arm: Arm, seed: int, first_steps: int, steps: int) -> None:
         if not first_steps:
-            self._second.append(self._run(arm, seed, steps, []))
+            self._second.append(self._run(arm, seed, steps, seed, self.starts(seed)))
             return
         stage = next(each for each in first_stages() if each.name == arm.first_stage)
-        before = self._first.setdefault((stage.name, seed), self._run(stage, seed, first_steps, []))
-        run = self._run(arm, seed, steps, [*SECOND_STAGE, f"init_from={before.directory / 'checkpoints'}"])
+        before = self._first.setdefault(
+            (stage.name, seed), self._run(stage, seed, first_steps, seed, self.starts(seed))
+        )
+        further = [*SECOND_STAGE, f"init_from={before.directory / 'checkpoints'}"]
+        run = self._run(arm, seed, steps, 1000 + seed, further)  # it sees the samples in another order
         self._second.append(run)
         self.starts_from[run] = before
 
@@ -133,10 +151,9 @@ class _Plan:
         """First stages first, and low seeds before high ones, so that an early look has every arm."""
         return [*sorted(self._first.values(), key=_seed), *sorted(self._second, key=_seed)]
 
-    def _run(self, arm: Arm, seed: int, steps: int, more: list[str]) -> StudyRun:
+    def _run(self, arm: Arm, seed: int, steps: int, order: int, more: list[str]) -> StudyRun:
         every = max(1, steps // RECORDS)
         intervals = [f"trainer.{name}={every}" for name in ("log_diagnostics_every", "checkpoint_every")]
-        order = 1000 + seed if more else seed  # a second stage sees the samples in another order
         seeds = [f"seed={seed}", f"data.shuffle_seed={order}"]
         overrides = (*arm.overrides, *self._common, *seeds, f"trainer.max_steps={steps}", *intervals, *more)
         directory = self._root / f"{arm.name}_seed{seed}"

@@ -155,12 +155,19 @@ def _method(summary: Summary, files: str) -> str:
     machine = summary["machine"]
     hours = sum(run["seconds"] for arm in summary["arms"].values() for run in arm["seeds"].values()) / 3600
     runs = sum(len(arm["seeds"]) for arm in summary["arms"].values())
+    encoder = settings["encoder"]
+    seeing = (
+        f"The encoder learned for {encoder['steps']} steps to name what each patch shows (right for "
+        f"{encoder['accuracy']:.1%} of the val patches that show a digit) and was frozen; all seeds share it."
+        if encoder
+        else "The encoder started from random weights."
+    )
+    weights = "projector and language model from random weights" if encoder else "everything from random weights"
     start = (
-        f"A first stage of {settings['first_steps']} steps from random weights, encoder trained, for each kind of "
-        f"attention and positions; each arm goes on for {settings['steps']} steps with a frozen encoder, on other "
-        "samples."
+        f"{seeing} A first stage of {settings['first_steps']} steps, {weights}, for each kind of attention and "
+        f"positions; each arm goes on for {settings['steps']} steps with a frozen encoder, on other samples."
         if settings["first_steps"]
-        else f"Every arm from random weights for {settings['steps']} steps."
+        else f"{seeing} Every arm for {settings['steps']} steps, {weights}."
     )
     listed = ", ".join(settings["options"]) or "none"
     return (

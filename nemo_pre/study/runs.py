@@ -92,17 +92,26 @@ class StudyRun:
             _write(self.directory / DIAGNOSED, {"options": list(self.diagnose)})
 
     def _process(self, verb: str, words: Sequence[str], environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "nemo_pre.cli", verb, *words]
-        log, variables = self.directory / LOG, {**os.environ, **environment}
-        with log.open("a") as file:
-            file.write(f"nemo-pre {verb} {' '.join(words)}\n")
-            file.flush()
-            code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=variables, close_fds=False, check=False
-            ).returncode
-        if code:
-            last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
-            raise RunFailed(f"{self.name}: nemo-pre {verb} ended with code {code} ({last.strip()}); see {log}.")
+        run_verb(verb, words, self.name, self.directory / LOG, environment)
+
+
+def run_verb(verb: str, words: Sequence[str], name: str, log: Path, environment: dict[str, str]) -> None:
+    """``nemo-pre VERB WORDS`` as a process of its own, which writes to ``log``.
+
+    Raises:
+        RunFailed: it ended with an error; ``name`` says whose it was.
+    """
+    command = [sys.executable, "-m", "nemo_pre.cli", verb, *words]
+    variables = {**os.environ, **environment}
+    with log.open("a") as file:
+        file.write(f"nemo-pre {verb} {' '.join(words)}\n")
+        file.flush()
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=variables, close_fds=False, check=False
+        ).returncode
+    if code:
+        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        raise RunFailed(f"{name}: nemo-pre {verb} ended with code {code} ({last.strip()}); see {log}.")
 
 
 def _read(path: Path) -> Any:

@@ -1,0 +1,182 @@
+"""An encoder that sees, and the models that a study's first stages start from.
+
+Both methods start from an encoder that was trained on pictures. digits_tiny's, trained from random weights by answers
+alone, gives visual tokens that are nearly alike, and what they do not hold cannot get lost in the decoder
+(docs/experiments.md). So the study first teaches the encoder to name what each patch shows, and keeps it frozen.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_pre.study.runs import run_verb
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.diagnostics.samples import DiagnosticSample
+
+ENCODER, DESCRIPTION, VISION, LANGUAGE = "encoder", "encoder.json", "vision", "language"
+BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 128, 2e-3, 0.05, 0.1
+REPORT_EVERY = 20.0  # seconds
+
+Pictures = tuple["torch.Tensor", "torch.Tensor"]  # pixels [N, 3, H, W] and classes [N, patches], NOTHING where none
+
+
+def prepare_encoder(run: RunConfig, data: str, runs: Path, steps: int, device: str) -> dict[str, Any]:
+    """``runs/encoder``: the run's tower, trained for ``steps`` steps to name each patch; as it is if it is there.
+
+    Returns:
+        What it was made with, and ``accuracy``: on val patches that show an object.
+
+    Raises:
+        ValueError: it is there, made with something else; or the data have no masks, or the tower no layers.
+    """
+    import dataclasses
+
+    from nemo_pre.huggingface.atomic import appearing
+
+    vision = run.model.vision
+    if not vision.num_layers:
+        raise ValueError("encoder_steps is for an encoder: give encoder_steps=0 with a patch MLP.")
+    made_with = {"steps": steps, "data": data, "seed": run.seed, "vision": dataclasses.asdict(vision)}
+    directory = runs / ENCODER
+    if directory.exists():
+        found: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text())
+        if {name: found[name] for name in made_with} != made_with:
+            raise ValueError(f"{directory} was made with other options: remove it, or give another runs=DIRECTORY.")
+        return found
+    with appearing(directory) as unfinished:
+        accuracy = _train(run, data, unfinished / VISION, steps, device)
+        (unfinished / DESCRIPTION).write_text(json.dumps({**made_with, "accuracy": accuracy}, indent=1) + "\n")
+    return {**made_with, "accuracy": accuracy}
+
+
+def start_directory(runs: Path, seed: int) -> Path:
+    return runs / f"start_seed{seed}"
+
+
+def prepare_start(run: RunConfig, runs: Path, seed: int) -> None:
+    """``runs/start_seedN``: the encoder with a language model and a projector of random weights, imported.
+
+    Raises:
+        RunFailed: the import failed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from nemo_pre.huggingface.architecture import hf_config
+
+    target = start_directory(runs, seed)
+    if target.exists():
+        return
+    language = runs / f"{LANGUAGE}_seed{seed}"
+    text = hf_config(run.model, 0, run.data.sequence_length, "float32")["text_config"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**text)).save_pretrained(language)
+    parts = [f"vision={runs / ENCODER / VISION}", f"language={language}", f"out={target}", f"seed={seed}"]
+    words = [*parts, f"feature_layer={run.model.vision.feature_layer}"]
+    run_verb("import", words, f"start, seed {seed}", runs / f"{target.name}.log", {})
+
+
+# --- naming patches -------------------------------------------------------------------------------------------------
+
+
+def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> float:
+    import torch
+    from torch import nn
+
+    from nemo_pre.diagnostics.patches import NOTHING
+
+    (pixels, classes), (val_pixels, val_classes) = _pictures(run, data)
+    torch.manual_seed(run.seed)
+    tower = _tower(run).to(device)
+    names = nn.Linear(run.model.vision.hidden_size, int(classes.max()) + 1).to(device)
+    parameters = [*tower.parameters(), *names.parameters()]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=WARMUP)
+    started = told = time.monotonic()
+    for step in range(1, steps + 1):
+        chosen = torch.randint(len(pixels), (BATCH,))
+        scores = names(_patch_tokens(tower, pixels[chosen].to(device), classes.shape[1], run))
+        loss = nn.functional.cross_entropy(
+            scores.flatten(0, 1), classes[chosen].flatten().to(device), ignore_index=NOTHING
+        )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if (now := time.monotonic()) - told > REPORT_EVERY or step == steps:
+            left = (now - started) / step * (steps - step)
+            print(f"encoder: step {step}/{steps}, loss {loss.item():.3f}, ETA {left:.0f} s", flush=True)
+            told = now
+    right = shown = 0
+    with torch.no_grad():
+        for some, truth in zip(val_pixels.split(BATCH), val_classes.split(BATCH), strict=True):
+            found = names(_patch_tokens(tower, some.to(device), classes.shape[1], run)).argmax(-1).cpu()
+            right += int((found == truth)[truth > 0].sum())
+            shown += int((truth > 0).sum())
+    tower.cpu().save_pretrained(out)
+    return right / shown
+
+
+def _tower(run: RunConfig) -> Any:
+    import transformers
+
+    from nemo_pre.config.vision_families import FAMILIES, transformers_values
+
+    classes = FAMILIES[run.model.vision.family].classes
+    assert classes is not None
+    model, config = (getattr(transformers, name) for name in classes)
+    return model(config(**transformers_values(run.model.vision)))
+
+
+def _patch_tokens(tower: Any, pixels: torch.Tensor, num_patches: int, run: RunConfig) -> torch.Tensor:
+    """``[N, patches, D]``: the layer that the projector reads."""
+    tokens: torch.Tensor = tower(pixels, output_hidden_states=True).hidden_states[run.model.vision.feature_layer]
+    return tokens[:, -num_patches:]
+
+
+def _pictures(run: RunConfig, data: str) -> tuple[Pictures, Pictures]:
+    """Every picture of the train and of the val split.
+
+    Raises:
+        ValueError: there are no masks.
+    """
+    from nemo_pre.diagnostics.samples import read_data
+
+    everything = 1 << 62
+    found = read_data(data, everything, everything)
+    if not (found.has_masks and found.fit and found.background == 0):
+        raise ValueError(f"{data} has no masks of digits in a train split: give encoder_steps=0, or other data.")
+    return _labelled(run, found.fit_samples()), _labelled(run, found.test_samples())
+
+
+def _labelled(run: RunConfig, samples: Any) -> Pictures:
+    import torch
+
+    pixels, classes = zip(*(_one(run, sample) for sample in samples), strict=True)
+    return torch.stack(pixels), torch.stack(classes)
+
+
+def _one(run: RunConfig, sample: DiagnosticSample) -> tuple[torch.Tensor, torch.Tensor]:
+    import numpy as np
+    import torch
+
+    from nemo_pre.data.images import image_tensor
+    from nemo_pre.diagnostics.patches import patch_classes
+    from nemo_pre.diagnostics.states import square_patches
+
+    vision, data = run.model.vision, run.data
+    look = (vision.image_mean, vision.image_std, sample.key, data.image_resize, data.image_filter)
+    assert sample.mask is not None
+    mask = torch.from_numpy(np.array(sample.mask.resize((vision.image_size,) * 2, 0)))  # 0: nearest
+    side = vision.image_size // vision.patch_size
+    classes = patch_classes(square_patches(mask[None].long(), side, side)[..., 0], background=0)
+    return image_tensor(sample.picture, vision.image_size, *look), classes
