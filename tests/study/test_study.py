@@ -28,7 +28,7 @@ def processes(monkeypatch) -> Processes:
 @pytest.fixture
 def ask(digits, tmp_path, processes):
     def asked(*options: str, **more: Any) -> dict[str, Any]:
-        how = {"seeds": 2, "first_steps": 2, "steps": 2, "num_images": 8, "num_fit": 8, "val_samples": 4}
+        how = {"seeds": 2, "encoder_steps": 0, "first_steps": 2, "steps": 2, "num_images": 8, "num_fit": 8, "val_samples": 4}
         places = {
             "out": str(tmp_path / "out"),
             "page": str(tmp_path / "docs/study.md"),
@@ -161,6 +161,7 @@ def test_every_arm_is_a_run_that_can_be_checked(num_layers, digits):
         ({"arms": "baseline,nothing"}, "names no arm 'nothing'"),
         ({"seeds": 0}, "seeds=0"),
         ({"first_steps": -1}, "first_steps=-1"),
+        ({"encoder_steps": -1}, "encoder_steps=-1"),
         ({"data": "nowhere"}, "nowhere has no manifest"),
     ],
 )
@@ -176,15 +177,26 @@ def test_a_dry_run_lists_the_runs_and_does_nothing(digits, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_first_stages_start_from_the_frozen_encoder_and_later_ones_from_first_stages(digits, tmp_path, capsys):
+    study(data=str(digits), runs=str(tmp_path / "runs"), dry_run=True, platform="cpu", arms="baseline", seeds=2)
+    first, _, second, _ = capsys.readouterr().out.splitlines()
+    assert f"init_from={tmp_path / 'runs' / 'start_seed1'} optim.freeze_vision=true" in first
+    assert f"init_from={tmp_path / 'runs' / 'first_causal_seed1' / 'checkpoints'}" in second
+    study(data=str(digits), dry_run=True, platform="cpu", arms="baseline", seeds=1, encoder_steps=0)
+    random, _ = capsys.readouterr().out.splitlines()
+    assert "init_from" not in random and "freeze_vision" not in random
+
+
 def test_a_real_arm_of_two_steps_is_trained_diagnosed_and_summed_up(digits, tmp_path):
     study(
-        ["model.language.num_layers=2", "model.vision.num_layers=1", "trainer.global_batch_size=4"],
+        ["model.language.num_layers=2", "model.vision.num_layers=1", "trainer.global_batch_size=4", "trainer.micro_batch_size=4"],
         out=str(tmp_path / "out"),
         page=str(tmp_path / "study.md"),
         runs=str(tmp_path / "runs"),
         data=str(digits),
         arms="pre",
         seeds=1,
+        encoder_steps=3,
         first_steps=0,
         steps=2,
         num_images=6,
