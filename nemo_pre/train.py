@@ -203,8 +203,9 @@ def run_callbacks(config: RunConfig) -> list[Any]:
     return [*callbacks, RunCheckpoint(config)]
 
 
-def run_loggers(config: RunConfig) -> Any:
-    """TensorBoard; metrics.jsonl is written by a callback, which knows what a resume repeats."""
-    from nemo_pre.callbacks.metrics import RunTensorBoard
+def run_loggers(config: RunConfig) -> list[Any]:
+    """TensorBoard, and W&B if asked; metrics.jsonl is written by a callback, which knows what a resume repeats."""
+    from nemo_pre.callbacks.metrics import RunTensorBoard, RunWandb
 
-    return RunTensorBoard(config.output_dir)
+    asked = [RunWandb(config)] if config.trainer.wandb_project else []
+    return [RunTensorBoard(config.output_dir), *asked]

@@ -1,20 +1,23 @@
-"""A run's metrics as ``metrics.jsonl``, one object per line, and as TensorBoard events.
+"""A run's metrics as ``metrics.jsonl``, one object per line, as TensorBoard events, and to Weights & Biases if asked.
 
-Neither stops a run: a disk that is full gives one warning and a gap in the record.
+None stops a run: a full disk gives one warning and a gap in the record, and W&B sends from a process of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile, Tolerant
 from nemo_pre.callbacks.progress import READABLE, StepClock, logged_metrics
+from nemo_pre.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -97,3 +100,24 @@ class RunTensorBoard(TensorBoardLogger):
         if not self._warned:
             log.warning("TensorBoard events are not recorded: %s. Training goes on.", error)
             self._warned = True
+
+
+class RunWandb(WandbLogger):
+    """Lightning's W&B logger with readable names; a resumed run goes on in the record it began.
+
+    Raises, when the run starts: ``wandb.errors.UsageError``, without a login and outside of offline mode.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        directory = Path(config.output_dir).resolve()
+        super().__init__(
+            name=config.name,
+            project=config.trainer.wandb_project,
+            id=hashlib.sha256(str(directory).encode()).hexdigest()[:16],
+            save_dir=str(directory),
+            resume="allow",
+            config=dataclasses.asdict(config),
+        )
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({READABLE.get(name, name): value for name, value in metrics.items()}, step)

@@ -225,6 +225,7 @@ class TrainerConfig:
     log_grad_norms_every: int | None = None  # steps; gradient norm of each loss term, at a backward pass per term
     log_similarity_every: int | None = None  # steps; mean cosine between an image's visual tokens, layer by layer
     log_diagnostics_every: int | None = None  # steps; probes, contrast and more of a few pictures, layer by layer
+    wandb_project: str | None = None  # of Weights & Biases, which gets the metrics too; WANDB_* variables as it says
     val_every: int | None = None  # steps; null: at the end only
     val_samples: int = 256  # scenes whose answers are generated for exact match
     checkpoint_every: int | None = None  # steps; null: at the end only

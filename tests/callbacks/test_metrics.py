@@ -141,3 +141,23 @@ def test_tensorboard_gets_readable_names_and_never_stops_a_run(
         logger.save()
         logger.finalize("success")
     assert sum("TensorBoard" in record.message for record in caplog.records) == 1
+
+
+def test_wandb_gets_readable_names_and_a_resumed_run_goes_on_in_its_record(tmp_path, monkeypatch):
+    import wandb
+
+    from nemo_pre.callbacks.metrics import RunWandb
+    from nemo_pre.config.compose import compose_run
+
+    options = ["experiment=digits_tiny", f"output_dir={tmp_path}", "trainer.wandb_project=seeing"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        logger = RunWandb(compose_run(options))
+        logger.log_metrics({"reduced_train_loss": 0.5}, step)
+        assert logger.experiment.summary["lm/loss"] == 0.5
+        ids.append((logger.experiment.id, logger.experiment.project, logger.experiment.config["name"]))
+        wandb.finish()
+    assert ids == [(ids[0][0], "seeing", "digits_tiny")] * 2
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0][0]}/*.wandb"))

@@ -28,7 +28,15 @@ def processes(monkeypatch) -> Processes:
 @pytest.fixture
 def ask(digits, tmp_path, processes):
     def asked(*options: str, **more: Any) -> dict[str, Any]:
-        how = {"seeds": 2, "encoder_steps": 0, "first_steps": 2, "steps": 2, "num_images": 8, "num_fit": 8, "val_samples": 4}
+        how = {
+            "seeds": 2,
+            "encoder_steps": 0,
+            "first_steps": 2,
+            "steps": 2,
+            "num_images": 8,
+            "num_fit": 8,
+            "val_samples": 4,
+        }
         places = {
             "out": str(tmp_path / "out"),
             "page": str(tmp_path / "docs/study.md"),
@@ -189,7 +197,12 @@ def test_first_stages_start_from_the_frozen_encoder_and_later_ones_from_first_st
 
 def test_a_real_arm_of_two_steps_is_trained_diagnosed_and_summed_up(digits, tmp_path):
     study(
-        ["model.language.num_layers=2", "model.vision.num_layers=1", "trainer.global_batch_size=4", "trainer.micro_batch_size=4"],
+        [
+            "model.language.num_layers=2",
+            "model.vision.num_layers=1",
+            "trainer.global_batch_size=4",
+            "trainer.micro_batch_size=4",
+        ],
         out=str(tmp_path / "out"),
         page=str(tmp_path / "study.md"),
         runs=str(tmp_path / "runs"),
