@@ -187,6 +187,10 @@ def run_callbacks(config: RunConfig) -> list[Any]:
         callbacks.append(VisualSimilarityCallback(config.trainer.log_similarity_every))
     callbacks.append(ProgressCallback(log_every, batch_size))
     callbacks.append(MetricsCallback(config.output_dir, log_every, batch_size))
+    if config.data.record_samples:
+        from nemo_pre.callbacks.sample_record import SampleRecord
+
+        callbacks.append(SampleRecord(config.output_dir))
     if config.trainer.val_samples > 0:
         from nemo_pre.callbacks.exact_match import ExactMatchCallback
 

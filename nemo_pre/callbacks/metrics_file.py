@@ -24,8 +24,11 @@ class MetricsFile:
         self._warned = False
         self._torn = False
 
-    def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    def append(self, step: int, values: Mapping[str, Any]) -> None:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite})
         with self._tolerant():
             self.path.parent.mkdir(parents=True, exist_ok=True)

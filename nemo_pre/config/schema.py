@@ -99,6 +99,7 @@ class DataConfig:
     on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
     packing: bool = False  # several samples, isolated, in a sequence; batch sizes count sequences
     packing_window: int = 1024  # samples that are packed at a time
+    record_samples: bool = False  # samples.jsonl: the names of the samples that each step trained on
     on_state_mismatch: str = "raise"  # raise | restart (the data, not the run): a resume whose data state is another's
 
 

@@ -18,7 +18,7 @@ class Collate:
     Returns ``tokens`` int64 [B, T] (-200 stands for a whole image), ``labels`` int64 [B, T] (shifted, -100
     where nothing is predicted), ``loss_mask`` float32 [B, T], ``position_ids`` int64 [B, T],
     ``attention_mask`` None (causal), ``media`` float32 [num_tiles, 3, H, W] in the order of the tags, or None
-    where no item has an image, and ``num_media_tiles``, the tiles of each image.
+    where no item has an image, ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names.
     """
 
     text_tokens: int
@@ -43,4 +43,5 @@ class Collate:
             "attention_mask": None,
             "media": torch.cat(images) if images else None,
             "num_media_tiles": [len(image) for image in images],
+            "keys": [item.key for item in items],
         }

@@ -145,6 +145,17 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
+def samples(run: Path) -> dict[int, list[str]]:
+    """The names of what each step trained on; a step that is on record twice is an error."""
+    from nemo_pre.callbacks.metrics_file import read_metrics
+    from nemo_pre.callbacks.sample_record import SAMPLES
+
+    lines = read_metrics(run / SAMPLES)
+    found = {line["step"]: line["samples"] for line in lines}
+    assert len(found) == len(lines), "a step is on record twice"
+    return found
+
+
 def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
     from nemo_pre.callbacks.checkpoint_files import UNFINISHED

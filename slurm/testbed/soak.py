@@ -2,9 +2,10 @@
 
     python -m slurm.testbed.soak [faults=40] [seed=0] [minutes=N] [directory=DIR] [data=data/digits]
 
-Prints every fault and, at the end, what was lost and whether the losses are equal. Faults end after ``minutes``, or on
-Ctrl-C or SIGTERM; what was trained until then is compared all the same. Another call with the same directory and
-another seed adds to the record there (``faults.jsonl``), and the figures at the end are those of the whole record.
+Prints every fault and, at the end, what was lost and whether losses and samples are equal. Faults end after
+``minutes``, or on Ctrl-C or SIGTERM; what was trained until then is compared all the same. Another call with the same
+directory and another seed adds to the record there (``faults.jsonl``), and the figures at the end are those of the
+whole record.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slurm.testbed.bed import TestBed, cut_newest_checkpoint, is_saving, last_step, losses
+from slurm.testbed.bed import TestBed, cut_newest_checkpoint, is_saving, last_step, losses, samples
 
 EVERY = 3  # steps between checkpoints
 STEPS_PER_FAULT = 4  # at most, between two faults
@@ -44,7 +45,7 @@ class Soak:
         self.down: str | None = None  # a node that crashed or hangs
 
     def run(self) -> bool:
-        """Whether the disturbed run has the losses of the quiet one."""
+        """Whether the disturbed run has the losses and the samples of the quiet one."""
         disturbed = self.directory / "disturbed"
         self.bed.start()
         try:
@@ -63,10 +64,13 @@ class Soak:
         self.train_to(step, other, quiet)
         found, expected = losses(disturbed), losses(quiet)
         steps = sorted(found.keys() & expected.keys())
-        equal = steps == list(range(1, len(steps) + 1)) and all(found[each] == expected[each] for each in steps)
+        trained, wanted = samples(disturbed), samples(quiet)
+        equal = steps == list(range(1, len(steps) + 1)) and all(
+            found[each] == expected[each] and trained[each] == wanted[each] for each in steps
+        )
         verdict = "equal" if equal else "NOT EQUAL"
         print(f"seed {self.seed}: {self.restarts(job)} restarts, the job is {self.bed.state(job)}")
-        print(f"the losses of {len(steps)} steps are {verdict} to the quiet run's", flush=True)
+        print(f"the losses and samples of {len(steps)} steps are {verdict} to the quiet run's", flush=True)
         return equal and len(steps) >= step
 
     def train_to(self, step: int, job: str, run: Path) -> None:
@@ -81,6 +85,7 @@ class Soak:
             "cluster.time_limit=1-00:00:00", "model.language.num_layers=2", "model.vision.num_layers=2",
             f"trainer.max_steps={self.steps}", f"trainer.checkpoint_every={EVERY}", "trainer.val_samples=0",
             "trainer.global_batch_size=32", "trainer.micro_batch_size=4", "trainer.hang_timeout=20",
+            "data.record_samples=true",
         ]  # fmt: skip
 
     def break_things(self, job: str, run: Path) -> None:

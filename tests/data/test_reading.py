@@ -69,7 +69,7 @@ def test_a_batch_keeps_the_contract(digits):
     items = [dataset[text_only], dataset[with_image]]
     batch = Collate(text_tokens=25, padding_id=0)(items)
     assert set(batch) == {
-        "tokens", "labels", "loss_mask", "position_ids", "attention_mask", "media", "num_media_tiles"
+        "tokens", "labels", "loss_mask", "position_ids", "attention_mask", "media", "num_media_tiles", "keys"
     }  # fmt: skip
     for name in ("tokens", "labels", "position_ids"):
         assert batch[name].shape == (2, 25)

@@ -13,7 +13,7 @@ def words(output: Path | str, data: Path, *more: str) -> list[str]:
     return [
         "cluster=slurm_testbed", f"output_dir={output}", f"data.path={data}", "platform=cpu",
         "model.language.num_layers=2", "model.vision.num_layers=2", "trainer.micro_batch_size=4",
-        "trainer.log_every=1", "trainer.val_samples=0", *more,
+        "trainer.log_every=1", "trainer.val_samples=0", "data.record_samples=true", *more,
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.testbed.bed import TestBed, cut_newest_checkpoint, is_saving, losses, wait_for
+from slurm.testbed.bed import TestBed, cut_newest_checkpoint, is_saving, losses, samples, wait_for
 from tests.slurm.runs import SHARED, log_of, one_rank, wait_for_step, words
 
 pytestmark = pytest.mark.timeout(1800)  # about three minutes where nothing else runs
@@ -93,7 +93,7 @@ def test_preemption_a_kill_in_a_checkpoint_a_crash_and_a_hang_of_a_node_leave_th
     stopped = re.search(r"stopped after step (\d+)", log_of(run, job, 0))
     assert stopped is not None and f"training from step {stopped[1]} to" in log_of(run, job, 1)
     assert f"step={cut} is damaged" in log_of(run, job, 2)
-    assert losses(run) == losses(jobs.folder / "quiet")
+    assert losses(run) == losses(jobs.folder / "quiet") and samples(run) == samples(jobs.folder / "quiet")
 
 
 def test_ft_launcher_starts_the_ranks_again_in_place_when_one_hangs(bed, jobs):
@@ -102,7 +102,7 @@ def test_ft_launcher_starts_the_ranks_again_in_place_when_one_hangs(bed, jobs):
     assert bed.shown(job, "Restarts") == "0"
     assert "Timeout (0:00:30)!" in log_of(run, job), "no stacks of the hang"
     assert log_of(run, job).count("training from step") == 2
-    assert losses(run) == losses(jobs.folder / "quiet")
+    assert losses(run) == losses(jobs.folder / "quiet") and samples(run) == samples(jobs.folder / "quiet")
 
 
 def test_a_chain_starts_each_stage_from_the_former_and_exports_the_last(bed, jobs):

@@ -30,6 +30,7 @@ def overrides(output: Path, data: Path, *more: str) -> list[str]:
         "trainer.micro_batch_size=2",
         "trainer.log_every=1",
         "trainer.val_samples=0",
+        "data.record_samples=true",
         *more,
     ]
 
@@ -38,6 +39,13 @@ def losses(output: Path) -> dict[int, tuple[float, float]]:
     """L_LM and L_PRe by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: (line["lm/loss"], line["pre/loss"]) for line in lines if "lm/loss" in line}
+
+
+def samples(output: Path) -> dict[int, list[str]]:
+    """The names of what each step trained on, in alphabetical order: ranks share them out in another one."""
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    assert all(len(set(line["samples"])) == 8 for line in lines)
+    return {line["step"]: sorted(line["samples"]) for line in lines}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +83,7 @@ def test_the_next_losses_after_resuming_elsewhere_equal_the_uninterrupted_runs(
         # float32 sums in another order; after five steps of Adam 1e-5 was the most that was seen
         assert lm == pytest.approx(expected[step][0], rel=2e-5), f"L_LM at step {step}"
         assert pre == pytest.approx(expected[step][1], abs=2e-5), f"L_PRe at step {step}"
+    assert samples(output) == {step: of for step, of in samples(uninterrupted).items() if step > SAVED}
     assert (output / "checkpoints" / f"step={STEPS}" / "config.yaml").is_file()
 
 
