@@ -31,7 +31,7 @@ def test_sizes_follow_from_the_layout_and_the_number_of_nodes():
     for line in (
         "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--partition=gpu", "--account=vlm", "--qos=high",
         "--time=1-00:00:00", "--exclude=bad1,bad2", "--requeue", "--signal=B:USR1@180", "--open-mode=append",
-        "--output=runs/digits_tiny/slurm/%j.log", "--exclusive",
+        "--output=runs/digits_tiny/slurm/%j.log", "--exclusive", "--job-name=digits_tiny_4gpu_fp32",
     ):  # fmt: skip
         assert f"#SBATCH {line}\n" in script, line
     assert is_bash(script)
