@@ -43,6 +43,7 @@ class Settings:
         name: of the result file.
         sides: the overrides of each run; the first is what the others are compared with.
         text_only: the sides whose samples have no image, of the same length.
+        prepared_data: batches are read from the data that the sides name, within the step, instead of made up.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Settings:
     blocks: int
     steps_per_block: int
     text_only: tuple[str, ...] = ()
+    prepared_data: bool = False
 
     @property
     def timed_steps(self) -> int:
@@ -236,7 +238,12 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
         language = model.config.language_transformer_config
         language.transformer_layer_spec = local_layer_spec
         language.gradient_accumulation_fusion = False  # a kernel the counter does not see either
-    trainer.fit(model, synthetic_data(config, images=side not in settings.text_only))
+    if settings.prepared_data:
+        from nemo_pre.data.module import build_data_module
+
+        trainer.fit(model, build_data_module(config))
+    else:
+        trainer.fit(model, synthetic_data(config, images=side not in settings.text_only))
     return on_gpu
 
 

@@ -64,6 +64,11 @@ VERBS = {
         f"{__name__}:data_lengths",
         usage=f"{__name__}:data_lengths_help",
     ),
+    "data features": Verb(
+        "run a frozen encoder once, for data.features: the options of a run",
+        "nemo_pre.features.compute:features",
+        usage="nemo_pre.features.compute:features_help",
+    ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
     "export": Verb("make a Hugging Face directory of a checkpoint", "nemo_pre.huggingface.exporter:export_checkpoint"),
     "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),

@@ -157,7 +157,7 @@ def answer(run: InferenceRun) -> None:
     from nemo_pre.data.conversation import end_of_answer
     from nemo_pre.data.preprocessing import build_preprocessing
     from nemo_pre.generation import generate as generate_tokens
-    from nemo_pre.preload import silence
+    from nemo_pre.silence import silence
 
     how = build_preprocessing(run)
     prompts = [_prompt(how, number, text, images) for number, (text, images) in enumerate(run.requests)]

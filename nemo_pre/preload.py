@@ -6,9 +6,8 @@ imported again, and its error seen, by the rank that needs it.
 
 import contextlib
 import importlib
-import os
-import sys
-from collections.abc import Iterator
+
+from nemo_pre.silence import silence
 
 MODULES = (
     "lightning.pytorch",
@@ -23,26 +22,6 @@ MODULES = (
     "transformers.models.dinov2.modeling_dinov2",
     "transformers.models.siglip.modeling_siglip",
 )
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Nothing reaches the file descriptors 1 and 2 meanwhile, from compiled code neither."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = [os.dup(fd) for fd in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for fd in (1, 2):
-            os.dup2(nowhere, fd)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for fd, original in zip((1, 2), saved, strict=True):
-            os.dup2(original, fd)
-            os.close(original)
-        os.close(nowhere)
 
 
 with silence():

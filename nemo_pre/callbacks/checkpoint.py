@@ -10,7 +10,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
-from nemo_pre.callbacks.checkpoint_files import damage_of, newest_step, numbered_checkpoints, record_sizes
+from nemo_pre.callbacks.checkpoint_files import (
+    checkpoint_dir,
+    damage_of,
+    newest_step,
+    numbered_checkpoints,
+    record_sizes,
+)
 from nemo_pre.config.compose import save_resolved
 from nemo_pre.config.schema import RunConfig
 
@@ -20,10 +26,6 @@ NO_ROOM = (  # what Linux says, and torch's writer when it could not write as mu
     "File too large",
     "inline_container",
 )
-
-
-def checkpoint_dir(config: RunConfig) -> Path:
-    return Path(config.output_dir) / "checkpoints"
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_pre.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,31 @@ def newest_checkpoint(directory: Path) -> str | None:
             f"Every checkpoint in {directory} is damaged: restore the files of one, or move them away to begin anew."
         )
     return None
+
+
+def checkpoint_dir(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def start_checkpoint(config: RunConfig) -> tuple[str | None, str | None]:
+    """The run's own newest checkpoint, and the one whose weights it starts with: that, or ``init_from``'s.
+
+    Raises:
+        ValueError: all of the run's checkpoints are damaged, or ``init_from`` names none.
+    """
+    newest = newest_checkpoint(checkpoint_dir(config)) if config.resume else None
+    return newest, newest or (former_stage(config.init_from) if config.init_from else None)
+
+
+def former_stage(path: str) -> str:
+    """The checkpoint ``init_from`` names: one by itself, or the newest of a run's ``checkpoints`` directory."""
+    directory = Path(path)
+    if directory.name == "checkpoints" or not (directory / "weights").is_dir():
+        newest = newest_checkpoint(directory)
+        if newest is None:
+            raise ValueError(f"init_from={path} is neither a checkpoint nor a directory with complete checkpoints.")
+        return newest
+    return str(directory)
 
 
 def newest_step(directory: Path) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.callbacks.checkpoint import RunCheckpoint, checkpoint_dir
-from nemo_pre.callbacks.checkpoint_files import newest_step
+from nemo_pre.callbacks.checkpoint import RunCheckpoint
+from nemo_pre.callbacks.checkpoint_files import checkpoint_dir, newest_step
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.skipped import read_skipped, record_skipped
 from nemo_pre.slurm import stopping

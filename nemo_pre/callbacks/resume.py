@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from nemo_pre.callbacks.checkpoint import checkpoint_dir
-from nemo_pre.callbacks.checkpoint_files import newest_checkpoint
+from nemo_pre.callbacks.checkpoint_files import start_checkpoint
 from nemo_pre.config.saved import check_same_weights
 from nemo_pre.config.schema import RunConfig
 
@@ -50,8 +48,7 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
     Raises:
         ValueError: a head in the checkpoint has another shape than the run's.
     """
-    newest = newest_checkpoint(checkpoint_dir(config)) if config.resume else None
-    source = newest or (former_stage(config.init_from) if config.init_from else None)
+    newest, source = start_checkpoint(config)
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
@@ -75,17 +72,6 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         return StartPoint(weights_from=source)
     log.info("Resuming from %s.", source)
     return StartPoint(resume_from=source)
-
-
-def former_stage(path: str) -> str:
-    """The checkpoint ``init_from`` names: one by itself, or the newest of a run's ``checkpoints`` directory."""
-    directory = Path(path)
-    if directory.name == "checkpoints" or not (directory / "weights").is_dir():
-        newest = newest_checkpoint(directory)
-        if newest is None:
-            raise ValueError(f"init_from={path} is neither a checkpoint nor a directory with complete checkpoints.")
-        return newest
-    return str(directory)
 
 
 def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:

@@ -53,7 +53,7 @@ class Report:
         pre = self.config.objective.pre
         layers = target_layers(pre, self.config.model.language.num_layers) if pre.enabled else ()
         pre_term = f" + PRe at layer {', '.join(map(str, layers))}, weight {pre.weight:g}" if pre.enabled else ""
-        laver = self.config.objective.laver
+        laver, features = self.config.objective.laver, self.config.data.features
         laver_term = (
             f" + LaVer, weights {laver.mim_weight:g} (masked prediction) and {laver.gram_weight:g} "
             f"({'clipped ' if laver.gram_clipped else ''}Gram)"
@@ -71,7 +71,7 @@ class Report:
                 f"  sequence    {self.config.data.sequence_length} tokens, "
                 f"{num_visual_tokens(self.config.model)} of them per image",
                 f"  objective   language model{pre_term}{laver_term}",
-                f"  data        {self.data}",
+                f"  data        {self.data}" + (f", features from {features}" if features else ""),
                 f"  memory      {self.memory.summary()}",
             ]
         )
@@ -86,6 +86,10 @@ def check_run(config: RunConfig) -> Report:
     warnings = check_options(config)
     data = check_presence(config)
     _check_blend(config)
+    if config.data.features is not None:
+        from nemo_pre.features.check import check_features
+
+        warnings += check_features(config)
     layout = config.parallel
     report = Report(
         config=config,
@@ -133,6 +137,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _batch(config)
     yield from _objective(config)
     yield from visual_problems(config)
+    yield from _features(config)
     yield from precision_problems(config)
     yield from _machines(config)
 
@@ -309,6 +314,21 @@ def _sequence(config: RunConfig) -> Iterator[str]:
         yield (
             f"data.sequence_length={length} leaves no room for text beside an image of {visual} visual tokens: "
             f"raise it, or lower model.vision.image_size."
+        )
+
+
+def _features(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.features is None:
+        return
+    if not config.optim.freeze_vision:
+        yield "data.features is what a frozen encoder gives: set optim.freeze_vision=true, or data.features=null."
+    if data.max_tiles > 1:
+        yield f"data.features holds one tile an image, not data.max_tiles={data.max_tiles}: set one of them back."
+    if config.trainer.log_diagnostics_every:
+        yield (
+            "trainer.log_diagnostics_every looks at pictures through the encoder, which data.features leaves out: set "
+            "one of them to null."
         )
 
 

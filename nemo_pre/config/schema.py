@@ -96,6 +96,7 @@ class DataConfig:
     image_resize: str = "whole"  # whole (aspect ratio lost) | crop (CLIP's centre crop) | pad (LLaVA-1.5's "pad")
     image_filter: str = "bicubic"  # bicubic (CLIP, SigLIP) | bilinear (SigLIP2)
     max_tiles: int = 1  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more
+    features: str | None = None  # directory of `nemo-pre data features`: a frozen encoder's output instead of images
     on_error: str = "raise"  # raise | skip: what a sample that cannot be read does
     packing: bool = False  # several samples, isolated, in a sequence; batch sizes count sequences
     packing_window: int = 1024  # samples that are packed at a time

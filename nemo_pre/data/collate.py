@@ -18,7 +18,8 @@ class Collate:
     Returns ``tokens`` int64 [B, T] (-200 stands for a whole image), ``labels`` int64 [B, T] (shifted, -100
     where nothing is predicted), ``loss_mask`` float32 [B, T], ``position_ids`` int64 [B, T],
     ``attention_mask`` None (causal), ``media`` float32 [num_tiles, 3, H, W] in the order of the tags, or None
-    where no item has an image, ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names.
+    where no item has an image (of items with features [num_tiles, tokens, d_vision], and ``pixels`` are the images if
+    they are wanted), ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names.
     """
 
     text_tokens: int
@@ -35,6 +36,7 @@ class Collate:
             tokens[row, : len(item.tokens)] = torch.tensor(item.tokens, dtype=torch.int64)
             labels[row, : len(item.labels)] = torch.tensor(item.labels, dtype=torch.int64)
         images = [image for item in items for image in item.images]
+        pixels = [image for item in items for image in item.pixels]
         return {
             "tokens": tokens,
             "labels": labels,
@@ -44,4 +46,5 @@ class Collate:
             "media": torch.cat(images) if images else None,
             "num_media_tiles": [len(image) for image in images],
             "keys": [item.key for item in items],
+            **({"pixels": torch.cat(pixels)} if pixels else {}),
         }

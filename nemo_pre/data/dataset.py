@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.data.conversation import encode
 from nemo_pre.data.errors import SampleError
+from nemo_pre.data.features import CachedFeatures
 from nemo_pre.data.images import image_tiles
 from nemo_pre.data.manifest import Manifest, verify_shards
 from nemo_pre.data.shards import RawSample, ShardedSamples
@@ -34,6 +35,8 @@ class Preprocessing:
         max_text_tokens: T, the width of a batch's text, in which an image counts as one token.
         tile_tokens: visual tokens of a tile.
         max_tiles: of an image, its thumbnail among them.
+        features: directory of an encoder's outputs, which are read instead of images.
+        pixels: read the images too, for a loss that looks at them.
     """
 
     tokenizer: Any
@@ -46,6 +49,8 @@ class Preprocessing:
     image_resize: str = "whole"
     image_filter: str = "bicubic"
     max_tiles: int = 1
+    features: str | None = None
+    pixels: bool = False
 
     @property
     def sequence_length(self) -> int:
@@ -60,12 +65,14 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Item:
-    """``tokens`` and ``labels`` of the same length (at most T); ``images`` float32 [tiles, 3, H, W] each."""
+    """``tokens`` and ``labels`` of the same length (at most T); ``images`` float32 [tiles, 3, H, W] each, or their
+    features [1, tokens, d_vision], beside which ``pixels`` are the images if they are wanted."""
 
     key: str
     tokens: list[int]
     labels: list[int]
     images: list[torch.Tensor]
+    pixels: list[torch.Tensor] = field(default_factory=list)
 
 
 class ConversationDataset:
@@ -97,6 +104,7 @@ class ConversationDataset:
         self.samples = ShardedSamples([shard for manifest in manifests for shard in manifest.shards[split]])
         self.sizes = [manifest.num_samples(split) for manifest in manifests]
         self.preprocessing = preprocessing
+        self.features = CachedFeatures(preprocessing.features, self.samples.shards) if preprocessing.features else None
         self.on_error = on_error
         # Shared memory with a slot per loader process: no two write to the same one, so no lock is needed.
         self._counters = {name: multiprocessing.RawArray("q", MAX_LOADERS + 1) for name in ("skipped", "cut")}
@@ -129,8 +137,9 @@ class ConversationDataset:
 
     def _load(self, position: int) -> Item:
         how = self.preprocessing
-        raw = self.samples.read(position)
-        images = [how.tiles(image, raw.where) for image in raw.images]
+        raw = self.samples.read(position, images=self.features is None or how.pixels)
+        pixels = [how.tiles(image, raw.where) for image in raw.images]
+        images = pixels if self.features is None else self.features.read(position, raw.where)
         encoded = encode(
             raw.record["conversations"],
             how.tokenizer,
@@ -141,7 +150,7 @@ class ConversationDataset:
         )
         if encoded.cut:
             self._count("cut")
-        return Item(raw.key, encoded.tokens, encoded.labels, images)
+        return Item(raw.key, encoded.tokens, encoded.labels, images, pixels if self.features else [])
 
     def pass_over(self, why: str) -> None:
         """Count a sample that is not trained on, and name it in the log."""

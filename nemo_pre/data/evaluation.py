@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.conversation import encode_prompt
+from nemo_pre.data.features import CachedFeatures
 from nemo_pre.data.manifest import read_manifest, verify_shards
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.shards import ShardedSamples
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ValidationSample:
     """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``media`` float32
-    [tiles, 3, H, W] or None; ``answer`` is the expected text; ``question_type`` is "all" where data states none."""
+    [tiles, 3, H, W], or features of them [tiles, tokens, d_vision], or None; ``answer`` is the expected text;
+    ``question_type`` is "all" where data states none."""
 
     key: str
     prompt: torch.Tensor
@@ -39,16 +41,20 @@ def load_validation_samples(config: RunConfig, count: int, tokenizer: Any = None
     verify_shards(manifest.shards["val"])
     samples = ShardedSamples(manifest.shards["val"])
     how = build_preprocessing(config, tokenizer)
-    return [_load(samples, position, how) for position in range(min(count, len(samples)))]
+    features = CachedFeatures(how.features, samples.shards) if how.features else None
+    return [_load(samples, features, position, how) for position in range(min(count, len(samples)))]
 
 
-def _load(samples: ShardedSamples, position: int, how: Any) -> ValidationSample:
+def _load(samples: ShardedSamples, features: CachedFeatures | None, position: int, how: Any) -> ValidationSample:
     import torch
 
-    raw = samples.read(position)
+    raw = samples.read(position, images=features is None)
+    images = [how.tiles(image, raw.where) for image in raw.images]
+    if features is not None:
+        images = features.read(position, raw.where)
     conversation = raw.record["conversations"]
-    prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, len(raw.images), raw.where)
-    media = torch.cat([how.tiles(image, raw.where) for image in raw.images]) if raw.images else None
+    prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, len(images), raw.where)
+    media = torch.cat(images) if images else None
     types = raw.record.get("question_types") or ["all"]
     return ValidationSample(
         raw.key, torch.tensor(prompt, dtype=torch.int64), media, conversation[1]["value"], types[0]

@@ -26,6 +26,7 @@ class Shard:
     samples: int
     bytes: int
     index_bytes: int
+    sha256: str  # of the tar
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def read_manifest(path: str | Path) -> Manifest:
                     samples=int(entry["samples"]),
                     bytes=int(entry["bytes"]),
                     index_bytes=int(entry["index_bytes"]),
+                    sha256=str(entry["sha256"]),
                 )
                 for entry in content["shards"]
             ]

@@ -65,4 +65,5 @@ def _joined(items: list[Item]) -> Item:
         tokens=[token for item in items for token in item.tokens],
         labels=[label for item in items for label in item.labels],
         images=[image for item in items for image in item.images],
+        pixels=[image for item in items for image in item.pixels],
     )

@@ -26,6 +26,12 @@ def num_text_tokens(config: RunConfig) -> int:
     return text
 
 
+def looks_at_pixels(config: RunConfig) -> bool:
+    """Whether anything but the encoder does."""
+    pre = config.objective.pre
+    return pre.enabled and pre.anchor == "external"
+
+
 def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessing:
     """``tokenizer``: an already loaded ``transformers`` tokenizer; None loads the run's.
 
@@ -50,4 +56,6 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         image_resize=config.data.image_resize,
         image_filter=config.data.image_filter,
         max_tiles=config.data.max_tiles,
+        features=config.data.features,
+        pixels=looks_at_pixels(config),
     )

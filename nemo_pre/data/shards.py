@@ -6,6 +6,7 @@ import bisect
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -57,8 +58,12 @@ class ShardedSamples:
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def read(self, position: int) -> RawSample:
-        """Raises SampleError, naming shard and key, if the sample is cut, displaced, incomplete or broken JSON."""
+    def read(self, position: int, images: bool = True) -> RawSample:
+        """``images=False`` leaves the images unread, and the list of them empty.
+
+        Raises:
+            SampleError: the sample is cut, displaced, incomplete or broken JSON; it names shard and key.
+        """
         shard, entry = self._locate(position)
         where = f"sample {entry['key']} of {shard.path}"
         try:
@@ -74,7 +79,17 @@ class ShardedSamples:
                 f"{where} names the image(s) {', '.join(map(str, named))} but holds {len(members) or 'none'}: "
                 f"prepare the data again"
             )
-        return RawSample(entry["key"], shard.path, record, [self.read_member(position, name) for name in members])
+        content = [self.read_member(position, name) for name in members] if images else []
+        return RawSample(entry["key"], shard.path, record, content)
+
+    def num_images(self, position: int) -> int:
+        """By the index alone.
+
+        Raises:
+            SampleError: they are not numbered from 0.
+        """
+        shard, entry = self._locate(position)
+        return len(_image_members(entry["members"], f"sample {entry['key']} of {shard.path}"))
 
     def read_member(self, position: int, extension: str) -> bytes:
         """The bytes of one file of a sample, such as ``json``, ``png`` or ``mask.png``."""
@@ -84,7 +99,7 @@ class ShardedSamples:
             raise SampleError(f"{where} has no member {extension}: prepare the data again")
         offset, size = entry["members"][extension]
         # The member's header comes along, to notice an index that belongs to another tar.
-        file = _open(str(shard.path), os.getpid())
+        file = open_file(str(shard.path), os.getpid())
         inside = offset + size <= shard.bytes  # else an index of nonsense would ask for more than there is memory
         content = os.pread(file.descriptor, TAR_BLOCK + size, offset - TAR_BLOCK) if inside else b""
         if len(content) < TAR_BLOCK + size:
@@ -152,22 +167,26 @@ def _is_entry(entry: dict[str, Any]) -> bool:
     return isinstance(entry["key"], str) and "json" in entry["members"] and are_places
 
 
-class _OpenFile:
+class OpenFile:
     """A descriptor that is closed with the last reference to it."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os itself may be gone when a process ends
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 @lru_cache(maxsize=256)
-def _open(path: str, process: int) -> _OpenFile:
-    """An open file per process: ``pread`` needs no position, so threads may share it, and forks get their own."""
+def open_file(path: str, process: int) -> OpenFile:
+    """An open file per process: ``pread`` needs no position, so threads may share it, and forks get their own.
+
+    Raises:
+        ValueError: it cannot be opened.
+    """
     del process
     try:
-        return _OpenFile(path)
+        return OpenFile(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}): prepare the data again") from error

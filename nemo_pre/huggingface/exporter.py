@@ -71,7 +71,7 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
 def complete_checkpoint(path: str) -> Path:
     """A checkpoint by itself, or the newest of a run's directory."""
     import nemo_pre.preload  # noqa: F401  # imports NeMo without its messages
-    from nemo_pre.callbacks.resume import former_stage
+    from nemo_pre.callbacks.checkpoint_files import former_stage
 
     directory = Path(path)
     if (directory / "checkpoints").is_dir():

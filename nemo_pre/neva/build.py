@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +48,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
         language_transformer_config=language,
-        vision_transformer_config=VisionTowerConfig(vision, config.seed),
+        vision_transformer_config=VisionTowerConfig(vision, config.seed, stored=stored_tower(config)),
         vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
         packed=config.data.packing,
@@ -64,6 +65,13 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         **interleaved,
         **backend,
     )
+
+
+def stored_tower(config: RunConfig) -> str | None:
+    """The file with the weights of a tower whose outputs are read."""
+    from nemo_pre.data.features import TOWER
+
+    return None if config.data.features is None else os.path.join(config.data.features, TOWER)
 
 
 def build_projector_config(model: ModelConfig, seed: int, on_gpu: bool) -> ProjectorConfig:

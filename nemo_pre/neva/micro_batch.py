@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_pre.objective import StepPlan
 from nemo_pre.parallel.branch_tokens import BranchTokens, branch_tokens
 from nemo_pre.parallel.sequence_layout import LocalVisualTokens, SequenceLayout, local_positions, local_visual_tokens
 from nemo_pre.parallel.token_streams import DecoderStreams, StreamShape, VisualBranch, decoder_streams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class MicroBatch:
         plan: the step's global counts and weights.
         layout: the combined sequence; on the CPU until :meth:`on_this_rank`.
         branch: LaVer's second sequence, or None; stays on the CPU.
+        pixels: on the first stage, of images whose features are read, where a loss looks at them.
 
     Set by :meth:`on_this_rank`:
 
@@ -35,6 +39,7 @@ class MicroBatch:
     plan: StepPlan
     layout: SequenceLayout
     branch: VisualBranch | None = None
+    pixels: Tensor | None = None
     local: LocalVisualTokens | None = None
     branch_tokens: BranchTokens | None = None
     streams: DecoderStreams | None = None
@@ -89,4 +94,7 @@ def load_micro_batch(dataloader_iter: Iterator[Any], first_stage: bool, last_sta
         key: batch[key].cuda(non_blocking=True) if key in needed and batch.get(key) is not None else None
         for key in ("tokens", "media", "position_ids", "labels", "loss_mask")
     }
-    return {**tensors, "num_media_tiles": batch.get("num_media_tiles"), "micro_batch": batch.get("micro_batch")}
+    micro_batch = batch.get("micro_batch")
+    if first_stage and micro_batch is not None and batch.get("pixels") is not None:
+        micro_batch = replace(micro_batch, pixels=batch["pixels"].cuda(non_blocking=True))
+    return {**tensors, "num_media_tiles": batch.get("num_media_tiles"), "micro_batch": micro_batch}

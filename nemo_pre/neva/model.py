@@ -30,8 +30,9 @@ from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
 from nemo_pre.neva.mixed_attention import MixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
 from nemo_pre.neva.seeding import seeded
+from nemo_pre.neva.stored_tower import StoredTower
 from nemo_pre.neva.teacher import Teacher
-from nemo_pre.neva.vision import freeze_unused_layers
+from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
 from nemo_pre.objective import StepPlan
 from nemo_pre.parallel.auxiliary_gradient import scale_gradient
 from nemo_pre.parallel.sequence_layout import (
@@ -51,7 +52,7 @@ class VisualTokens:
     Attributes:
         features: ``[n, d_vision]``, the encoder's, before the projector.
         tokens: ``[n, d]``, the projector's output: what enters the language model.
-        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them.
+        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them; None where it read features alone.
     """
 
     features: Tensor
@@ -275,7 +276,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
 
         Args:
             input_ids: ``[B, T]``, -200 standing for an image.
-            images: ``[num_tiles, 3, H, W]`` or None; read on the first stage.
+            images: ``[num_tiles, 3, H, W]`` or None, with ``data.features`` the encoder's output of them
+                ``[num_tiles, tile_tokens, d_vision]``; read on the first stage.
             labels, loss_mask: ``[B, T]``; read on the last stage. Without them it returns logits.
             num_image_tiles: tiles of each image; None means one each.
             micro_batch: layout and counts; None lays this micro-batch out by itself.
@@ -439,7 +441,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             input_ids=input_ids.clamp(min=0), position_ids=position_ids
         ).transpose(0, 1)
         if images is not None and len(images) > 0:
-            visual = self._encode(images)
+            visual = self._encode(images, micro_batch)
         else:
             visual = self._no_visual_tokens(text_BTd.shape[2])
             text_BTd = text_BTd + self._zero_from_vision()
@@ -462,15 +464,17 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         row = torch.tensor([[spec.mask_token_id]], device=torch.cuda.current_device())
         return self.language_model.embedding(input_ids=row, position_ids=None)[0, 0]
 
-    def _encode(self, images: Tensor) -> VisualTokens:
-        pixels = images.to(next(self.vision_model.parameters()).dtype)
-        hidden_states = self.vision_model.eval()(pixels, output_hidden_states=True).hidden_states
-        features = hidden_states[self.config.vision_feature_layer]
-        if self._drop_vision_class_token:
-            features = features[:, -self.tile_tokens :]
+    def _encode(self, images: Tensor, micro_batch: MicroBatch) -> VisualTokens:
+        if isinstance(self.vision_model, StoredTower):
+            features, pixels = images.to(next(self.vision_projection.parameters()).dtype), micro_batch.pixels
+        else:
+            pixels = images.to(next(self.vision_model.parameters()).dtype)
+            features = encoder_features(
+                self.vision_model.eval(), pixels, self.config.vision_feature_layer, self.tile_tokens
+            )
         # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
         tokens = self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)
-        return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), images)
+        return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), pixels)
 
     def _no_visual_tokens(self, width: int) -> VisualTokens:
         some = next(self.vision_projection.parameters()).detach()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, encoder_tokens, transformers_values
+from nemo_pre.neva.stored_tower import StoredTower
 
 # Parts of towers that the features of a layer do not depend on: what lies behind all layers, and masking's token.
 BESIDE_LAYERS = ("post_layernorm", "layernorm", "rms_norm", "head", "embeddings.mask_token")
@@ -22,12 +23,14 @@ class VisionTowerConfig:
     Attributes:
         vision: family and shape.
         seed: seed of the random weights, the same in every layout.
+        stored: safetensors with the weights of a tower that is not run; its features are read.
     """
 
     vision: VisionConfig
     seed: int
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    stored: str | None = None
 
     @property
     def image_size(self) -> int:
@@ -65,7 +68,7 @@ class VisionTowerConfig:
         from nemo_pre.neva.seeding import seeded
 
         with seeded(self.seed, "vision_model"):
-            model = _tower(self.vision)
+            model = _tower(self.vision) if self.stored is None else StoredTower(self.stored)
         model.set_input_tensor = _receive_nothing
         return model
 
@@ -102,6 +105,12 @@ def _tower(vision: VisionConfig) -> nn.Module:
     return model
 
 
+def encoder_features(tower: nn.Module, pixels: Tensor, feature_layer: int, num_tokens: int) -> Tensor:
+    """``[n, 3, H, W]`` to what the projector sees, ``[n, num_tokens, d_vision]``: the last tokens of a layer."""
+    features: Tensor = tower(pixels, output_hidden_states=True).hidden_states[feature_layer]
+    return features[:, -num_tokens:]
+
+
 def _receive_nothing(_: object) -> None:
     """Pipeline schedules offer every stage an input; the tower is on the first stage and has none."""
 
@@ -109,7 +118,7 @@ def _receive_nothing(_: object) -> None:
 def freeze_unused_layers(vision_model: nn.Module, feature_layer: int) -> None:
     """Freeze what the features do not depend on: it gets no gradient, and Megatron's overlapped gradient
     reduction waits for ever for a parameter that is trainable but unused."""
-    if isinstance(vision_model, PatchMLP):
+    if isinstance(vision_model, (PatchMLP, StoredTower)):
         return
     tower: Any = getattr(vision_model, "vision_model", vision_model)
     layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers

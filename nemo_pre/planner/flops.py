@@ -146,7 +146,10 @@ def _logits(config: RunConfig, load: Load) -> Flops:
 
 
 def _vision(config: RunConfig, load: Load) -> Flops:
-    """Every rank of the first stage runs the tower on all images; the layers behind the features' run too."""
+    """Every rank of the first stage runs the tower on all images; the layers behind the features' run too. Features
+    that are read cost nothing here."""
+    if config.data.features:
+        return Flops()
     forward, backward = tower_flops(config.model.vision, load.rows * load.tiles)
     return Flops(forward, 0.0 if config.optim.freeze_vision else backward)
 

@@ -68,7 +68,7 @@ def model_parameters(config: RunConfig) -> dict[str, int]:
     language, laver = config.model.language, config.objective.laver
     embedding = padded_vocab_size(language.vocab_size) * language.hidden_size
     return {
-        "vision": tower_parameters(config.model.vision),
+        "vision": run_tower_parameters(config),
         "projector": projector_parameters(config),
         "embedding": embedding,
         "decoder": language.num_layers * layer_parameters(config) + language.hidden_size,
@@ -76,6 +76,11 @@ def model_parameters(config: RunConfig) -> dict[str, int]:
         "heads": len(target_layers_among(config, range(language.num_layers))) * prediction_head_parameters(config),
         "laver": (laver_head_parameters(config) + _mask_token(config)) if laver.enabled else 0,
     }
+
+
+def run_tower_parameters(config: RunConfig) -> int:
+    """Of the encoder, none where its outputs are read."""
+    return 0 if config.data.features else tower_parameters(config.model.vision)
 
 
 def rank_parameters(config: RunConfig, stage: int) -> dict[str, int]:
@@ -88,7 +93,7 @@ def rank_parameters(config: RunConfig, stage: int) -> dict[str, int]:
     taps = sum(len(target_layers_among(config, layers)) for layers in chunks)
     tied_copy = last and not first and language.tie_embeddings
     return {
-        "vision": tower_parameters(config.model.vision) if first else 0,
+        "vision": run_tower_parameters(config) if first else 0,
         "projector": projector_parameters(config) if first else 0,
         "embedding": embedding if first else 0,
         "decoder": num_layers * layer_parameters(config, layout.tensor) + (language.hidden_size if last else 0),

@@ -163,6 +163,8 @@ def build_data(config: RunConfig, images_per_row: int) -> Any:
     from nemo_pre.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
     rows, size = config.trainer.micro_batch_size, config.model.vision.image_size
+    features = (num_visual_tokens(config.model), config.model.vision.hidden_size)
+    seen = (3, size, size) if config.data.features is None else features
     text = config.data.sequence_length - images_per_row * (num_visual_tokens(config.model) - 1)
     ids = torch.randint(config.model.language.vocab_size, (rows, text + 1), generator=torch.Generator().manual_seed(0))
     tokens, labels = ids[:, :-1].clone(), ids[:, 1:].clone()
@@ -174,7 +176,7 @@ def build_data(config: RunConfig, images_per_row: int) -> Any:
         "loss_mask": (labels != IGNORE_INDEX).float(),
         "position_ids": torch.arange(text).repeat(rows, 1),
         "attention_mask": None,
-        "media": torch.randn(rows * images_per_row, 3, size, size),
+        "media": torch.randn(rows * images_per_row, *seen),
         "num_media_tiles": [1] * rows * images_per_row,
     }
     if config.data.packing:  # a sample begins with its image

@@ -21,6 +21,12 @@ WHOLE = {**LAVER, "sequence": "whole", "gram_scope": "micro_batch", "centring": 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "frozen": {"changes": FREEZE_ALL_BUT_PROJECTOR},
+    "features, PP2": {
+        "changes": {"optim.freeze_vision": True, "data.features": "not read: the batches are made"},
+        "parallel": {"pipeline": 2},
+        "micro_batches": 4,
+        "pre": {"anchor": "pre_projector"},
+    },
     "as many groups as heads, bf16": {"language": {"num_query_groups": 4}, "precision": "bf16"},
     "siglip": {"changes": {"model.vision.family": "siglip", "model.vision.drop_class_token": False}},
     "dinov2": {"changes": {"model.vision.family": "dinov2"}},

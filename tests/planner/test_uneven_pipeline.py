@@ -15,8 +15,12 @@ from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.planner.balance import balanced
 from nemo_pre.planner.devices import DEVICES, Efficiency
+from nemo_pre.planner.flops import model_flops
 from nemo_pre.planner.load import largest_load
+from nemo_pre.planner.memory import rank_memory
+from nemo_pre.planner.parameters import rank_parameters
 from nemo_pre.planner.step_time import step_time
+from nemo_pre.planner.vision import tower_parameters
 from tests.huggingface.test_round_trip import same_bits, tensors_of
 from tests.huggingface.tiny import tiny_llava
 from tests.parity import test_laver_parity
@@ -83,6 +87,27 @@ def test_a_balanced_pipeline_is_faster_and_one_that_train_accepts() -> None:
     assert layers is not None and layers[0] < layers[1] and layers[-1] < layers[1] and sum(layers) == 28
     assert step_time(found, load, H100, ASSUMED).seconds < step_time(run, load, H100, ASSUMED).seconds
     check_options(found)
+
+
+def test_features_take_the_tower_off_the_first_stage_which_then_holds_more_layers() -> None:
+    """2,304 patches through a frozen CLIP beside a 3B model, which read from a disk cost nothing."""
+    run = compose_run(["experiment=clip672_qwen25_3b_stage2_frozen_pre", "cluster=local"])
+    run.parallel = replace(run.parallel, tensor=2, sequence=True, pipeline=4, data=1)
+    cached = replace(run, data=replace(run.data, features="features"))
+    load = largest_load(run)
+    dealt_out, cached_dealt_out = (balanced(each, load, H100, ASSUMED) for each in (run, cached))
+    split, cached_split = dealt_out.parallel.pipeline_layers, cached_dealt_out.parallel.pipeline_layers
+    assert split is not None and cached_split is not None and cached_split[0] > split[0]
+    seconds = [step_time(each, load, H100, ASSUMED).seconds for each in (dealt_out, cached_dealt_out)]
+    assert seconds[1] < 0.97 * seconds[0]
+    assert {part: flops for part, flops in model_flops(run, load).items() if part != "vision"} == model_flops(
+        cached, load
+    )
+    tower = tower_parameters(run.model.vision)
+    assert sum(rank_parameters(run, 0).values()) - sum(rank_parameters(cached, 0).values()) == tower > 3e8
+    weights = [rank_memory(each, load, 0, fused=True).by_kind["weights"] for each in (run, cached)]
+    assert weights[0] - weights[1] == 2 * tower
+    assert rank_parameters(run, 1) == rank_parameters(cached, 1)
 
 
 def test_an_even_split_is_kept_where_it_is_as_good() -> None:

@@ -1,0 +1,87 @@
+"""The weights of the vision tower that a run starts with, and how two of them are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_pre.callbacks.checkpoint_files import start_checkpoint
+from nemo_pre.config.saved import check_same_weights
+from nemo_pre.config.schema import RunConfig
+from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
+from nemo_pre.silence import silence
+
+
+def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
+    """By name within the tower, and where they are from: the checkpoint that the run continues or starts from, or
+    its seed.
+
+    Raises:
+        ValueError: the checkpoint is not complete, or of another model.
+    """
+    _, source = start_checkpoint(config)
+    if source is None:
+        from nemo_pre.neva.vision import VisionTowerConfig
+
+        tower = VisionTowerConfig(config.model.vision, config.seed).configure_model()
+        return dict(tower.state_dict()), f"random weights of seed {config.seed}"
+    from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+    from nemo_pre.huggingface.weights import TOWER as PREFIX
+
+    check_same_weights(config.model, source)
+    with silence():  # its metadata imports Megatron
+        reader = CheckpointReader(source)
+    names = sorted(name for name in reader.tensors() if name.startswith(PREFIX))
+    if not names:
+        raise ValueError(f"{source} has no vision tower: name a checkpoint of a run or an import.")
+    return {name.removeprefix(PREFIX): reader.read(name) for name in names}, source
+
+
+def digest(weights: dict[str, Tensor], dtype: torch.dtype) -> str:
+    """sha256 of the weights in ``dtype``, by name."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].to(dtype).contiguous()
+        found.update(f"{name} {list(values.shape)}\n".encode())
+        found.update(values.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def digests(weights: dict[str, Tensor]) -> dict[str, str]:
+    return {str(dtype).removeprefix("torch."): digest(weights, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def check_weights(config: RunConfig, features: FeaturesManifest) -> None:
+    """Compare the run's tower with the one whose features they are; a checkpoint of a bf16 run, which holds rounded
+    weights, with the rounded.
+
+    Raises:
+        ValueError: they differ.
+    """
+    weights, source = tower_weights(config)
+    rounded = all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
+    dtype = torch.bfloat16 if rounded else torch.float32
+    if digest(weights, dtype) != features.tower[str(dtype).removeprefix("torch.")]:
+        raise ValueError(
+            f"data.features={features.directory} was computed with another vision tower ({features.tower['source']}) "
+            f"than this run starts with ({source}): compute features with the options of this run in a directory of "
+            f"their own."
+        )
+
+
+def check_tower_file(features: FeaturesManifest) -> Path:
+    """The file with the tower's weights, which checkpoints of the run take them from.
+
+    Raises:
+        ValueError: it is missing or cut.
+    """
+    path = features.directory / TOWER
+    size = path.stat().st_size if path.is_file() else 0
+    if size != features.tower["bytes"]:
+        raise ValueError(
+            f"{path} has {size} bytes where {MANIFEST} says {features.tower['bytes']}: compute the features again."
+        )
+    return path
