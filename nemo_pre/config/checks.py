@@ -23,6 +23,7 @@ from nemo_pre.config.precision_checks import (
 )
 from nemo_pre.config.presence import check_presence
 from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
+from nemo_pre.config.vision_families import is_native
 from nemo_pre.config.visual_checks import (
     ignored_visual_options,
     tower_problems,
@@ -69,6 +70,7 @@ class Report:
                 f"  batch       {trainer.global_batch_size} samples = {self.num_microbatches} micro-batches of "
                 f"{trainer.micro_batch_size} on {layout.data} replica(s), {trainer.max_steps} steps",
                 f"  sequence    {self.config.data.sequence_length} tokens, "
+                f"{'up to ' if is_native(self.config.model.vision) else ''}"
                 f"{num_visual_tokens(self.config.model)} of them per image",
                 f"  objective   language model{pre_term}{laver_term}",
                 f"  data        {self.data}",
@@ -176,7 +178,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     for name, number in (
         *(
             (f"model.vision.{key}", getattr(vision, key))
-            for key in _integer_fields(vision, but=("feature_layer", "num_layers"))
+            for key in _integer_fields(vision, but=("feature_layer", "num_layers", "image_size"))
         ),
         *((f"model.language.{key}", getattr(language, key)) for key in _integer_fields(language)),
         *((f"parallel.{key}", getattr(layout, key)) for key in _integer_fields(layout)),
@@ -306,9 +308,10 @@ def _sequence(config: RunConfig) -> Iterator[str]:
     if any(not source.weight > 0 for source in config.data.blend or []):
         yield "data.blend needs a weight above 0 for every source."
     if visual + 1 > length - 1:
+        limit = "max_visual_tokens" if is_native(config.model.vision) else "image_size"
         yield (
             f"data.sequence_length={length} leaves no room for text beside an image of {visual} visual tokens: "
-            f"raise it, or lower model.vision.image_size."
+            f"raise it, or lower model.vision.{limit}."
         )
 
 

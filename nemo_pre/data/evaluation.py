@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``media`` float32
-    [tiles, 3, H, W] or None; ``answer`` is the expected text; ``question_type`` is "all" where data states none."""
+    """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``images`` as
+    :meth:`~nemo_pre.data.dataset.Preprocessing.encode_image` gives them; ``answer`` is the expected text;
+    ``question_type`` is "all" where data states none."""
 
     key: str
     prompt: torch.Tensor
-    media: torch.Tensor | None
+    images: list[torch.Tensor]
     answer: str
     question_type: str
 
@@ -48,8 +49,8 @@ def _load(samples: ShardedSamples, position: int, how: Any) -> ValidationSample:
     raw = samples.read(position)
     conversation = raw.record["conversations"]
     prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, len(raw.images), raw.where)
-    media = torch.cat([how.tiles(image, raw.where) for image in raw.images]) if raw.images else None
+    images = [how.encode_image(image, raw.where) for image in raw.images]
     types = raw.record.get("question_types") or ["all"]
     return ValidationSample(
-        raw.key, torch.tensor(prompt, dtype=torch.int64), media, conversation[1]["value"], types[0]
+        raw.key, torch.tensor(prompt, dtype=torch.int64), images, conversation[1]["value"], types[0]
     )
