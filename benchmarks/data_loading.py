@@ -191,7 +191,7 @@ def decode(images: list[bytes], count: int) -> None:
 def decode_and_resize(images: list[bytes], count: int) -> None:
     how = preprocessing()
     for number in range(count):
-        how.tiles(images[number % len(images)], "benchmark")
+        how.encode_image(images[number % len(images)], "benchmark")
 
 
 # --- loaders --------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def item(key: str, record: bytes, image: bytes) -> Any:
     how = preprocessing()
     turns = json.loads(record)["conversations"]
     encoded = encode(turns, how.tokenizer, how.chat_template, how.max_text_tokens, num_images=1, where=key)
-    return Item(key, encoded.tokens, encoded.labels, [how.tiles(image, key)])
+    return Item(key, encoded.tokens, encoded.labels, [how.encode_image(image, key)])
 
 
 def collate() -> Any:

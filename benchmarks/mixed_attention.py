@@ -115,15 +115,14 @@ def structure_of(length: int) -> Any:
     """A sample of images with text after each, as the decoder is told of it."""
     import torch
 
-    from nemo_pre.parallel.sequence_layout import sequence_layout
+    from nemo_pre.parallel.sequence_layout import sequence_layout, square_tiles
     from nemo_pre.parallel.token_streams import StreamShape, decoder_streams
 
     images = max(1, length // (2 * IMAGE))
     text = (length - images * IMAGE) // images
     tokens = torch.tensor([([-200] + [5] * text) * images])
-    layout = sequence_layout(tokens, [1] * images, IMAGE, -200, length)
-    side = round(IMAGE**0.5)
-    return decoder_streams(layout, None, images, StreamShape(True, "2d", (side, side))).structure_BK3
+    layout = sequence_layout(tokens, square_tiles([1] * images, IMAGE), -200, length)
+    return decoder_streams(layout, None, StreamShape(True, "2d")).structure_BK3
 
 
 def wait(on_gpu: bool) -> None:

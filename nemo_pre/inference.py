@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +184,8 @@ def answer(run: InferenceRun) -> None:
 def _prompt(how: Any, number: int, text: str, images: list[str]) -> Any:
     import torch
 
+    from nemo_pre.data.collate import joined_images
     from nemo_pre.data.conversation import IMAGE_TAG, encode_prompt
-    from nemo_pre.data.images import image_tensor
     from nemo_pre.generation import TokenSequence
 
     where = f"request {number}"
@@ -198,9 +198,9 @@ def _prompt(how: Any, number: int, text: str, images: list[str]) -> Any:
             content = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"The image {path} of {where} cannot be read: {error.strerror}.") from error
-        statistics = (how.image_mean, how.image_std)
-        pixels.append(image_tensor(content, how.image_size, *statistics, path, how.image_resize, how.image_filter))
-    return TokenSequence(torch.tensor(tokens, dtype=torch.int64), torch.stack(pixels) if pixels else None)
+        pixels.append(replace(how, max_tiles=1).encode_image(content, path))
+    media = joined_images(pixels, how.native is not None)
+    return TokenSequence(torch.tensor(tokens, dtype=torch.int64), media["media"], grids=media.get("media_grids"))
 
 
 def _read_requests(path: Path) -> list[tuple[str, list[str]]]:

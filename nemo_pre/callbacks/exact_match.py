@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from nemo_pre.callbacks.metrics import record_metrics
 from nemo_pre.callbacks.progress import progress_of
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.data.collate import joined_images
 from nemo_pre.data.conversation import end_of_answer
 from nemo_pre.data.dataset import ConversationDataset
 from nemo_pre.data.evaluation import ValidationSample, load_validation_samples
@@ -101,7 +103,8 @@ class ExactMatchCallback(Callback):
         self.longest_answer = max((self._num_tokens(sample.answer) for sample in samples), default=0)
         self.samples: list[ValidationSample] = samples[rank::ranks]
         dataset = ConversationDataset(read_manifest(self.config.data.path), "val", how)
-        self.conversations = [_labelled(dataset[number]) for number in range(rank, len(samples), ranks)]
+        self.native = how.native is not None
+        self.conversations = [self._labelled(dataset[number]) for number in range(rank, len(samples), ranks)]
 
     def _num_tokens(self, answer: str) -> int:
         return len(self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"])
@@ -142,7 +145,7 @@ class ExactMatchCallback(Callback):
         started = time.perf_counter()
         answers = generate(
             chunks,
-            [TokenSequence(sample.prompt, sample.media) for sample in self.samples],
+            [self._sequence(sample.prompt, sample.images) for sample in self.samples],
             max_new_tokens=self.longest_answer + SPARE_TOKENS,
             stop_token=end_of_answer(self.tokenizer, self.config.data.chat_template),
             vocab_size=len(self.tokenizer),
@@ -162,10 +165,10 @@ class ExactMatchCallback(Callback):
             dist.all_gather_object(ranks, own, group=ps.get_data_parallel_group_gloo())
         return add_up(ranks)
 
+    def _labelled(self, item: Any) -> TokenSequence:
+        tokens, labels = (torch.tensor(row, dtype=torch.int64) for row in (item.tokens, item.labels))
+        return self._sequence(tokens, item.images, labels)
 
-def _labelled(item: Any) -> TokenSequence:
-    return TokenSequence(
-        torch.tensor(item.tokens, dtype=torch.int64),
-        torch.cat(item.images) if item.images else None,
-        torch.tensor(item.labels, dtype=torch.int64),
-    )
+    def _sequence(self, tokens: Tensor, images: list[Tensor], labels: Tensor | None = None) -> TokenSequence:
+        media = joined_images(images, self.native)
+        return TokenSequence(tokens, media["media"], labels, media.get("media_grids"))

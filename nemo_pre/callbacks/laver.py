@@ -130,12 +130,12 @@ class LaVerCallback(Callback, BranchPlanner):
         done, chunk = step.trainer.global_step, model_chunks(step.trainer)[0]
         self._mask_ratio = mask_ratio(self.config.mask_schedule, done, step.trainer.max_steps, self.config.mask_ratio)
         masks = []
-        for index, batch in enumerate(batches):
+        for index, (batch, layout) in enumerate(zip(batches, layouts, strict=True)):
             place = index * ps.get_data_parallel_world_size() + ps.get_data_parallel_rank()
             masks.append(
                 visual_token_masks(
                     (batch["tokens"] == IMAGE_TOKEN_INDEX).sum(1).tolist(),
-                    [tiles * chunk.tile_tokens for tiles in batch["num_media_tiles"] or []],
+                    layout.tokens_per_image,
                     self._mask_ratio,
                     self.config.mask_sampling,
                     self.seed,

@@ -59,9 +59,9 @@ class StepPlanner(Callback):
         chunk = model_chunks(step.trainer)[0]
         self.items = items = [next(step.data) for _ in range(step.num_microbatches)]
         batches = [raw_batch(item) for item in items]
-        tiles = [batch["num_media_tiles"] or [] for batch in batches]
+        tiles = [chunk.image_tiles(batch["num_media_tiles"] or [], batch.get("media_grids")) for batch in batches]
         lengths = [
-            combined_lengths(batch["tokens"], tiles_of, chunk.tile_tokens, IMAGE_TOKEN_INDEX)
+            combined_lengths(batch["tokens"], tiles_of, IMAGE_TOKEN_INDEX)
             for batch, tiles_of in zip(batches, tiles, strict=True)
         ]
         # The longest of this rank's micro-batches: pipeline stages must exchange one shape, but not the maximum's.
@@ -70,7 +70,6 @@ class StepPlanner(Callback):
             sequence_layout(
                 batch["tokens"],
                 tiles_of,
-                chunk.tile_tokens,
                 IMAGE_TOKEN_INDEX,
                 sequence_length,
                 batch.get("segments"),

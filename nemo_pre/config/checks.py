@@ -23,6 +23,7 @@ from nemo_pre.config.precision_checks import (
 )
 from nemo_pre.config.presence import check_presence
 from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
+from nemo_pre.config.vision_families import is_native
 from nemo_pre.config.visual_checks import (
     ignored_visual_options,
     tower_problems,
@@ -69,6 +70,7 @@ class Report:
                 f"  batch       {trainer.global_batch_size} samples = {self.num_microbatches} micro-batches of "
                 f"{trainer.micro_batch_size} on {layout.data} replica(s), {trainer.max_steps} steps",
                 f"  sequence    {self.config.data.sequence_length} tokens, "
+                f"{'up to ' if is_native(self.config.model.vision) else ''}"
                 f"{num_visual_tokens(self.config.model)} of them per image",
                 f"  objective   language model{pre_term}{laver_term}",
                 f"  data        {self.data}" + (f", features from {features}" if features else ""),
@@ -181,7 +183,7 @@ def _ranges(config: RunConfig) -> Iterator[str]:
     for name, number in (
         *(
             (f"model.vision.{key}", getattr(vision, key))
-            for key in _integer_fields(vision, but=("feature_layer", "num_layers"))
+            for key in _integer_fields(vision, but=("feature_layer", "num_layers", "image_size"))
         ),
         *((f"model.language.{key}", getattr(language, key)) for key in _integer_fields(language)),
         *((f"parallel.{key}", getattr(layout, key)) for key in _integer_fields(layout)),
@@ -311,9 +313,10 @@ def _sequence(config: RunConfig) -> Iterator[str]:
     if any(not source.weight > 0 for source in config.data.blend or []):
         yield "data.blend needs a weight above 0 for every source."
     if visual + 1 > length - 1:
+        limit = "max_visual_tokens" if is_native(config.model.vision) else "image_size"
         yield (
             f"data.sequence_length={length} leaves no room for text beside an image of {visual} visual tokens: "
-            f"raise it, or lower model.vision.image_size."
+            f"raise it, or lower model.vision.{limit}."
         )
 
 
@@ -325,6 +328,8 @@ def _features(config: RunConfig) -> Iterator[str]:
         yield "data.features is what a frozen encoder gives: set optim.freeze_vision=true, or data.features=null."
     if data.max_tiles > 1:
         yield f"data.features holds one tile an image, not data.max_tiles={data.max_tiles}: set one of them back."
+    if is_native(config.model.vision):
+        yield "data.features holds the same number of tokens for every image, unlike native resolution: set it to null."
     if config.trainer.log_diagnostics_every:
         yield (
             "trainer.log_diagnostics_every looks at pictures through the encoder, which data.features leaves out: set "

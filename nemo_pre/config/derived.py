@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, PReConfig
-from nemo_pre.config.vision_families import kept_class_tokens
+from nemo_pre.config.vision_families import feature_width, is_native, most_visual_tokens
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
 FP8_MULTIPLE = 16  # of both sides of a matrix that is multiplied in FP8 (cuBLASLt), and so of a rank's tokens
@@ -20,9 +20,14 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def num_visual_tokens(model: ModelConfig) -> int:
-    """Visual tokens of one image in the decoder's sequence."""
-    vision = model.vision
-    return (vision.image_size // vision.patch_size) ** 2 + kept_class_tokens(vision)
+    """Visual tokens of one image in the decoder's sequence; with native resolution the most it may have."""
+    return most_visual_tokens(model.vision)
+
+
+def projector_widths(model: ModelConfig) -> tuple[int, int, int]:
+    """Inputs, inner width and outputs of the projector. Behind native resolution it is the merger's MLP."""
+    inputs, outputs = feature_width(model.vision), model.language.hidden_size
+    return inputs, inputs if is_native(model.vision) else outputs, outputs
 
 
 def fp8_recipe(precision: PrecisionConfig) -> str | None:

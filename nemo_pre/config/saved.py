@@ -20,6 +20,8 @@ FREE = (
     "vision.image_mean",
     "vision.image_std",
     "vision.feature_layer",
+    "vision.min_visual_tokens",
+    "vision.max_visual_tokens",
     "vision.drop_class_token",
     "language.init_std",
     "language.max_position_embeddings",

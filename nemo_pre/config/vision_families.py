@@ -16,6 +16,7 @@ class VisionFamily:
     class_tokens: tokens that are no patch's, before the patches.
     classes: ``transformers``' classes of model and configuration; None: ours, which travel with exported models.
     must: what our towers are, and nothing else: a configuration that says otherwise is refused.
+    native: every image keeps its aspect ratio, and its number of visual tokens follows from its size.
     """
 
     title: str
@@ -23,6 +24,7 @@ class VisionFamily:
     class_tokens: int
     classes: tuple[str, str] | None = None
     must: dict[str, Any] = field(default_factory=dict)
+    native: bool = False
 
 
 FAMILIES = {
@@ -69,8 +71,40 @@ FAMILIES = {
             "use_head": False,
         },
     ),
+    "qwen25_vl": VisionFamily(
+        "Qwen2.5-VL",
+        "qwen2_5_vl",
+        0,
+        ("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig"),
+        {"hidden_act": "silu", "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        native=True,
+    ),
     "patch_mlp": VisionFamily("patch MLP", "patch_mlp", 0),
 }
+MERGE = 2  # patches that become one visual token along each side, with native resolution
+
+
+def is_native(vision: VisionConfig) -> bool:
+    """Whether images keep their aspect ratio and differ in their number of visual tokens."""
+    return FAMILIES[vision.family].native
+
+
+def token_pixels(vision: VisionConfig) -> int:
+    """The side of the square of pixels that becomes one visual token, with native resolution."""
+    return MERGE * vision.patch_size
+
+
+def feature_width(vision: VisionConfig) -> int:
+    """Of what the projector takes: with native resolution the patches of a visual token side by side."""
+    return vision.hidden_size * (MERGE**2 if is_native(vision) else 1)
+
+
+def most_visual_tokens(vision: VisionConfig) -> int:
+    """Visual tokens of a tile in the decoder's sequence; with native resolution the most an image may have."""
+    if is_native(vision):
+        assert vision.max_visual_tokens is not None
+        return vision.max_visual_tokens
+    return (vision.image_size // vision.patch_size) ** 2 + kept_class_tokens(vision)
 
 
 def class_tokens(vision: VisionConfig) -> int:
@@ -84,7 +118,9 @@ def kept_class_tokens(vision: VisionConfig) -> int:
 
 
 def encoder_tokens(vision: VisionConfig) -> int:
-    """Tokens of a tile in the tower."""
+    """Tokens of a tile in the tower; with native resolution of the largest image."""
+    if is_native(vision):
+        return MERGE**2 * most_visual_tokens(vision)
     return (vision.image_size // vision.patch_size) ** 2 + class_tokens(vision)
 
 
@@ -94,6 +130,17 @@ def transformers_values(vision: VisionConfig) -> dict[str, Any]:
     if vision.family == "patch_mlp":
         sizes = {"intermediate_size": inner, "hidden_size": width}
         return {"image_size": vision.image_size, "patch_size": vision.patch_size, **sizes}
+    if vision.family == "qwen25_vl":
+        return {
+            "patch_size": vision.patch_size,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "depth": vision.num_layers,
+            "num_heads": vision.num_attention_heads,
+            "window_size": vision.window_size,
+            "fullatt_block_indexes": list(vision.full_attention_layers or []),
+            **FAMILIES[vision.family].must,
+        }
     return {
         "image_size": vision.image_size,
         "patch_size": vision.patch_size,

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import LaVerConfig, RunConfig, ScheduleConfig, VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, class_tokens, kept_class_tokens
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, token_pixels
 from nemo_pre.launch import uses_gpu
+
+NATIVE_FIELDS = ("min_visual_tokens", "max_visual_tokens", "window_size", "full_attention_layers")
 
 
 def visual_choices(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -79,6 +81,12 @@ def tower_problems(vision: VisionConfig) -> Iterator[str]:
         yield f"model.vision.num_layers={vision.num_layers} must be {least} or more."
     if vision.family == "patch_mlp" and (vision.num_layers, vision.feature_layer) != (0, -1):
         yield "model.vision.family=patch_mlp has no layers: set model.vision.num_layers=0 and feature_layer=-1."
+    if is_native(vision):
+        yield from _native_problems(vision)
+    elif vision.image_size < 1:
+        yield f"model.vision.image_size={vision.image_size} must be 1 or more."
+    elif any(getattr(vision, name) is not None for name in NATIVE_FIELDS):
+        yield f"model.vision.{', '.join(NATIVE_FIELDS)} are of qwen25_vl: set them to null for {vision.family}."
     if vision.image_size % vision.patch_size:
         yield (
             f"model.vision.image_size={vision.image_size} must be a multiple of "
@@ -100,6 +108,38 @@ def tower_problems(vision: VisionConfig) -> Iterator[str]:
         yield "model.vision.image_mean and image_std need three numbers each, the latter more than 0."
 
 
+def _native_problems(vision: VisionConfig) -> Iterator[str]:
+    """What no tower of native resolution can look like."""
+    if vision.image_size != 0:
+        yield f"model.vision.family={vision.family} keeps the size of images: set model.vision.image_size=0."
+    if vision.feature_layer != -1:
+        yield f"model.vision.family={vision.family} gives its last layer's features: set feature_layer=-1."
+    for name in NATIVE_FIELDS:
+        if getattr(vision, name) is None:
+            yield f"model.vision.family={vision.family} needs model.vision.{name}: set it."
+    least, most, window = vision.min_visual_tokens, vision.max_visual_tokens, vision.window_size
+    layers = vision.full_attention_layers
+    assert least is not None and most is not None and window is not None and layers is not None
+    if least < 1 or most < 4 * least:
+        yield (
+            f"model.vision.max_visual_tokens={most} must be at least four times "
+            f"model.vision.min_visual_tokens={least}, which must be 1 or more: sides are rounded to "
+            f"{token_pixels(vision)} pixels."
+        )
+    if window < 1 or window % token_pixels(vision):
+        yield f"model.vision.window_size={window} must be a multiple of {token_pixels(vision)} pixels, a visual token."
+    if len(set(layers)) < len(layers) or not all(0 <= layer < vision.num_layers for layer in layers):
+        yield (
+            f"model.vision.full_attention_layers={list(layers)} must name different layers between 0 and "
+            f"{vision.num_layers - 1}."
+        )
+    if vision.hidden_size % (4 * vision.num_attention_heads):
+        yield (
+            f"model.vision.hidden_size={vision.hidden_size} must be a multiple of four times "
+            f"model.vision.num_attention_heads={vision.num_attention_heads}: its positions turn rows and columns."
+        )
+
+
 def visual_problems(config: RunConfig) -> Iterator[str]:
     """What cannot work: attention, positions, LaVer."""
     model, laver = config.model, config.objective.laver
@@ -110,6 +150,8 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
         axis_of_frequency(model.rope, model.rope_sections, width // 2)
     except ValueError as error:
         yield str(error)
+    if is_native(model.vision):
+        yield from _native_run_problems(config)
     if model.rope != "1d" and kept_class_tokens(model.vision):
         yield f"model.rope={model.rope} places a grid of patches: set model.vision.drop_class_token=true."
     if not laver.enabled:
@@ -131,9 +173,27 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _native_run_problems(config: RunConfig) -> Iterator[str]:
+    """What is not there for images that differ in their number of visual tokens."""
+    family, pre = config.model.vision.family, config.objective.pre
+    if config.model.projector != "mlp2x_gelu":
+        yield f"model.vision.family={family} has its merger's MLP as projector: set model.projector=mlp2x_gelu."
+    if config.data.max_tiles > 1:
+        yield f"model.vision.family={family} takes images whole: set data.max_tiles=1."
+    if pre.enabled and pre.anchor == "external":
+        yield (
+            f"objective.pre.anchor=external needs a fixed resolution, not model.vision.family={family}: set it to "
+            f"pre_llm or pre_projector."
+        )
+    if config.trainer.log_diagnostics_every is not None:
+        yield (f"trainer.log_diagnostics_every needs a fixed resolution, not {family}'s: set it to null.")
+
+
 def ignored_visual_options(config: RunConfig) -> Iterator[str]:
     """Options that are set and have no effect."""
     model, laver = config.model, config.objective.laver
+    if is_native(model.vision) and config.data.image_resize != "whole":
+        yield f"data.image_resize={config.data.image_resize} has no effect: {model.vision.family} keeps aspect ratios."
     if model.attention == "causal" and model.attention_backend != "auto" and not config.data.packing:
         yield "model.attention_backend has no effect with model.attention=causal and data.packing=false."
     if model.vision.family == "patch_mlp" and config.optim.freeze_vision:

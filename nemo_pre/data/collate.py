@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.data.conversation import IGNORE_INDEX
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_pre.data.dataset import Item
 
 
@@ -19,11 +21,14 @@ class Collate:
     where nothing is predicted), ``loss_mask`` float32 [B, T], ``position_ids`` int64 [B, T],
     ``attention_mask`` None (causal), ``media`` float32 [num_tiles, 3, H, W] in the order of the tags, or None
     where no item has an image (of items with features [num_tiles, tokens, d_vision], and ``pixels`` are the images if
-    they are wanted), ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names.
+    they are wanted), ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names. With ``native``
+    resolution ``media`` is [visual tokens, patches, pixels], each image is one tile, and ``media_grids`` has its rows
+    and columns.
     """
 
     text_tokens: int
     padding_id: int
+    native: bool = False
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         import torch
@@ -43,8 +48,20 @@ class Collate:
             "loss_mask": (labels != IGNORE_INDEX).float(),
             "position_ids": torch.arange(self.text_tokens).expand(shape).contiguous(),
             "attention_mask": None,
-            "media": torch.cat(images) if images else None,
-            "num_media_tiles": [len(image) for image in images],
+            **joined_images(images, self.native),
             "keys": [item.key for item in items],
             **({"pixels": torch.cat(pixels)} if pixels else {}),
         }
+
+
+def joined_images(images: list[torch.Tensor], native: bool) -> dict[str, Any]:
+    """The part of a batch that comes of its images."""
+    import torch
+
+    if not native:
+        return {"media": torch.cat(images) if images else None, "num_media_tiles": [len(image) for image in images]}
+    return {
+        "media": torch.cat([image.flatten(0, 1) for image in images]) if images else None,
+        "num_media_tiles": [1] * len(images),
+        "media_grids": [tuple(image.shape[:2]) for image in images],
+    }

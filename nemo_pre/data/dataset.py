@@ -14,6 +14,7 @@ from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import CachedFeatures
 from nemo_pre.data.images import image_tiles
 from nemo_pre.data.manifest import Manifest, verify_shards
+from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.shards import RawSample, ShardedSamples
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class Preprocessing:
 
     Attributes:
         max_text_tokens: T, the width of a batch's text, in which an image counts as one token.
-        tile_tokens: visual tokens of a tile.
+        tile_tokens: visual tokens of a tile; with native resolution the least of an image.
         max_tiles: of an image, its thumbnail among them.
+        native: how images keep their aspect ratio; None: they become squares.
         features: directory of an encoder's outputs, which are read instead of images.
         pixels: read the images too, for a loss that looks at them.
     """
@@ -49,6 +51,7 @@ class Preprocessing:
     image_resize: str = "whole"
     image_filter: str = "bicubic"
     max_tiles: int = 1
+    native: NativeResolution | None = None
     features: str | None = None
     pixels: bool = False
 
@@ -57,16 +60,22 @@ class Preprocessing:
         """Tokens the decoder sees, images expanded."""
         return self.max_text_tokens + self.tile_tokens - 1
 
-    def tiles(self, image: bytes, where: str) -> torch.Tensor:
-        """float32 [tiles, 3, image_size, image_size]."""
+    def encode_image(self, image: bytes, where: str) -> torch.Tensor:
+        """float32 [tiles, 3, image_size, image_size]; with native resolution [rows, columns, patches, pixels]."""
+        if self.native is not None:
+            return self.native.patches(image, self.image_mean, self.image_std, where, self.image_filter)
         how = (self.max_tiles, self.image_resize, self.image_filter)
         return image_tiles(image, self.image_size, self.image_mean, self.image_std, where, *how)
+
+    def visual_tokens(self, image: torch.Tensor) -> int:
+        """Of what :meth:`encode_image` gave."""
+        return len(image) * (image.shape[1] if self.native is not None else self.tile_tokens)
 
 
 @dataclass(frozen=True)
 class Item:
-    """``tokens`` and ``labels`` of the same length (at most T); ``images`` float32 [tiles, 3, H, W] each, or their
-    features [1, tokens, d_vision], beside which ``pixels`` are the images if they are wanted."""
+    """``tokens`` and ``labels`` of the same length (at most T); ``images`` as :meth:`Preprocessing.encode_image` gives
+    them, or their features [1, tokens, d_vision], beside which ``pixels`` are the images if they are wanted."""
 
     key: str
     tokens: list[int]
@@ -138,7 +147,7 @@ class ConversationDataset:
     def _load(self, position: int) -> Item:
         how = self.preprocessing
         raw = self.samples.read(position, images=self.features is None or how.pixels)
-        pixels = [how.tiles(image, raw.where) for image in raw.images]
+        pixels = [how.encode_image(image, raw.where) for image in raw.images]
         images = pixels if self.features is None else self.features.read(position, raw.where)
         encoded = encode(
             raw.record["conversations"],
@@ -174,10 +183,11 @@ def _room(raw: RawSample, images: list[torch.Tensor], how: Preprocessing) -> int
     Raises:
         SampleError: the images alone fill the sequence.
     """
-    visual = how.tile_tokens * sum(map(len, images))
+    visual = sum(map(how.visual_tokens, images))
     if visual + 2 > how.sequence_length:
         raise SampleError(
             f"{raw.where} has {len(images)} image(s) of {visual} visual tokens in all, which leave no room for text: "
-            f"raise data.sequence_length={how.sequence_length}, or lower data.max_tiles"
+            f"raise data.sequence_length={how.sequence_length}, or lower "
+            f"{'model.vision.max_visual_tokens' if how.native else 'data.max_tiles'}"
         )
     return min(how.max_text_tokens, how.sequence_length - visual + len(images))

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``media`` float32
-    [tiles, 3, H, W], or features of them [tiles, tokens, d_vision], or None; ``answer`` is the expected text;
+    """``prompt`` int64 [t] ends where the first answer starts, -200 stands for an image; ``images`` as
+    :meth:`~nemo_pre.data.dataset.Preprocessing.encode_image` gives them, or their features [1, tokens, d_vision];
+    ``answer`` is the expected text;
     ``question_type`` is "all" where data states none."""
 
     key: str
     prompt: torch.Tensor
-    media: torch.Tensor | None
+    images: list[torch.Tensor]
     answer: str
     question_type: str
 
@@ -49,13 +50,12 @@ def _load(samples: ShardedSamples, features: CachedFeatures | None, position: in
     import torch
 
     raw = samples.read(position, images=features is None)
-    images = [how.tiles(image, raw.where) for image in raw.images]
+    images = [how.encode_image(image, raw.where) for image in raw.images]
     if features is not None:
         images = features.read(position, raw.where)
     conversation = raw.record["conversations"]
     prompt = encode_prompt(conversation, how.tokenizer, how.chat_template, len(images), raw.where)
-    media = torch.cat(images) if images else None
     types = raw.record.get("question_types") or ["all"]
     return ValidationSample(
-        raw.key, torch.tensor(prompt, dtype=torch.int64), media, conversation[1]["value"], types[0]
+        raw.key, torch.tensor(prompt, dtype=torch.int64), images, conversation[1]["value"], types[0]
     )

@@ -61,15 +61,20 @@ def image_tiles(
     """
     import torch
 
-    image = _decode(source, where)
+    image = decoded(source, where)
     tiles = [_square(image, image_size, mean, resize, image_filter, where)]
     rows, columns = _best_grid(image.size, image_size, max_tiles - 1)
     if rows * columns > 1:
         tiles += _grid_tiles(image, rows, columns, image_size, image_filter)
-    return torch.stack([_normalise(tile, mean, std) for tile in tiles])
+    return torch.stack([normalised(tile, mean, std) for tile in tiles])
 
 
-def _decode(source: bytes | Image, where: str) -> Image:
+def decoded(source: bytes | Image, where: str) -> Image:
+    """In RGB.
+
+    Raises:
+        SampleError: the bytes are not a whole image.
+    """
     from PIL import Image
 
     try:
@@ -89,10 +94,10 @@ def _square(image: Image, size: int, mean: Sequence[float], resize: str, image_f
     if resize == "crop":
         width, height = image.size
         short = min(width, height)
-        image = _resized(image, int(size * width / short), int(size * height / short), image_filter)
+        image = resized(image, int(size * width / short), int(size * height / short), image_filter)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
-    return _resized(image, size, size, image_filter)
+    return resized(image, size, size, image_filter)
 
 
 def _best_grid(image_size: tuple[int, int], tile: int, max_cells: int) -> tuple[int, int]:
@@ -116,7 +121,7 @@ def _grid_tiles(image: Image, rows: int, columns: int, size: int, image_filter: 
         fitted = (width, min(ceil(image.height * scale_w), height))
     else:
         fitted = (min(ceil(image.width * scale_h), width), height)
-    canvas = _padded(_resized(image, *fitted, image_filter), width, height, (0, 0, 0))
+    canvas = _padded(resized(image, *fitted, image_filter), width, height, (0, 0, 0))
     return [
         canvas.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
         for row in range(rows)
@@ -132,7 +137,8 @@ def _padded(image: Image, width: int, height: int, colour: tuple[int, ...]) -> I
     return canvas
 
 
-def _resized(image: Image, width: int, height: int, image_filter: str) -> Image:
+def resized(image: Image, width: int, height: int, image_filter: str) -> Image:
+    """The whole image, by Pillow."""
     from PIL import Image
 
     if image.size == (width, height):
@@ -140,7 +146,8 @@ def _resized(image: Image, width: int, height: int, image_filter: str) -> Image:
     return image.resize((width, height), getattr(Image.Resampling, image_filter.upper()))
 
 
-def _normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalised(image: Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """float32 [3, H, W] of an RGB image."""
     import numpy as np
     import torch
 

@@ -1,7 +1,8 @@
 """How many tokens every training sample has, measured once: what packing is planned from.
 
 The lengths lie with the data, in ``lengths/KEY.npy``; the key is made of all they depend on: the samples, the
-tokenizer, the template, the longest sequence, and the visual tokens of an image. Images are not read.
+tokenizer, the template, the longest sequence, and the visual tokens of an image. Of images at most the header is
+read, where their number of visual tokens follows from their size.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import repeat
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -72,25 +74,37 @@ def measure_lengths(manifest: Manifest, how: Preprocessing, workers: int | None 
 def lengths_file(manifest: Manifest, how: Preprocessing) -> Path:
     tokenizer = hashlib.sha256(how.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     key = json.dumps(
-        [manifest.fingerprint, tokenizer, how.chat_template, how.sequence_length, how.tile_tokens], sort_keys=True
+        [manifest.fingerprint, tokenizer, how.chat_template, how.sequence_length, how.tile_tokens, *_native(how)],
+        sort_keys=True,
     )
     return manifest.directory / "lengths" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
 
 
-def sample_length(record: dict[str, object], how: Preprocessing, where: str) -> int:
+def _native(how: Preprocessing) -> list[int]:
+    return [] if how.native is None else [how.native.patch_size, how.native.least, how.native.most]
+
+
+def sample_length(record: dict[str, object], how: Preprocessing, where: str, images: Sequence[bytes] = ()) -> int:
     """Tokens of a sample with its images expanded, cut as in training.
+
+    Args:
+        images: encoded, which only native resolution looks at.
 
     Raises:
         SampleError: it cannot be encoded.
     """
     conversation = record["conversations"]
     assert isinstance(conversation, list)
-    images = sum(str(message.get("value", "")).count(IMAGE_TAG) for message in conversation[::2])
-    if images * how.tile_tokens + 2 > how.sequence_length:
-        raise SampleError(f"{where} has {images} images, which leave no room for text")
-    room = min(how.max_text_tokens, how.sequence_length - images * (how.tile_tokens - 1))
-    tokens = encode(conversation, how.tokenizer, how.chat_template, room, images, where).tokens
-    return len(tokens) + images * (how.tile_tokens - 1)
+    count = sum(str(message.get("value", "")).count(IMAGE_TAG) for message in conversation[::2])
+    if how.native is None:
+        visual = count * how.tile_tokens
+    else:
+        visual = sum(prod(how.native.grid_of(image, where)) for image in images)
+    if visual + 2 > how.sequence_length:
+        raise SampleError(f"{where} has {count} images, which leave no room for text")
+    room = min(how.max_text_tokens, how.sequence_length - visual + count)
+    tokens = encode(conversation, how.tokenizer, how.chat_template, room, count, where).tokens
+    return len(tokens) + visual - count
 
 
 def _measure(manifest: Manifest, how: Preprocessing, part: tuple[int, int]) -> np.ndarray:
@@ -101,7 +115,11 @@ def _measure(manifest: Manifest, how: Preprocessing, part: tuple[int, int]) -> n
 def _lengths(samples: ShardedSamples, how: Preprocessing, start: int, count: int) -> Iterator[int]:
     for position in range(start, min(start + count, len(samples))):
         try:
-            record = json.loads(samples.read_member(position, "json"))
-            yield sample_length(record, how, f"sample {position} of {samples.shards[0].path.parent}")
+            where = f"sample {position} of {samples.shards[0].path.parent}"
+            if how.native is None:
+                yield sample_length(json.loads(samples.read_member(position, "json")), how, where)
+            else:
+                raw = samples.read(position)
+                yield sample_length(raw.record, how, where, raw.images)
         except (SampleError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
             yield UNREADABLE

@@ -158,14 +158,14 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.train_dataset = ConversationDataset(self.training, "train", preprocessing, on_error)
         self.val_dataset = ConversationDataset(manifest, "val", preprocessing, on_error)
-        padding = padding_id(preprocessing.tokenizer)
-        self.collate = Collate(preprocessing.max_text_tokens, padding)
+        padding, native = padding_id(preprocessing.tokenizer), preprocessing.native is not None
+        self.collate = Collate(preprocessing.max_text_tokens, padding, native)
         self.packing = None
         if packing_window is not None:
             lengths = np.concatenate([read_lengths(source, preprocessing) for source in self.training])
             # A sample that cannot be read takes the place of one token, until another is read in its place.
             self.packing = Packing(lengths.clip(min=1), sequence_length, packing_window)
-            self.packed_collate = PackedCollate(sequence_length, padding)
+            self.packed_collate = PackedCollate(sequence_length, padding, native)
         self.data_sampler = GlobalStreamSampler(
             sequence_length, micro_batch_size, global_batch_size, shuffle_seed, val_samples, self.weights, self.packing
         )

@@ -19,8 +19,7 @@ class PackedDataset:
 
     def __init__(self, dataset: ConversationDataset) -> None:
         self.dataset, self.split, self.sizes = dataset, dataset.split, dataset.sizes
-        how = dataset.preprocessing
-        self._capacity, self._tile_tokens = how.sequence_length, how.tile_tokens
+        self._how = dataset.preprocessing
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -29,8 +28,8 @@ class PackedDataset:
         row, used = [], 0
         for sample in samples:
             item = self.dataset[sample]
-            length = len(item.tokens) + sum(len(image) * self._tile_tokens - 1 for image in item.images)
-            if used + length > self._capacity:
+            length = len(item.tokens) + sum(self._how.visual_tokens(image) - 1 for image in item.images)
+            if used + length > self._how.sequence_length:
                 self.dataset.pass_over(f"{item.key}, which replaces an unreadable sample, does not fit into its row")
                 continue
             row.append(item)

@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.schema import RunConfig, VisionConfig
+from nemo_pre.config.vision_families import is_native
 from nemo_pre.data.dataset import Preprocessing
+from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
 
 
 def num_text_tokens(config: RunConfig) -> int:
-    """T, the width of the text of a batch: the image is one of its tokens and expands to all visual ones.
+    """T, the width of the text of a batch: the image is one of its tokens and expands to all visual ones, with native
+    resolution to the fewest an image can have.
 
     Raises:
         ValueError: the sequence does not hold the image.
     """
     visual = num_visual_tokens(config.model)
-    text = config.data.sequence_length - visual + 1
-    if text < 2:
+    text = config.data.sequence_length - _fewest_visual_tokens(config) + 1
+    if config.data.sequence_length < visual + 1:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} leaves no room for text beside an image of {visual} "
             f"visual tokens: raise it"
@@ -49,13 +52,27 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         tokenizer=tokenizer,
         chat_template=config.data.chat_template,
         max_text_tokens=num_text_tokens(config),
-        tile_tokens=num_visual_tokens(config.model),
+        tile_tokens=_fewest_visual_tokens(config),
         image_size=vision.image_size,
         image_mean=tuple(vision.image_mean),
         image_std=tuple(vision.image_std),
         image_resize=config.data.image_resize,
         image_filter=config.data.image_filter,
         max_tiles=config.data.max_tiles,
+        native=native_resolution(vision),
         features=config.data.features,
         pixels=looks_at_pixels(config),
     )
+
+
+def native_resolution(vision: VisionConfig) -> NativeResolution | None:
+    """None where images become squares."""
+    if not is_native(vision):
+        return None
+    assert vision.min_visual_tokens is not None and vision.max_visual_tokens is not None
+    return NativeResolution(vision.patch_size, vision.min_visual_tokens, vision.max_visual_tokens)
+
+
+def _fewest_visual_tokens(config: RunConfig) -> int:
+    native = native_resolution(config.model.vision)
+    return num_visual_tokens(config.model) if native is None else native.least

@@ -97,11 +97,21 @@ def diagnose_run(
     precision: str = "fp32",
     platform: str = "auto",
 ) -> DiagnoseRun:
-    """The run whose ranks hold the newest complete checkpoint behind ``checkpoint``."""
+    """The run whose ranks hold the newest complete checkpoint behind ``checkpoint``.
+
+    Raises:
+        ValueError: there is none, or its model has native resolution.
+    """
+    from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.exporter import complete_checkpoint
     from nemo_pre.inference import inference_run
 
     asked = inference_run(complete_checkpoint(checkpoint), output_dir, tensor, pipeline, precision, platform)
+    if is_native(asked.model.vision):
+        raise ValueError(
+            "Diagnosis of native-resolution models is not supported yet: diagnose one whose images have a fixed size, "
+            f"not model.vision.family={asked.model.vision.family}."
+        )
     asked.parallel.data = replicas
     return DiagnoseRun(**vars(asked))
 

@@ -19,7 +19,7 @@ from nemo_pre.neva.fp8 import without_fp8
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MCoreVisualNevaModel, unobserved
 from nemo_pre.objective import StepPlan
-from nemo_pre.parallel.sequence_layout import combined_lengths, local_positions, sequence_layout
+from nemo_pre.parallel.sequence_layout import Grid, combined_lengths, local_positions, sequence_layout
 
 PADDING = 0  # any id will do: attention is causal and padding is on the right
 
@@ -27,11 +27,14 @@ PADDING = 0  # any id will do: attention is causal and padding is on the right
 @dataclass(frozen=True)
 class TokenSequence:
     """One prompt, or one prompt with its answer: ``tokens`` int64 [t] with -200 for an image, ``images`` float32
-    [n, 3, H, W] or None, and for :func:`answer_loss` ``labels`` int64 [t], shifted, -100 where nothing counts."""
+    [n, 3, H, W] or None, and for :func:`answer_loss` ``labels`` int64 [t], shifted, -100 where nothing counts. With
+    native resolution ``images`` is [visual tokens, patches, pixels], and ``grids`` has each image's rows and columns.
+    """
 
     tokens: Tensor
     images: Tensor | None = None
     labels: Tensor | None = None
+    grids: list[Grid] | None = None
 
 
 @torch.no_grad()
@@ -210,16 +213,19 @@ def _batch(
             assert sequence.labels is not None
             labels[row, : len(sequence.labels)] = sequence.labels
     images = [sequence.images for sequence in sequences if sequence.images is not None]
-    tiles = [1] * sum(len(image) for image in images)
-    layout = sequence_layout(tokens, tiles, chunk.tile_tokens, IMAGE_TOKEN_INDEX, plan.sequence_length)
+    tiles = [image for sequence in sequences for image in _image_tiles(sequence, chunk)]
+    layout = sequence_layout(tokens, tiles, IMAGE_TOKEN_INDEX, plan.sequence_length)
     last = torch.tensor([combined_length(sequence, chunk) - 1 for sequence in sequences])
     return Batch(tokens, labels, images, last, MicroBatch(index, plan, layout))
 
 
 def combined_length(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> int:
     """Tokens of the sequence with its images expanded."""
-    tiles = [1] * (0 if sequence.images is None else len(sequence.images))
-    return int(combined_lengths(sequence.tokens[None], tiles, chunk.tile_tokens, IMAGE_TOKEN_INDEX))
+    return int(combined_lengths(sequence.tokens[None], _image_tiles(sequence, chunk), IMAGE_TOKEN_INDEX))
+
+
+def _image_tiles(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> list[list[Grid]]:
+    return [] if sequence.images is None else chunk.image_tiles([1] * len(sequence.images), sequence.grids)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -201,7 +202,7 @@ def _room_for(chunk: MCoreVisualNevaModel, batch: Batch, new_tokens: int) -> Cac
 
 
 def _extended(prompt: TokenSequence, answer: list[int]) -> TokenSequence:
-    return TokenSequence(torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)]), prompt.images)
+    return replace(prompt, tokens=torch.cat([prompt.tokens, torch.tensor(answer, dtype=torch.int64)]))
 
 
 def _most_likely(logits: Tensor, vocab_size: int) -> Tensor:

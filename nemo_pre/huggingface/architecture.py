@@ -10,6 +10,7 @@ import recipes
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, kept_class_tokens, transformers_values
+from nemo_pre.huggingface.qwen_vl import QWEN_VL, refuse_export, text_config, tower_config
 
 SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
 LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
@@ -18,6 +19,42 @@ WHOLE_MODELS = ("clip", "siglip")  # whose files name the vision tower's weights
 # What our layers do, and nothing else: a config that says otherwise is refused.
 LANGUAGE_MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 LLAVA_MUST = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+
+
+def read_whole(directory: Path) -> ModelConfig:
+    """The model of a LLaVA's or a Qwen2.5-VL's directory.
+
+    Raises:
+        ValueError: neither, or one with a part that we do not have.
+    """
+    values = _read_json(directory / "config.json")
+    return _read_qwen_vl(directory, values) if values.get("model_type") == QWEN_VL else read_llava(directory)
+
+
+def _read_qwen_vl(directory: Path, values: dict[str, Any]) -> ModelConfig:
+    where = f"{directory}/config.json"
+    text, sections = text_config(values)
+    language = _language(_from_dict(text), where)
+    frequencies = language.hidden_size // language.num_attention_heads // 2
+    model = ModelConfig(
+        name=directory.resolve().name,
+        vision=_native_tower(values, directory, where),
+        language=language,
+        rope="mrope",
+        tokenizer=str(directory),
+    )
+    plain = axis_of_frequency("mrope", None, frequencies) == axis_of_frequency("mrope", sections, frequencies)
+    model.rope_sections = None if plain else sections
+    return model
+
+
+def _native_tower(values: dict[str, Any], directory: Path, where: str) -> VisionConfig:
+    processor = directory / "preprocessor_config.json"
+    pixels = _read_json(processor) if processor.is_file() else {}
+    described = tower_config(values, pixels, where)
+    described.image_mean = list(pixels.get("image_mean", described.image_mean))
+    described.image_std = list(pixels.get("image_std", described.image_std))
+    return described
 
 
 def read_llava(directory: Path) -> ModelConfig:
@@ -30,7 +67,9 @@ def read_llava(directory: Path) -> ModelConfig:
     where = f"{directory}/config.json"
     spatial = values.get("model_type") == SPATIAL
     if values.get("model_type") not in ("llava", SPATIAL):
-        raise ValueError(f"{where} has model_type={values.get('model_type')}: only llava and {SPATIAL} are imported.")
+        raise ValueError(
+            f"{where} has model_type={values.get('model_type')}: only llava, {QWEN_VL} and {SPATIAL} are imported."
+        )
     config = _config_class(values["model_type"]).from_dict(values)
     _require(where, config, LLAVA_MUST)
     vision = _vision(config.vision_config, directory, where)
@@ -76,6 +115,8 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
 
 def _read_tower(vision: Path) -> VisionConfig:
     tower = _read_json(vision / "config.json")
+    if tower.get("model_type") == QWEN_VL:
+        return _native_tower(tower, vision, f"{vision}/config.json")
     if tower.get("model_type") in WHOLE_MODELS:
         tower = tower.get("vision_config", tower)
         if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
@@ -117,6 +158,7 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
         max_positions: for models that state none.
         dtype: of the exported weights, e.g. ``bfloat16``.
     """
+    refuse_export(model.vision)
     vision, language = model.vision, model.language
     side = vision.image_size // vision.patch_size
     values: dict[str, Any] = {

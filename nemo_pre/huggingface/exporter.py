@@ -45,6 +45,7 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
     from nemo_pre.huggingface.card import write_card
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
     from nemo_pre.huggingface.processor import write_processor
+    from nemo_pre.huggingface.qwen_vl import refuse_export
     from nemo_pre.huggingface.safetensors_files import plan_files, write_files
     from nemo_pre.launch import prepare_environment
 
@@ -53,6 +54,7 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
         raise ValueError(f"dtype={dtype} is unknown: choose one of {', '.join(DTYPES)}.")
     source, target = complete_checkpoint(checkpoint), Path(out)
     saved, model = _described(source)
+    refuse_export(model.vision)
     reader = CheckpointReader(source)
     weights = list(model_weights(model, reader))
     with appearing(target) as unfinished:

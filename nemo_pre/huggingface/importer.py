@@ -44,6 +44,7 @@ def import_checkpoint(
     """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
 
       nemo-pre import LLAVA_DIR OUT                              a LLaVA (Llama or Qwen2; CLIP, SigLIP, DINOv2, AIMv2)
+                                                                 or a Qwen2.5-VL
       nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
       nemo-pre import vision=patch_mlp language=DIR out=OUT      a new patch MLP (recipes/model/vision), no encoder
 
@@ -55,21 +56,24 @@ def import_checkpoint(
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
     if llava is not None and image_size is not None:
         raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
+    from nemo_pre.config.vision_families import is_native
     from nemo_pre.config.visual_checks import tower_problems
-    from nemo_pre.huggingface.architecture import read_llava, read_parts
+    from nemo_pre.huggingface.architecture import read_parts, read_whole
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
     from nemo_pre.launch import prepare_environment
 
     prepare_environment("cpu")
     target = Path(out)
     if llava is not None:
-        model = read_llava(Path(llava))
-        tensors = list(_stored_llava(model, Path(llava), allow_pickle))
+        model = read_whole(Path(llava))
+        tensors = list(_stored_whole(model, Path(llava), allow_pickle))
         original = Path(llava)
     else:
         assert vision is not None and language is not None
         model = read_parts(Path(vision), Path(language), target.name)
-        if model.vision.num_layers:
+        if is_native(model.vision) and image_size is not None:
+            raise ValueError("image_size is not for Qwen2.5-VL's tower, which takes images of any size: leave it out.")
+        if model.vision.num_layers and not is_native(model.vision):
             model.vision.feature_layer = feature_layer
         model.vision.image_size = image_size or model.vision.image_size
         for problem in tower_problems(model.vision):
@@ -86,12 +90,15 @@ def import_checkpoint(
     return target
 
 
-def _stored_llava(model: ModelConfig, directory: Path, allow_pickle: bool) -> Iterator[StoredTensor]:
+def _stored_whole(model: ModelConfig, directory: Path, allow_pickle: bool) -> Iterator[StoredTensor]:
+    from nemo_pre.config.vision_families import is_native
+    from nemo_pre.huggingface.qwen_vl import llava_name
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import HF_TOWER, hub_name, language_weights, projector_weights, tower_weight
 
     source = TensorSource(directory, allow_pickle)
-    names = {hub_name(name): name for name in source.names() if not name.endswith(IGNORED)}
+    named = llava_name if is_native(model.vision) else hub_name
+    names = {named(name): name for name in source.names() if not name.endswith(IGNORED)}
     towers = (tower_weight(n, source.describe(names[n])[0]) for n in names if n.startswith(HF_TOWER))
     weights = [*language_weights(model.language), *projector_weights(model), *towers]
     yield from _stored(weights, source, names, model)
@@ -111,6 +118,7 @@ def _stored_parts(
 
 
 def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: bool) -> Iterator[StoredTensor]:
+    from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.architecture import is_recipe
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import HF_TOWER, TOWER, resampled_positions, tower_weight
@@ -121,10 +129,26 @@ def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: boo
         yield from (_new_tensor(TOWER + name, tensor) for name, tensor in values.items())
         return
     source = TensorSource(vision, allow_pickle)
+    if is_native(model.vision):
+        yield from _stored_native_tower(model, source)
+        return
     own = [name for name in source.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
     names = {HF_TOWER + name: name for name in own}
     weights = [tower_weight(name, source.describe(names[name])[0]) for name in names]
     yield from _stored([resampled_positions(weight, model.vision) for weight in weights], source, names, model)
+
+
+def _stored_native_tower(model: ModelConfig, source: TensorSource) -> Iterator[StoredTensor]:
+    """From the tower's own files or those of a whole Qwen2.5-VL. The MLP of its merger stays behind: it was trained
+    for another language model."""
+    from nemo_pre.huggingface.qwen_vl import MERGER, llava_name
+    from nemo_pre.huggingface.weights import HF_TOWER, tower_weight
+
+    whole = any(llava_name(name).startswith(HF_TOWER) for name in source.names())
+    found = {(llava_name(name) if whole else HF_TOWER + name): name for name in source.names()}
+    names = {ours: name for ours, name in found.items() if ours.startswith(HF_TOWER) and MERGER not in name}
+    weights = [tower_weight(name, source.describe(names[name])[0]) for name in names]
+    yield from _stored(weights, source, names, model)
 
 
 def _stored(

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemo_pre.config.derived import padded_vocab_size
+from nemo_pre.config.derived import padded_vocab_size, projector_widths
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import class_tokens, encoder_tokens
 
@@ -99,10 +99,10 @@ def language_weights(language: LanguageConfig) -> Iterator[Weight]:
 
 def projector_weights(model: ModelConfig) -> Iterator[Weight]:
     """Of the two-layer MLP between encoder and decoder."""
-    d_vision, d = model.vision.hidden_size, model.language.hidden_size
-    for ours, theirs, inputs in (("0", "linear_1", d_vision), ("2", "linear_2", d)):
-        yield _copied(f"{PROJECTOR}{ours}.weight", f"{HF_PROJECTOR}{theirs}.weight", (d, inputs))
-        yield _copied(f"{PROJECTOR}{ours}.bias", f"{HF_PROJECTOR}{theirs}.bias", (d,))
+    inputs, inner, outputs = projector_widths(model)
+    for ours, theirs, shape in (("0", "linear_1", (inner, inputs)), ("2", "linear_2", (outputs, inner))):
+        yield _copied(f"{PROJECTOR}{ours}.weight", f"{HF_PROJECTOR}{theirs}.weight", shape)
+        yield _copied(f"{PROJECTOR}{ours}.bias", f"{HF_PROJECTOR}{theirs}.bias", shape[:1])
 
 
 def tower_weight(name: str, shape: Shape) -> Weight:

@@ -16,7 +16,7 @@ from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
 from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
-from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size
+from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size, projector_widths
 from nemo_pre.config.schema import ModelConfig, ParallelConfig, RunConfig
 from nemo_pre.neva.fp8 import fp8_options
 from nemo_pre.neva.model import VisualNevaConfig
@@ -75,11 +75,12 @@ def stored_tower(config: RunConfig) -> str | None:
 
 
 def build_projector_config(model: ModelConfig, seed: int, on_gpu: bool) -> ProjectorConfig:
+    inputs, inner, outputs = projector_widths(model)
     return ProjectorConfig(
         projector_type=model.projector,
-        input_size=model.vision.hidden_size,
-        hidden_size=model.language.hidden_size,
-        ffn_hidden_size=model.language.hidden_size,
+        input_size=inputs,
+        hidden_size=outputs,
+        ffn_hidden_size=inner,
         seed=seed,
         params_dtype=torch.float32,
         **({} if _fused(on_gpu) else TRANSFORMER_CONFIG),

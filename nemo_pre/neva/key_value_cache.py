@@ -76,7 +76,7 @@ def cached_batch(
         lengths_B: tokens of each prompt without its padding.
     """
     prompt_BS3 = samples_structure(layout, shape.mixed_attention)
-    positions_3BS = decoder_streams(layout, None, layout.num_tiles, shape).positions_3BQ
+    positions_3BS = decoder_streams(layout, None, shape).positions_3BQ
     batch, length = prompt_BS3.shape[:2]
     is_real_BS = torch.arange(length) < lengths_B[:, None]
     prompt_BS3[..., SEQUENCE] = torch.where(is_real_BS, prompt_BS3[..., SEQUENCE], PADDING_SEQUENCE)

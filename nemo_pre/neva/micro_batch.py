@@ -61,7 +61,7 @@ class MicroBatch:
             self.layout.sequence_length, shape.tp_size, tp_rank, shape.cp_size, shape.cp_rank
         )
         local = local_visual_tokens(self.layout, positions_L)
-        branch, num_tiles = self.branch, self.layout.num_tiles
+        branch = self.branch
         return replace(
             self,
             layout=self.layout.to(device),
@@ -69,8 +69,8 @@ class MicroBatch:
                 *(tensor.to(device, non_blocking=True) for tensor in (local.position, local.source, local.image))
             ),
             branch_tokens=branch_tokens(branch, shape, tp_rank).to(device) if branch else None,
-            streams=None if plain else decoder_streams(self.layout, branch, num_tiles, shape).to(device),
-            teacher_streams=decoder_streams(None, branch, num_tiles, shape).to(device) if branch else None,
+            streams=None if plain else decoder_streams(self.layout, branch, shape).to(device),
+            teacher_streams=decoder_streams(None, branch, shape).to(device) if branch else None,
         )
 
 
@@ -97,4 +97,5 @@ def load_micro_batch(dataloader_iter: Iterator[Any], first_stage: bool, last_sta
     micro_batch = batch.get("micro_batch")
     if first_stage and micro_batch is not None and batch.get("pixels") is not None:
         micro_batch = replace(micro_batch, pixels=batch["pixels"].cuda(non_blocking=True))
-    return {**tensors, "num_media_tiles": batch.get("num_media_tiles"), "micro_batch": micro_batch}
+    images = {key: batch.get(key) for key in ("num_media_tiles", "media_grids")}
+    return {**tensors, **images, "micro_batch": micro_batch}

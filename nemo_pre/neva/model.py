@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,11 +36,13 @@ from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
 from nemo_pre.objective import StepPlan
 from nemo_pre.parallel.auxiliary_gradient import scale_gradient
 from nemo_pre.parallel.sequence_layout import (
+    Grid,
     SequenceLayout,
     combined_lengths,
     expand_labels,
     local_positions,
     sequence_layout,
+    square_tiles,
 )
 from nemo_pre.parallel.token_streams import StreamShape
 
@@ -52,7 +54,8 @@ class VisualTokens:
     Attributes:
         features: ``[n, d_vision]``, the encoder's, before the projector.
         tokens: ``[n, d]``, the projector's output: what enters the language model.
-        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them; None where it read features alone.
+        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them, with native resolution
+            ``[n, patches, pixels]``; None where it read features alone.
     """
 
     features: Tensor
@@ -253,8 +256,20 @@ class MCoreVisualNevaModel(MCoreNevaModel):
 
     @property
     def tile_tokens(self) -> int:
-        """Visual tokens per image tile."""
+        """Visual tokens per image tile; with native resolution the most of an image."""
         return self._img_seq_len
+
+    @property
+    def native(self) -> bool:
+        """Whether images differ in their number of visual tokens."""
+        return getattr(self.config.vision_transformer_config, "native", False)
+
+    def image_tiles(self, tiles_per_image: Sequence[int], grids: Sequence[Grid] | None) -> list[list[Grid]]:
+        """The tiles of each image: with native resolution one of the given ``grids`` each, else squares."""
+        if not self.native:
+            return square_tiles(tiles_per_image, self.tile_tokens)
+        assert grids is not None or not tiles_per_image, "native resolution needs every image's grid"
+        return [[grid] for grid in grids or []]
 
     def decoder_layer(self, number: int) -> nn.Module | None:
         """The decoder layer with this 1-based number in the whole model, if this chunk has it."""
@@ -269,6 +284,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         images: Tensor | None = None,
         labels: Tensor | None = None,
         num_image_tiles: list[int] | None = None,
+        image_grids: list[Grid] | None = None,
         micro_batch: MicroBatch | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -280,6 +296,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
                 ``[num_tiles, tile_tokens, d_vision]``; read on the first stage.
             labels, loss_mask: ``[B, T]``; read on the last stage. Without them it returns logits.
             num_image_tiles: tiles of each image; None means one each.
+            image_grids: of native resolution, rows and columns of visual tokens of each image.
             micro_batch: layout and counts; None lays this micro-batch out by itself.
 
         Returns:
@@ -287,7 +304,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             last stage (S is the context-parallel shard's length); hidden states elsewhere.
         """
         if micro_batch is None:
-            micro_batch = self.lay_out(input_ids, num_image_tiles)
+            micro_batch = self.lay_out(input_ids, num_image_tiles, image_grids)
         self.micro_batch = micro_batch = self._on_this_rank(micro_batch)
         for enter in self.on_micro_batch if self.observed else ():
             enter(micro_batch)
@@ -319,11 +336,9 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     @property
     def stream_shape(self) -> StreamShape:
         """How this model's tokens attend, are placed, and are cut over ranks."""
-        side = round(self.tile_tokens**0.5)
         return StreamShape(
             mixed_attention=self.config.mixed_attention,
             rope=self.config.rope,
-            tile_grid=(side, side),
             packed=self.config.packed,
             tp_size=ps.get_tensor_model_parallel_world_size() if self.sequence_parallel_lm else 1,
             cp_size=ps.get_context_parallel_world_size(),
@@ -405,12 +420,15 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         """This rank's part of a whole sequence ``[S, B, d]``."""
         return self._process_embedding_token_parallel(hidden_states, None, None, None)[0]
 
-    def lay_out(self, input_ids: Tensor, num_image_tiles: list[int] | None) -> MicroBatch:
+    def lay_out(
+        self, input_ids: Tensor, num_image_tiles: list[int] | None, image_grids: list[Grid] | None = None
+    ) -> MicroBatch:
         """A micro-batch by itself, for inference and evaluation outside a planned step."""
         tokens = input_ids.cpu()
-        tiles = num_image_tiles or [1] * int((tokens == IMAGE_TOKEN_INDEX).sum())
-        length = self.padded_length(int(combined_lengths(tokens, tiles, self.tile_tokens, IMAGE_TOKEN_INDEX).max()))
-        layout = sequence_layout(tokens, tiles, self.tile_tokens, IMAGE_TOKEN_INDEX, length)
+        counts = num_image_tiles or [1] * int((tokens == IMAGE_TOKEN_INDEX).sum())
+        tiles = self.image_tiles(counts, image_grids)
+        length = self.padded_length(int(combined_lengths(tokens, tiles, IMAGE_TOKEN_INDEX).max()))
+        layout = sequence_layout(tokens, tiles, IMAGE_TOKEN_INDEX, length)
         plan = StepPlan(1, length, 0, layout.num_visual_tokens, layout.num_images)
         return MicroBatch(index=0, plan=plan, layout=layout)
 
@@ -469,9 +487,11 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             features, pixels = images.to(next(self.vision_projection.parameters()).dtype), micro_batch.pixels
         else:
             pixels = images.to(next(self.vision_model.parameters()).dtype)
-            features = encoder_features(
-                self.vision_model.eval(), pixels, self.config.vision_feature_layer, self.tile_tokens
-            )
+            tower = self.vision_model.eval()
+            if self.native:
+                features = tower(pixels, [grid for tiles in micro_batch.layout.image_tiles for grid in tiles])
+                return VisualTokens(features, self.vision_projection(features), pixels)
+            features = encoder_features(tower, pixels, self.config.vision_feature_layer, self.tile_tokens)
         # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
         tokens = self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)
         return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), pixels)
@@ -530,6 +550,7 @@ class VisualNevaModel(NevaModel):
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
             num_image_tiles=batch["num_media_tiles"],
+            image_grids=batch["media_grids"],
             micro_batch=batch["micro_batch"],
         )
 

@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from nemo_pre.config.schema import VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, class_tokens, encoder_tokens, transformers_values
+from nemo_pre.config.vision_families import (
+    FAMILIES,
+    class_tokens,
+    encoder_tokens,
+    is_native,
+    most_visual_tokens,
+    transformers_values,
+)
 from nemo_pre.neva.stored_tower import StoredTower
 
 # Parts of towers that the features of a layer do not depend on: what lies behind all layers, and masking's token.
@@ -45,6 +52,11 @@ class VisionTowerConfig:
         return self.vision.hidden_size
 
     @property
+    def native(self) -> bool:
+        """Whether images differ in their number of visual tokens."""
+        return is_native(self.vision)
+
+    @property
     def image_mean(self) -> list[float]:
         return self.vision.image_mean
 
@@ -62,7 +74,7 @@ class VisionTowerConfig:
 
     @property
     def num_image_embeddings_per_tile(self) -> int:
-        return encoder_tokens(self.vision)
+        return most_visual_tokens(self.vision) if self.native else encoder_tokens(self.vision)
 
     def configure_model(self) -> nn.Module:
         from nemo_pre.neva.seeding import seeded
@@ -100,6 +112,10 @@ def _tower(vision: VisionConfig) -> nn.Module:
     classes = FAMILIES[vision.family].classes
     if classes is None:
         return PatchMLP(vision.patch_size, vision.intermediate_size, vision.hidden_size)
+    if is_native(vision):
+        from nemo_pre.neva.native_vision import build_native_tower
+
+        return build_native_tower(vision)
     model_class, config_class = (getattr(transformers, name) for name in classes)
     model: nn.Module = model_class(config_class(**transformers_values(vision)))
     return model
@@ -118,7 +134,8 @@ def _receive_nothing(_: object) -> None:
 def freeze_unused_layers(vision_model: nn.Module, feature_layer: int) -> None:
     """Freeze what the features do not depend on: it gets no gradient, and Megatron's overlapped gradient
     reduction waits for ever for a parameter that is trainable but unused."""
-    if isinstance(vision_model, (PatchMLP, StoredTower)):
+    whole = (PatchMLP, StoredTower)
+    if isinstance(vision_model, whole) or hasattr(vision_model, "merger"):  # every part of these is used
         return
     tower: Any = getattr(vision_model, "vision_model", vision_model)
     layers = tower.encoder.layer if hasattr(tower.encoder, "layer") else tower.encoder.layers

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
+
+Grid = tuple[int, int]  # height and width of a tile in visual tokens
+ImageTiles = Sequence[Sequence[Grid]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class SequenceLayout:
         segment_BS: number of the packed sample in its row, 0 where rows are not packed, and at padding.
         num_visual_tokens: visual tokens left after truncation.
         num_images: images with at least one token left after truncation.
-        num_tiles: tiles of all images, before truncation.
+        image_tiles: of every image, before truncation, the height and width of its tiles in visual tokens.
     """
 
     text_source_BS: Tensor
@@ -37,7 +41,7 @@ class SequenceLayout:
     segment_BS: Tensor
     num_visual_tokens: int
     num_images: int
-    num_tiles: int
+    image_tiles: ImageTiles
 
     @property
     def sequence_length(self) -> int:
@@ -54,30 +58,45 @@ class SequenceLayout:
             move(self.segment_BS),
             self.num_visual_tokens,
             self.num_images,
-            self.num_tiles,
+            self.image_tiles,
         )
 
+    @property
+    def tokens_per_image(self) -> list[int]:
+        """Visual tokens of every image, before truncation."""
+        return _tokens_per_image(self.image_tiles)
 
-def combined_lengths(tokens_BT: Tensor, tiles_per_image: Sequence[int], tile_tokens: int, image_token: int) -> Tensor:
+    @property
+    def grids_T2(self) -> Tensor:
+        """Height and width of every tile, before truncation."""
+        return torch.tensor([grid for tiles in self.image_tiles for grid in tiles], dtype=torch.int64).view(-1, 2)
+
+
+def square_tiles(tiles_per_image: Sequence[int], tile_tokens: int) -> list[list[Grid]]:
+    """Tiles of a fixed number of visual tokens: squares of them, or where a class token is among them a row."""
+    side = isqrt(tile_tokens)
+    grid = (side, side) if side * side == tile_tokens else (1, tile_tokens)
+    return [[grid] * tiles for tiles in tiles_per_image]
+
+
+def combined_lengths(tokens_BT: Tensor, image_tiles: ImageTiles, image_token: int) -> Tensor:
     """Length ``[B]`` of each sample once every image token is replaced by its visual tokens."""
-    return _token_lengths(tokens_BT, tiles_per_image, tile_tokens, image_token).sum(dim=1)
+    return _token_lengths(tokens_BT, image_tiles, image_token).sum(dim=1)
 
 
 def sequence_layout(
     tokens_BT: Tensor,
-    tiles_per_image: Sequence[int],
-    tile_tokens: int,
+    image_tiles: ImageTiles,
     image_token: int,
     sequence_length: int,
     segments_BT: Tensor | None = None,
 ) -> SequenceLayout:
-    """Lay a micro-batch out: text tokens in order, each image token replaced by ``tiles * tile_tokens`` visual
-    tokens, right-padded or cut to ``sequence_length``.
+    """Lay a micro-batch out: text tokens in order, each image token replaced by its tiles' visual tokens, right-padded
+    or cut to ``sequence_length``.
 
     Args:
         tokens_BT: token ids, ``image_token`` standing for one image.
-        tiles_per_image: tiles of each image, in the order their tokens appear in ``tokens_BT``.
-        tile_tokens: visual tokens per tile.
+        image_tiles: the tiles of each image, in the order their tokens appear in ``tokens_BT``.
         image_token: the id that stands for an image.
         sequence_length: S.
         segments_BT: number of the packed sample each token belongs to; None: a row is a sample.
@@ -86,7 +105,7 @@ def sequence_layout(
         ValueError: if the number of image tokens and of images differ.
     """
     batch, num_text = tokens_BT.shape
-    lengths_BT = _token_lengths(tokens_BT, tiles_per_image, tile_tokens, image_token)
+    lengths_BT = _token_lengths(tokens_BT, image_tiles, image_token)
     ends_BT = lengths_BT.cumsum(dim=1)
     full_length = max(int(ends_BT[:, -1].max()) if num_text else 0, sequence_length)
 
@@ -119,7 +138,7 @@ def sequence_layout(
         segment,
         num_visual_tokens=int((visual_source >= 0).sum()),
         num_images=int(visual_image[visual_image >= 0].unique().numel()),
-        num_tiles=sum(tiles_per_image),
+        image_tiles=tuple(map(tuple, image_tiles)),
     )
 
 
@@ -178,14 +197,18 @@ def local_visual_tokens(layout: SequenceLayout, positions_L: Tensor) -> LocalVis
     return LocalVisualTokens(position, source_LB.reshape(-1)[position], image_LB.reshape(-1)[position])
 
 
-def _token_lengths(tokens_BT: Tensor, tiles_per_image: Sequence[int], tile_tokens: int, image_token: int) -> Tensor:
+def _tokens_per_image(image_tiles: ImageTiles) -> list[int]:
+    return [sum(height * width for height, width in tiles) for tiles in image_tiles]
+
+
+def _token_lengths(tokens_BT: Tensor, image_tiles: ImageTiles, image_token: int) -> Tensor:
     is_image_BT = tokens_BT == image_token
     num_image_tokens = int(is_image_BT.sum())
-    if num_image_tokens != len(tiles_per_image):
+    if num_image_tokens != len(image_tiles):
         raise ValueError(
-            f"A micro-batch has {num_image_tokens} image tokens but {len(tiles_per_image)} images: every image needs "
+            f"A micro-batch has {num_image_tokens} image tokens but {len(image_tiles)} images: every image needs "
             f"one image token (id {image_token}) in its sample's text."
         )
     lengths_BT = torch.ones_like(tokens_BT)
-    lengths_BT[is_image_BT] = torch.tensor(tiles_per_image, dtype=tokens_BT.dtype) * tile_tokens
+    lengths_BT[is_image_BT] = torch.tensor(_tokens_per_image(image_tiles), dtype=tokens_BT.dtype)
     return lengths_BT

@@ -65,14 +65,12 @@ class StreamShape:
     Attributes:
         mixed_attention: tokens of one image see each other both ways.
         rope: see :func:`nemo_pre.parallel.rotary_positions.rotary_positions`.
-        tile_grid: height and width of an image tile in visual tokens.
         tp_size: ranks of sequence parallelism, 1 without it.
         packed: rows may hold several samples.
     """
 
     mixed_attention: bool
     rope: str
-    tile_grid: tuple[int, int]
     tp_size: int = 1
     cp_size: int = 1
     cp_rank: int = 0
@@ -102,20 +100,17 @@ class DecoderStreams:
         )
 
 
-def decoder_streams(
-    samples: SequenceLayout | None, branch: VisualBranch | None, num_tiles: int, shape: StreamShape
-) -> DecoderStreams:
+def decoder_streams(samples: SequenceLayout | None, branch: VisualBranch | None, shape: StreamShape) -> DecoderStreams:
     """The structure and positions of ``samples`` and ``branch``, of which one may be missing."""
-    grids = torch.tensor([shape.tile_grid] * num_tiles, dtype=torch.int64).view(-1, 2)
     structures, positions = [], []
     if samples is not None:
         structures.append(samples_structure(samples, shape.mixed_attention))
-        positions.append(rotary_positions(samples, grids, shape.rope))
+        positions.append(rotary_positions(samples, samples.grids_T2, shape.rope))
     if branch is not None:
         image_BS = branch.layout.visual_image_BS
         own_sequence = (image_BS if branch.isolated_images else branch.layout.segment_BS - 1) + BRANCH + 1
         structures.append(_structure(branch.layout, own_sequence, shape.mixed_attention or branch.isolated_images))
-        positions.append(rotary_positions(branch.layout, grids, shape.rope, branch.isolated_images))
+        positions.append(rotary_positions(branch.layout, branch.layout.grids_T2, shape.rope, branch.isolated_images))
     lengths = [structure.shape[1] for structure in structures]
     order_K = gathered_order(lengths, shape.tp_size, shape.cp_size)
     here_Q = order_K.view(shape.cp_size, -1)[shape.cp_rank]

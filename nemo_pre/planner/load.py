@@ -72,7 +72,8 @@ class Load:
 
 
 def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
-    """The largest micro-batch: full rows, each with ``images_per_row`` images of ``data.max_tiles`` tiles.
+    """The largest micro-batch: full rows, each with ``images_per_row`` images of ``data.max_tiles`` tiles, with
+    native resolution of the most visual tokens an image may have.
 
     Args:
         images_per_row: None: one, or with packing as many as leave a text token to each.

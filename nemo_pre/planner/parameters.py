@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from itertools import accumulate
 
-from nemo_pre.config.derived import bf16_layers, fp8_recipe, padded_vocab_size, target_layers
+from nemo_pre.config.derived import bf16_layers, fp8_recipe, padded_vocab_size, projector_widths, target_layers
 from nemo_pre.config.schema import ParallelConfig, RunConfig
+from nemo_pre.config.vision_families import feature_width
 from nemo_pre.planner.vision import tower_parameters, unused_parameters
 
 LANGUAGE = ("embedding", "decoder", "output")
@@ -132,17 +133,17 @@ def projector_parameters(config: RunConfig) -> int:
 
 def projector_matrices(config: RunConfig) -> list[tuple[int, int]]:
     """Inputs and outputs of the projector's linear layers; Megatron's own projectors are counted as plain ones."""
-    width, vision_width = config.model.language.hidden_size, config.model.vision.hidden_size
+    inputs, inner, outputs = projector_widths(config.model)
     named = re.fullmatch(r"mlp(\d+)x_gelu", config.model.projector)
     depth = int(named[1]) if named else {"mcore_affine": 1}.get(config.model.projector, 2)
-    return [(vision_width, width)] + [(width, width)] * (depth - 1)
+    return [(inputs, inner if depth > 1 else outputs)] + [(inner, outputs)] * (depth - 1)
 
 
 def prediction_head_matrices(config: RunConfig) -> list[tuple[int, int]]:
     """Of one of PRe's heads. An external anchor's width is not known here: the decoder's is taken."""
     pre, width = config.objective.pre, config.model.language.hidden_size
     hidden = max(1, round(width * pre.head_hidden_ratio))
-    output = config.model.vision.hidden_size if pre.anchor == "pre_projector" else width
+    output = feature_width(config.model.vision) if pre.anchor == "pre_projector" else width
     return [(width, hidden), (hidden, output)]
 
 

@@ -1,14 +1,15 @@
 """Vision towers of every family: parameters, FLOPs, and what autograd keeps of them.
 
 The towers are ``transformers``' own (with PyTorch's fused attention), on the first stage, whole on each of its ranks.
+With native resolution every image is taken to have the most visual tokens it may have.
 """
 
 from __future__ import annotations
 
 from nemo_pre.config.schema import VisionConfig
-from nemo_pre.config.vision_families import class_tokens, encoder_tokens
+from nemo_pre.config.vision_families import MERGE, class_tokens, encoder_tokens, is_native
 
-FLOAT = 4  # bytes
+FLOAT, INDEX = 4, 8  # bytes
 
 
 def num_patches(vision: VisionConfig) -> int:
@@ -17,6 +18,8 @@ def num_patches(vision: VisionConfig) -> int:
 
 def unused_layers(vision: VisionConfig) -> int:
     """Behind the layer whose features are taken: they run, and are frozen."""
+    if is_native(vision):
+        return 0
     last_used = vision.feature_layer if vision.feature_layer >= 0 else vision.num_layers + 1 + vision.feature_layer
     return vision.num_layers - last_used
 
@@ -26,6 +29,8 @@ def unused_layers(vision: VisionConfig) -> int:
 
 def tower_parameters(vision: VisionConfig) -> int:
     width, pixels = vision.hidden_size, 3 * vision.patch_size**2
+    if is_native(vision):  # two frames, no biases, no positions; the norm before the projector
+        return 2 * pixels * width + vision.num_layers * layer_parameters(vision) + width
     if vision.family == "patch_mlp":
         return vision.intermediate_size * (pixels + 1) + width * (vision.intermediate_size + 1)
     positions = num_patches(vision) + class_tokens(vision)
@@ -38,6 +43,8 @@ def layer_parameters(vision: VisionConfig) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     if vision.family == "aimv2":  # gated MLP, no biases
         return 4 * width**2 + 3 * width * inner + 2 * width
+    if is_native(vision):  # gated MLP
+        return 4 * width * (width + 1) + 2 * inner * (width + 1) + width * (inner + 1) + 2 * width
     scales = 2 * width if vision.family == "dinov2" else 0
     return 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width + scales
 
@@ -61,6 +68,8 @@ def _beside_layers(vision: VisionConfig) -> int:
 
 def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
     """Of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
+    if is_native(vision):
+        return _native_flops(vision, tiles)
     width, inner, tokens = vision.hidden_size, vision.intermediate_size, encoder_tokens(vision)
     first_width = inner if vision.family == "patch_mlp" else width
     patches = 2.0 * tiles * num_patches(vision) * 3 * vision.patch_size**2 * first_width
@@ -72,6 +81,18 @@ def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
     used = vision.num_layers - unused_layers(vision)
     pooling = tiles * _pooling_flops(vision) if vision.family == "siglip" else 0.0
     return patches + vision.num_layers * layer + pooling, patches + 2 * used * layer
+
+
+def _native_flops(vision: VisionConfig, images: int) -> tuple[float, float]:
+    width, tokens = vision.hidden_size, encoder_tokens(vision)
+    patches = 2.0 * images * tokens * 2 * 3 * vision.patch_size**2 * width
+    products = vision.num_layers * 2.0 * tokens * (4 * width**2 + 3 * width * vision.intermediate_size)
+    assert vision.window_size is not None and vision.full_attention_layers is not None
+    whole = len(vision.full_attention_layers)
+    window = min((vision.window_size // vision.patch_size) ** 2, tokens)
+    attention = 4.0 * tokens * width * (whole * tokens + (vision.num_layers - whole) * window)
+    layers = images * (products + attention)
+    return patches + layers, patches + 2 * layers
 
 
 def _pooling_flops(vision: VisionConfig) -> float:
@@ -90,6 +111,12 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
         size: bytes of an element.
     """
     inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
+    if is_native(vision):
+        pixels = tokens * 2 * 3 * vision.patch_size**2 * size
+        angles = 2 * vision.hidden_size // vision.num_attention_heads * FLOAT
+        order = 2 * INDEX // MERGE**2  # of visual tokens, into windows and back
+        before_and_behind = angles + _norm(vision, size) + order
+        return tokens * (vision.num_layers * _native_layer_bytes(vision, size) + before_and_behind) + pixels
     pixels = tiles * 3 * vision.image_size**2 * size
     if vision.family == "patch_mlp":
         return 2 * tokens * inner * size + pixels  # the GELU's input and output
@@ -109,7 +136,14 @@ def _layer_bytes(vision: VisionConfig, size: int) -> int:
     return 2 * _norm(vision, size) + inputs + activation + attention + scaled
 
 
+def _native_layer_bytes(vision: VisionConfig, size: int) -> int:
+    """Of a token in a layer: queries and keys are rotated in float32, and the windows' outputs put together again."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    attention = 7 * width * size + vision.num_attention_heads * FLOAT
+    return 2 * _norm(vision, size) + (2 * width + 4 * inner) * size + attention
+
+
 def _norm(vision: VisionConfig, size: int) -> int:
-    """Of a token: the input and its statistics; AIMv2's has a float32 copy, and the normalised input."""
-    width = vision.hidden_size
-    return width * (FLOAT + size) + FLOAT if vision.family == "aimv2" else (width + 2) * size
+    """Of a token: the input and its statistics; an RMSNorm has a float32 copy, and the normalised input."""
+    width, of_root_mean_square = vision.hidden_size, vision.family == "aimv2" or is_native(vision)
+    return width * (FLOAT + size) + FLOAT if of_root_mean_square else (width + 2) * size

@@ -13,6 +13,12 @@ from tests.config.test_checks import run_with
 
 LAVER = ["objective=laver/paper", "model.attention=mixed", "model.rope=2d"]
 
+NATIVE = [
+    "model.vision.family=qwen25_vl", "model.vision.image_size=0", "model.vision.feature_layer=-1",
+    "model.vision.drop_class_token=false", "model.vision.min_visual_tokens=1", "model.vision.max_visual_tokens=16",
+    "model.vision.window_size=32", "model.vision.full_attention_layers=[1]",
+]  # fmt: skip
+
 REFUSED = [
     (["objective=laver/paper"], "LaVer's masked images must see themselves both ways and nothing else: set model.att"),
     (["model.attention=prefix"], "model.attention=prefix is unknown: choose one of causal, mixed."),
@@ -48,7 +54,7 @@ REFUSED = [
     (["trainer.log_grad_norms_every=0"], "trainer.log_grad_norms_every=0 must be 1 or more."),
     (
         ["model.vision.family=vit"],
-        "model.vision.family=vit is unknown: choose one of clip, siglip, dinov2, aimv2, pat",
+        "model.vision.family=vit is unknown: choose one of clip, siglip, dinov2, aimv2, qwe",
     ),
     (["model.vision.family=aimv2"], "model.vision.family=aimv2 has no class token: set model.vision.drop_class_token"),
     (["model.vision.family=patch_mlp"], "model.vision.family=patch_mlp has no layers: set model.vision.num_layers=0"),
@@ -57,6 +63,49 @@ REFUSED = [
         ["model.vision.family=dinov2", "model.vision.intermediate_size=100"],
         "model.vision.intermediate_size=100 must be a multiple of model.vision.hidden_size=96",
     ),
+    (["model.vision.image_size=0"], "model.vision.image_size=0 must be 1 or more."),
+    (
+        ["model.vision.window_size=56"],
+        "model.vision.min_visual_tokens, max_visual_tokens, window_size, full_attention_",
+    ),
+    ([*NATIVE, "model.vision.image_size=28"], "model.vision.family=qwen25_vl keeps the size of images: set model.vis"),
+    ([*NATIVE, "model.vision.feature_layer=-2"], "model.vision.family=qwen25_vl gives its last layer's features: set"),
+    (
+        [*NATIVE, "model.vision.window_size=null"],
+        "model.vision.family=qwen25_vl needs model.vision.window_size: set it",
+    ),
+    (
+        [*NATIVE, "model.vision.max_visual_tokens=3"],
+        "model.vision.max_visual_tokens=3 must be at least four times mod",
+    ),
+    (
+        [*NATIVE, "model.vision.min_visual_tokens=0"],
+        "model.vision.max_visual_tokens=16 must be at least four times mo",
+    ),
+    (
+        [*NATIVE, "model.vision.window_size=50"],
+        "model.vision.window_size=50 must be a multiple of 16 pixels, a visual",
+    ),
+    ([*NATIVE, "model.vision.full_attention_layers=[1,9]"], "model.vision.full_attention_layers=[1, 9] must name dif"),
+    ([*NATIVE, "model.vision.num_attention_heads=48"], "model.vision.hidden_size=96 must be a multiple of four times"),
+    (
+        [*NATIVE, "model.projector=mcore_mlp"],
+        "model.vision.family=qwen25_vl has its merger's MLP as projector: set mo",
+    ),
+    (
+        [*NATIVE, "data.max_tiles=5", "trainer.val_samples=0"],
+        "model.vision.family=qwen25_vl takes images whole: set d",
+    ),
+    (
+        [*NATIVE, "objective=pre", "objective.pre.anchor=external", "objective.pre.external_path=dino"],
+        "objective.pre.anchor=external needs a fixed resolution, not model.vision.family=qwen25_vl: set it to pre_llm",
+    ),
+    ([*NATIVE, "trainer.log_diagnostics_every=5"], "trainer.log_diagnostics_every needs a fixed resolution, not qwen"),
+    (
+        [*NATIVE, "data.features=features", "optim.freeze_vision=true"],
+        "data.features holds the same number of tokens for every image, unlike native resolution: set it to null.",
+    ),
+    ([*NATIVE, "data.sequence_length=17"], "data.sequence_length=17 leaves no room for text beside an image of 16 v"),
     (
         ["model.vision.family=dinov2", "model.rope=2d", "model.vision.drop_class_token=false"],
         "model.rope=2d places a grid of patches: set model.vision.drop_class_token=true.",
@@ -73,6 +122,7 @@ def test_a_run_that_cannot_work_is_refused(overrides, sentence):
 
 
 WARNED = [
+    ([*NATIVE, "data.image_resize=pad"], "data.image_resize=pad has no effect: qwen25_vl keeps aspect ratios."),
     (
         ["model.attention_backend=dense"],
         "model.attention_backend has no effect with model.attention=causal and data.packing=false.",

@@ -233,8 +233,8 @@ def test_validation_prompts_hold_the_question_but_not_the_answer(digits):
         ids = sample.prompt.tolist()
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(IMAGE_TOKEN_INDEX) == (0 if sample.question_type == "text" else 1)
-        assert (sample.media is None) == (sample.question_type == "text")
-        assert sample.media is None or sample.media.shape == (1, 3, 48, 48)
+        assert (not sample.images) == (sample.question_type == "text")
+        assert [image.shape for image in sample.images] in ([], [(1, 3, 48, 48)])
         question = tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=True)
         assert question.endswith(("?", "."))
         assert sample.answer

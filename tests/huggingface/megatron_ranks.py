@@ -13,10 +13,12 @@ from torch import Tensor
 
 @dataclass
 class Question:
-    """``tokens`` int64 [t] with -200 for an image; ``pixels`` float32 [n, 3, H, W] or None."""
+    """``tokens`` int64 [t] with -200 for an image; ``pixels`` float32 [n, 3, H, W] or None; with native resolution
+    [visual tokens, patches, pixels], and ``grids`` has the images' rows and columns."""
 
     tokens: Tensor
     pixels: Tensor | None
+    grids: list[tuple[int, int]] | None = None
 
 
 @dataclass
@@ -41,7 +43,7 @@ def ask(
 
     run_ = inference_run(checkpoint, tempfile.mkdtemp(), platform="cpu", **parallel)
     chunks = load_chunks(run_)
-    sequences = [TokenSequence(question.tokens, question.pixels) for question in questions]
+    sequences = [TokenSequence(question.tokens, question.pixels, grids=question.grids) for question in questions]
     logits: list[Tensor] = []
 
     def keep(batch: Any, output: Tensor) -> Tensor:

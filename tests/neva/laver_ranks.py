@@ -57,7 +57,7 @@ def run_branch(chunk: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     from nemo_pre.parallel.sequence_layout import sequence_layout
     from nemo_pre.parallel.token_streams import VisualBranch, image_rows, packed_images
 
-    layout = sequence_layout(batch["tokens"], batch["num_media_tiles"], chunk.tile_tokens, -200, tiny.MAX_LENGTH)
+    layout = sequence_layout(batch["tokens"], chunk.image_tiles(batch["num_media_tiles"], None), -200, tiny.MAX_LENGTH)
     branch = VisualBranch(packed_images(layout, image_rows(layout), 8), MASKED, True)
     found: dict[str, Tensor] = {"image": layout.visual_image_BS, "branch_image": branch.layout.visual_image_BS}
 

@@ -30,7 +30,7 @@ def attention() -> MixedAttention:
 
 
 def structure(branch: VisualBranch | None = None, **changes: object) -> torch.Tensor:
-    found = decoder_streams(samples(), branch, 3, StreamShape(**{**vars(shape()), **changes})).structure_BK3
+    found = decoder_streams(samples(), branch, StreamShape(**{**vars(shape()), **changes})).structure_BK3
     assert found is not None
     return found
 

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_pre.config.schema import VisionConfig
+from nemo_pre.config.schema import ModelConfig, VisionConfig
+from nemo_pre.config.vision_families import transformers_values
+from nemo_pre.neva.build import build_projector_config
 from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
@@ -130,3 +132,67 @@ def test_heads_of_different_layers_start_differently_and_reproducibly():
     assert torch.equal(spec.build(2).fc1.weight, spec.build(2).fc1.weight)
     assert not torch.equal(spec.build(2).fc1.weight, spec.build(3).fc1.weight)
     assert spec.build(2)(torch.zeros(0, 8)).shape == (0, 6)
+
+
+# --- native resolution ----------------------------------------------------------------------------------------------
+
+NATIVE = VisionConfig(
+    family="qwen25_vl", image_size=0, patch_size=4, hidden_size=32, intermediate_size=48, num_layers=3,
+    num_attention_heads=2, feature_layer=-1, drop_class_token=False, min_visual_tokens=1, max_visual_tokens=64,
+    window_size=16, full_attention_layers=[1],
+)  # fmt: skip
+GRIDS = [(2, 3), (5, 1), (1, 1), (4, 6)]
+
+
+def transformers_tower(width: int = 24):
+    """The whole of it, with the merger's MLP to ``width``."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    torch.manual_seed(3)
+    values = {**transformers_values(NATIVE), "out_hidden_size": width}
+    return Qwen2_5_VisionTransformerPretrainedModel(Qwen2_5_VLVisionConfig(**values)).eval()
+
+
+def projector(width: int = 24):
+    model = ModelConfig(name="tiny", vision=NATIVE)
+    model.language.hidden_size = width
+    return build_projector_config(model, seed=0, on_gpu=False).configure_model()
+
+
+def test_tower_and_projector_are_transformers_tower_and_its_merger():
+    """On images of several sizes: every weight has a place, and the features are equal."""
+    theirs, tower, mlp = transformers_tower(), VisionTowerConfig(NATIVE, 7).configure_model().eval(), projector()
+    state = theirs.state_dict()
+    merger = {name.removeprefix("merger.mlp."): state.pop(name) for name in list(state) if "merger.mlp" in name}
+    tower.load_state_dict(state)
+    mlp.load_state_dict(merger)
+    patches = torch.randn(sum(rows * columns for rows, columns in GRIDS), 4, 3 * 4**2)
+    frames = patches.view(-1, 3, 1, 16).expand(-1, 3, 2, 16).reshape(-1, 96)
+    sizes = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in GRIDS])
+    features = tower(patches, GRIDS)
+    assert features.shape == (36, 4 * 32)
+    torch.testing.assert_close(mlp(features), theirs(frames, sizes), atol=1e-6, rtol=1e-5)
+    first = tower(patches[:6], GRIDS[:1])
+    torch.testing.assert_close(features[:6], first, atol=1e-6, rtol=1e-5, msg="images see each other")
+
+
+def test_every_parameter_of_a_native_tower_is_trained_and_its_config_promises_its_limit():
+    config = VisionTowerConfig(NATIVE, 7)
+    tower = config.configure_model()
+    freeze_unused_layers(tower, -1)
+    tower(torch.randn(6, 4, 48), GRIDS[:1]).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tower.parameters())
+    assert config.num_image_embeddings_per_tile == 64 and config.class_token_len == 0
+
+
+def test_a_native_towers_positions_stay_exact_in_bf16_and_are_there_after_the_meta_device():
+    patches = torch.randn(24, 4, 48)
+    tower = VisionTowerConfig(NATIVE, 7).configure_model()
+    with torch.device("meta"):
+        built = VisionTowerConfig(NATIVE, 7).configure_model()
+    built.to_empty(device="cpu").load_state_dict(tower.state_dict())
+    assert torch.equal(built(patches, GRIDS[3:]), tower(patches, GRIDS[3:]))
+    angles = tower.rot_pos_emb(torch.tensor([[1, 8, 12]]))
+    assert torch.equal(tower.bfloat16().rot_pos_emb(torch.tensor([[1, 8, 12]])), angles)
+    assert angles.dtype == torch.float32

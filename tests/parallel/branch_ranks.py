@@ -20,7 +20,7 @@ def gather_images(branch: VisualBranch, whole_BSd: Tensor, tp: int, cp: int) -> 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     tp_rank, cp_rank = rank % tp, rank // tp
-    shape = StreamShape(True, "2d", (2, 2), tp, cp, cp_rank)
+    shape = StreamShape(True, "2d", tp, cp, cp_rank)
     tp_groups = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
     cp_groups = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
     groups = [g for g, size in ((tp_groups[cp_rank], tp), (cp_groups[tp_rank], cp)) if size > 1]

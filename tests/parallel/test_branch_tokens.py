@@ -16,7 +16,7 @@ TOKENS = torch.tensor([[5, IMAGE_TOKEN, 6, IMAGE_TOKEN, 7], [IMAGE_TOKEN, 8, 9, 
 
 
 def branch(together: bool = False) -> VisualBranch:
-    layout = sequence_layout(TOKENS, [1, 1, 1], 4, IMAGE_TOKEN, 16)
+    layout = sequence_layout(TOKENS, [[(2, 2)]] * 3, IMAGE_TOKEN, 16)
     mask = torch.tensor([1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1]).bool()
     return VisualBranch(packed_images(layout, image_rows(layout), 8), mask, True, together)
 
@@ -46,7 +46,7 @@ def test_gradients_come_back_to_the_rank_that_has_the_token(cut):
     lay = branch()
     whole = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1))
     for rank, (_, _, _, gradient) in enumerate(run_ranks(gather_images, tp * cp, lay, whole, tp, cp)):
-        tokens = branch_tokens(lay, StreamShape(True, "2d", (2, 2), tp, cp, rank // tp), rank % tp)
+        tokens = branch_tokens(lay, StreamShape(True, "2d", tp, cp, rank // tp), rank % tp)
         assert len(gradient) == len(tokens.position)
         from nemo_pre.parallel.sequence_layout import local_positions
 

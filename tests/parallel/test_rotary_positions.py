@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_pre.parallel.rotary_positions import rotary_positions
-from nemo_pre.parallel.sequence_layout import SequenceLayout, sequence_layout
+from nemo_pre.parallel.sequence_layout import SequenceLayout, sequence_layout, square_tiles
 
 IMAGE = -200
 
@@ -23,7 +23,7 @@ def layout_of(sizes: list[int | str]) -> SequenceLayout:
     tiles = sum(entry != "t" for entry in sizes)
     rows = [torch.tensor([row]) for row in (text, visual, image)]
     zeros = torch.zeros_like(rows[0])
-    return SequenceLayout(rows[0], rows[1], rows[2], zeros, sum(v >= 0 for v in visual), tiles, tiles)
+    return SequenceLayout(rows[0], rows[1], rows[2], zeros, sum(v >= 0 for v in visual), tiles, ())
 
 
 def pairs(positions_3BS: torch.Tensor) -> list[tuple[int, int]]:
@@ -75,7 +75,7 @@ def test_an_isolated_image_starts_at_zero_wherever_it_lies(kind):
 
 def test_tiles_of_one_image_lie_on_the_diagonal_and_a_cut_image_keeps_its_places():
     tokens = torch.tensor([[5, IMAGE, 6]])
-    layout = sequence_layout(tokens, [2], tile_tokens=4, image_token=IMAGE, sequence_length=8)
+    layout = sequence_layout(tokens, square_tiles([2], 4), image_token=IMAGE, sequence_length=8)
     found = pairs(rotary_positions(layout, torch.tensor([[2, 2], [2, 2]]), "2d"))
     assert found == [(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (3, 4), (4, 3)]  # the last token is cut off
     isolated = pairs(rotary_positions(layout, torch.tensor([[2, 2], [2, 2]]), "2d", isolated_images=True))
@@ -84,10 +84,10 @@ def test_tiles_of_one_image_lie_on_the_diagonal_and_a_cut_image_keeps_its_places
 
 def test_rows_of_a_micro_batch_do_not_disturb_each_other():
     tokens = torch.tensor([[5, IMAGE, 6, 7], [IMAGE, IMAGE, 8, 9], [1, 2, 3, 4]])
-    layout = sequence_layout(tokens, [1, 1, 1], tile_tokens=4, image_token=IMAGE, sequence_length=12)
+    layout = sequence_layout(tokens, square_tiles([1, 1, 1], 4), image_token=IMAGE, sequence_length=12)
     together = rotary_positions(layout, torch.tensor([[2, 2]] * 3), "2d")
     for row, tiles in enumerate([[1], [1, 1], []]):
-        alone = sequence_layout(tokens[row : row + 1], tiles, 4, IMAGE, 12)
+        alone = sequence_layout(tokens[row : row + 1], square_tiles(tiles, 4), IMAGE, 12)
         assert torch.equal(together[:, row : row + 1], rotary_positions(alone, torch.tensor([[2, 2]] * 3), "2d"))
 
 

@@ -7,6 +7,7 @@ from nemo_pre.parallel.sequence_layout import (
     local_positions,
     local_visual_tokens,
     sequence_layout,
+    square_tiles,
 )
 
 IMAGE = -200
@@ -16,7 +17,7 @@ IGNORE = -100
 def test_neva_docstring_example():
     # [0, 1, <image>, 2, 3] with a 3-token image: embeddings 0, 1, v0, v1, v2, 2, 3; labels as NeVA documents them.
     tokens = torch.tensor([[0, 1, IMAGE, 2, 3]])
-    layout = sequence_layout(tokens, [1], 3, IMAGE, 7)
+    layout = sequence_layout(tokens, square_tiles([1], 3), IMAGE, 7)
     assert layout.text_source_BS.tolist() == [[0, 1, -1, -1, -1, 3, 4]]
     assert layout.visual_source_BS.tolist() == [[-1, -1, 0, 1, 2, -1, -1]]
     labels, mask = expand_labels(layout, torch.tensor([[1, IMAGE, 2, 3, 4]]), torch.ones(1, 5), IGNORE)
@@ -49,7 +50,7 @@ def test_layout_equals_plain_loops(seed, length):
     tokens = torch.randint(0, 50, (3, 8), generator=generator)
     tokens[torch.rand(3, 8, generator=generator) < 0.25] = IMAGE
     tiles = torch.randint(1, 3, (int((tokens == IMAGE).sum()),), generator=generator).tolist()
-    layout = sequence_layout(tokens, tiles, 3, IMAGE, length)
+    layout = sequence_layout(tokens, square_tiles(tiles, 3), IMAGE, length)
     expected = slow_layout(tokens, tiles, 3, length)
     for b, row in enumerate(expected):
         for s, what in enumerate(row):
@@ -69,19 +70,19 @@ def test_layout_equals_plain_loops(seed, length):
 
 
 def test_text_only_micro_batch():
-    layout = sequence_layout(torch.tensor([[1, 2, 3]]), [], 4, IMAGE, 4)
+    layout = sequence_layout(torch.tensor([[1, 2, 3]]), [], IMAGE, 4)
     assert layout.num_visual_tokens == 0 and layout.num_images == 0
     assert layout.text_source_BS.tolist() == [[0, 1, 2, -1]]
 
 
 def test_lengths_count_every_tile():
     tokens = torch.tensor([[1, IMAGE, 2], [1, 2, 3]])
-    assert combined_lengths(tokens, [2], 5, IMAGE).tolist() == [12, 3]
+    assert combined_lengths(tokens, square_tiles([2], 5), IMAGE).tolist() == [12, 3]
 
 
 def test_more_images_than_image_tokens_are_refused():
     with pytest.raises(ValueError, match="1 image tokens but 2 images"):
-        sequence_layout(torch.tensor([[1, IMAGE]]), [1, 1], 4, IMAGE, 8)
+        sequence_layout(torch.tensor([[1, IMAGE]]), square_tiles([1, 1], 4), IMAGE, 8)
 
 
 @pytest.mark.parametrize("tp, cp", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)])
@@ -98,7 +99,7 @@ def test_context_parallel_shards_are_zigzag():
 
 def test_local_tokens_index_the_flattened_sequence_first_hidden_states():
     tokens = torch.tensor([[1, IMAGE, 2], [IMAGE, 1, 2]])
-    layout = sequence_layout(tokens, [1, 1], 2, IMAGE, 4)
+    layout = sequence_layout(tokens, square_tiles([1, 1], 2), IMAGE, 4)
     hidden_SB = torch.arange(8).view(4, 2)  # value = flattened index
     for t in range(2):
         positions = local_positions(4, 2, t, 1, 0)

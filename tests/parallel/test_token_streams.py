@@ -24,7 +24,7 @@ GRID = (2, 2)
 
 
 def samples(length: int = 16):
-    return sequence_layout(TOKENS, [1, 1, 1], 4, IMAGE_TOKEN, length)
+    return sequence_layout(TOKENS, [[GRID]] * 3, IMAGE_TOKEN, length)
 
 
 def packed(length: int = 8) -> VisualBranch:
@@ -33,11 +33,11 @@ def packed(length: int = 8) -> VisualBranch:
 
 
 def shape(**changes) -> StreamShape:
-    return StreamShape(**{"mixed_attention": True, "rope": "2d", "tile_grid": GRID, **changes})
+    return StreamShape(**{"mixed_attention": True, "rope": "2d", **changes})
 
 
 def allowed(row: int, branch: VisualBranch | None = None, **changes) -> torch.Tensor:
-    structure = decoder_streams(samples(), branch, 3, shape(**changes)).structure_BK3
+    structure = decoder_streams(samples(), branch, shape(**changes)).structure_BK3
     assert structure is not None
     return may_attend(structure, structure)[row]
 
@@ -53,7 +53,7 @@ def test_images_see_themselves_both_ways_and_everything_else_is_causal():
 
 
 def test_causal_attention_needs_no_structure():
-    assert decoder_streams(samples(), None, 3, shape(mixed_attention=False)).structure_BK3 is None
+    assert decoder_streams(samples(), None, shape(mixed_attention=False)).structure_BK3 is None
 
 
 def test_packed_images_see_themselves_and_nothing_else():
@@ -90,14 +90,14 @@ def test_cut_over_ranks_the_tokens_keep_their_rules_and_positions(cut):
     """Permuted back, what attention sees on a cut sequence is what it sees on the whole one."""
     tp, cp = cut
     branch = packed()
-    whole = decoder_streams(samples(), branch, 3, shape())
+    whole = decoder_streams(samples(), branch, shape())
     order = gathered_order([16, 8], tp, cp)
     assert sorted(order.tolist()) == list(range(24))
     assert whole.structure_BK3 is not None
     expected = may_attend(whole.structure_BK3, whole.structure_BK3)
     positions = []
     for rank in range(cp):
-        cut_up = decoder_streams(samples(), branch, 3, shape(tp_size=tp, cp_size=cp, cp_rank=rank))
+        cut_up = decoder_streams(samples(), branch, shape(tp_size=tp, cp_size=cp, cp_rank=rank))
         assert cut_up.lengths == (16 // (tp * cp), 8 // (tp * cp))
         assert cut_up.structure_BK3 is not None
         assert torch.equal(may_attend(cut_up.structure_BK3, cut_up.structure_BK3), expected[:, order][:, :, order])
@@ -111,7 +111,7 @@ def test_a_ranks_pieces_lie_side_by_side():
 
 
 def test_images_of_different_rows_have_different_numbers():
-    structure = decoder_streams(samples(), packed(), 3, shape()).structure_BK3
+    structure = decoder_streams(samples(), packed(), shape()).structure_BK3
     assert structure is not None
     of_rows = [set(structure[row, :16, IMAGE].tolist()) - {-1} for row in range(3)]
     assert of_rows == [{0, 1}, {2}, set()]

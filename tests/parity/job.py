@@ -29,6 +29,7 @@ class Job:
         teacher: the weights of LaVer's teacher, named as the student's.
         language: fields of LanguageConfig that differ from the tiny model's.
         max_length: where sequences are cut.
+        vision: fields of VisionConfig that differ from the tiny model's.
         packing: the rows of the data hold several samples, as their ``segments`` tell.
         settings: attributes of NeVA's and the language model's config, over what the product sets.
         gradient_factor: multiplies injected gradients: what the tests must notice.
@@ -40,6 +41,7 @@ class Job:
     state: dict[str, Tensor]
     precision: str = "fp32"
     language: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     packing: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +90,7 @@ def train(job: Job) -> list[StepRecord]:
         language=job.language,
         laver=job.laver,
         model=job.model,
+        vision=job.vision,
     )
     if job.max_length is not None:
         run.data.sequence_length = job.max_length

@@ -31,11 +31,12 @@ def tiny_run(
     language: dict[str, Any] | None = None,
     laver: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
 ) -> RunConfig:
     """A run of ``max_steps`` steps; ``pre`` and ``laver`` hold their configs' fields; None switches the term off."""
     from tests.reference import tiny
 
-    vision = tiny.VISION
+    clip = tiny.VISION
     data = parallel.get("data", 1)
     return RunConfig(
         name="parity",
@@ -45,13 +46,16 @@ def tiny_run(
         model=ModelConfig(
             name="tiny",
             vision=VisionConfig(
-                family="clip",
-                image_size=vision["image_size"],
-                patch_size=vision["patch_size"],
-                hidden_size=vision["hidden_size"],
-                intermediate_size=vision["intermediate_size"],
-                num_layers=vision["num_hidden_layers"],
-                num_attention_heads=vision["num_attention_heads"],
+                **{
+                    "family": "clip",
+                    "image_size": clip["image_size"],
+                    "patch_size": clip["patch_size"],
+                    "hidden_size": clip["hidden_size"],
+                    "intermediate_size": clip["intermediate_size"],
+                    "num_layers": clip["num_hidden_layers"],
+                    "num_attention_heads": clip["num_attention_heads"],
+                    **(vision or {}),
+                }
             ),
             language=LanguageConfig(
                 **{

@@ -85,8 +85,11 @@ def masks_of_step(job: Job, step: int) -> list[list[torch.Tensor]]:
             images = (batch["tokens"] == -200).sum(1).tolist()
             place = (m * len(ranks) + r) * len(batch["tokens"])
             sampling = job.laver.get("mask_sampling", "bernoulli")
-            tokens = [tiny.TOKENS_PER_IMAGE] * sum(images)
-            masks[r].append(visual_token_masks(images, tokens, job.laver["mask_ratio"], sampling, SEED, step, place))
+            masks[r].append(
+                visual_token_masks(
+                    images, tiny.image_sizes(batch), job.laver["mask_ratio"], sampling, SEED, step, place
+                )
+            )
     return masks
 
 
@@ -98,8 +101,11 @@ def check(job: Job, config: LaVerReferenceConfig) -> list[dict[str, Any]]:
             assert any(
                 all(torch.equal(a, b) for a, b in zip(record.masks, of_rank, strict=True)) for of_rank in masks
             ), "a rank masked other tokens"
-        by_image = [mask.view(-1, tiny.TOKENS_PER_IMAGE).tolist() for rank in masks for mask in rank]
         flat = [batch for rank in data for batch in rank]
+        by_image = [
+            [image.tolist() for image in mask.split(tiny.image_sizes(batch))]
+            for mask, batch in zip((mask for rank in masks for mask in rank), flat, strict=True)
+        ]
         expected = reference_laver_step(job.state, job.teacher, config, flat, by_image)
         answers.append(expected)
         metrics = records[0].metrics

@@ -179,6 +179,10 @@ def build_data(config: RunConfig, images_per_row: int) -> Any:
         "media": torch.randn(rows * images_per_row, *seen),
         "num_media_tiles": [1] * rows * images_per_row,
     }
+    if config.model.vision.family == "qwen25_vl":  # images of the most visual tokens there may be, two rows of them
+        most, pixels = num_visual_tokens(config.model), 3 * config.model.vision.patch_size**2
+        batch["media"] = torch.randn(rows * images_per_row * most, 4, pixels)
+        batch["media_grids"] = [(2, most // 2)] * rows * images_per_row
     if config.data.packing:  # a sample begins with its image
         batch["segments"] = (tokens == IMAGE_TOKEN_INDEX).cumsum(dim=1) - 1
     steps = [

@@ -15,6 +15,7 @@ from nemo_pre.planner.parameters import rank_parameters, trainable_parameters
 from tests.planner.measured import Measured, measure
 from tests.planner.shapes import LAVER, MIXED, tiny
 from tests.ranks import run_ranks
+from tests.reference.tiny import NATIVE
 
 FREEZE_ALL_BUT_PROJECTOR = {"optim.freeze_vision": True, "optim.freeze_language": True}
 WHOLE = {**LAVER, "sequence": "whole", "gram_scope": "micro_batch", "centring": True}
@@ -42,6 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
             "model.vision.drop_class_token": False,
         }
     },
+    "native resolution, bf16": {"vision": NATIVE, "precision": "bf16", "pre": {"anchor": "pre_projector"}},
     "packed": {"changes": {"data.packing": True}, "images": 3, "pre": {}},
     "packed, TP2+SP, selective": {
         "changes": {"data.packing": True},
@@ -151,6 +153,7 @@ def test_activations_are_what_autograd_keeps_within_5_percent_and_never_less(run
     config, ranks = run.config, run.ranks
     for rank, measured in enumerate(ranks):
         planned, _ = rank_activations(config, run.load, stage_of(config, rank), fused=False)
+        print("RATIO", sum(planned.values()) / measured.saved_bytes)
         assert measured.saved_bytes <= sum(planned.values()) <= 1.05 * measured.saved_bytes
 
 

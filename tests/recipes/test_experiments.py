@@ -74,7 +74,9 @@ def test_hyperparameters_are_the_papers(name):
         assert (objective.pre.weight, target_layers(objective.pre, layers)) == (0.5, (layers // 2,))
         expected = next((layer for model, layer in MIDDLE.items() if model in name), layers // 2)
         assert target_layers(objective.pre, layers) == (expected,)
-    spatial = ("mixed", "mrope" if stage.endswith("released_code") else "2d") if "laver" in stage else ("causal", "1d")
+    spatial = ("causal", "mrope" if name.startswith("qwen25vl") else "1d")
+    if "laver" in stage:
+        spatial = ("mixed", "mrope" if stage.endswith("released_code") else "2d")
     assert (config.model.attention, config.model.rope) == spatial, "in all three stages of LaVer"
     if laver:
         how = objective.laver

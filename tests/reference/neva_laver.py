@@ -41,6 +41,7 @@ from tests.reference.neva_pre import (
 )
 
 Place = tuple[int, int, int]  # time, row, column
+Grids = tuple[int, int] | list[tuple[int, int]]  # rows and columns of every image, or of each of a sample's images
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,20 @@ class Token:
     place: Place
 
 
-def lay_places(source: list[tuple[str, int]], grid: tuple[int, int], rope: str) -> list[Token]:
+def place_in_image(visual: int, grid: Grids) -> tuple[int, int, int, tuple[int, int]]:
+    """Image, row and column of a sample's visual token, and the image's grid."""
+    if isinstance(grid, tuple):
+        grid = [grid] * (visual // (grid[0] * grid[1]) + 1)
+    for image, (height, width) in enumerate(grid):
+        if visual < height * width:
+            return image, visual // width, visual % width, (height, width)
+        visual -= height * width
+    raise AssertionError("more visual tokens than the grids have")
+
+
+def lay_places(source: list[tuple[str, int]], grid: Grids, rope: str) -> list[Token]:
     """Where every token of a sample lies: text at (p, p, p), patch (i, j) of an image that starts at s at
     (s, s + i, s + j), and what follows at the largest position so far plus one; ``1d`` counts every token."""
-    height, width = grid
     tokens, next_position = [], 0
     for index, (kind, value) in enumerate(source):
         if kind == "text":
@@ -82,23 +93,21 @@ def lay_places(source: list[tuple[str, int]], grid: tuple[int, int], rope: str) 
             tokens.append(Token(None, None, value, place if rope != "1d" else (index,) * 3))
             next_position += 1
             continue
-        image, patch = divmod(value, height * width)
-        i, j = divmod(patch, width)
+        image, i, j, (height, width) = place_in_image(value, grid)
         place = (next_position, next_position + i, next_position + j)
         tokens.append(Token(image, value, None, place if rope != "1d" else (index,) * 3))
-        if patch == height * width - 1:
+        if (i, j) == (height - 1, width - 1):
             next_position += max(height, width)
     return tokens
 
 
-def alone(tokens: list[Token], image: int, grid: tuple[int, int], rope: str) -> list[Token]:
+def alone(tokens: list[Token], image: int, grid: Grids, rope: str) -> list[Token]:
     """The image of a sample as a sequence of its own, starting at 0."""
-    _, width = grid
     found = []
     for token in tokens:
         if token.image == image:
             assert token.visual is not None
-            i, j = divmod(token.visual % (grid[0] * grid[1]), width)
+            _, i, j, _ = place_in_image(token.visual, grid)
             place = (len(found),) * 3 if rope == "1d" else (0, i, j)
             found.append(Token(image, token.visual, None, place))
     return found
@@ -215,13 +224,16 @@ def sample_terms(
     config: LaVerReferenceConfig,
 ) -> SampleTerms:
     visual = [project(encode_image(image, tower, state, config), state) for image in sample["images"]]
-    per_image = visual[0].shape[0] if visual else 0
+    per_image = [len(tokens) for tokens in visual]
     visual_nd = torch.cat(visual) if visual else torch.empty(0)
     source, labels, loss_mask = expand_sample(
         sample["tokens"], sample["labels"], sample["loss_mask"], per_image, config.max_sequence_length
     )
-    side = math.isqrt(per_image)
-    tokens = lay_places(source, (side, side), config.rope)
+    grids = [
+        image[1] if isinstance(image, tuple) else (math.isqrt(size), math.isqrt(size))
+        for image, size in zip(sample["images"], per_image, strict=True)
+    ]
+    tokens = lay_places(source, grids, config.rope)
 
     embedding = state[f"{LM}embedding.word_embeddings.weight"]
     rows = [visual_nd[index] if kind == "image" else embedding[index] for kind, index in source]
@@ -252,7 +264,7 @@ def sample_terms(
     for image in images:
         mine = [token for token in tokens if token.image == image]
         if config.sequence == "images":
-            sequence, rows_of = alone(tokens, image, (side, side), config.rope), list(range(len(mine)))
+            sequence, rows_of = alone(tokens, image, grids, config.rope), list(range(len(mine)))
         else:
             sequence = tokens
             every = [token for token in tokens if token.visual is not None]

@@ -19,6 +19,7 @@ Legend of shape suffixes: s sequence, d decoder width, n visual tokens, v vision
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,14 @@ class ReferenceConfig:
 
 
 def expand_sample(
-    tokens: list[int], labels: list[int], loss_mask: list[float], tokens_per_image: int, max_length: int
+    tokens: list[int],
+    labels: list[int],
+    loss_mask: list[float],
+    tokens_per_image: int | Sequence[int],
+    max_length: int,
 ) -> tuple[list[tuple[str, int]], list[int], list[float]]:
-    """One sample's text with every image token replaced by its visual tokens.
+    """One sample's text with every image token replaced by its visual tokens, as many for each or as many as the
+    sequence says.
 
     ``labels[t]`` is the target of position ``t``. Returns, per position of the language model's sequence: where
     its embedding comes from (``("text", token)`` or ``("image", index into the sample's visual tokens)``), its
@@ -67,16 +73,18 @@ def expand_sample(
     source: list[tuple[str, int]] = []
     out_labels: list[int] = []
     out_mask: list[float] = []
-    visual_tokens = 0
+    visual_tokens = images = 0
     for t, token in enumerate(tokens):
         before_image = t + 1 < len(tokens) and tokens[t + 1] == IMAGE_TOKEN
         label = NO_LABEL if before_image else labels[t]
         if token == IMAGE_TOKEN:
-            for _ in range(tokens_per_image):
+            size = tokens_per_image if isinstance(tokens_per_image, int) else tokens_per_image[images]
+            images += 1
+            for _ in range(size):
                 source.append(("image", visual_tokens))
                 visual_tokens += 1
-            out_labels += [NO_LABEL] * (tokens_per_image - 1) + [label]
-            out_mask += [0.0] * tokens_per_image
+            out_labels += [NO_LABEL] * (size - 1) + [label]
+            out_mask += [0.0] * size
         else:
             source.append(("text", token))
             out_labels.append(label)
@@ -142,15 +150,26 @@ def decode(x_sd: Tensor, state: dict[str, Tensor], config: ReferenceConfig) -> t
 def vision_tower(config: ReferenceConfig) -> torch.nn.Module:
     """The ``transformers`` tower in the given shape, on the meta device: weights come from the state dict."""
     from transformers import CLIPVisionModel, SiglipVisionModel
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
+    if config.vision.model_type == "qwen2_5_vl":
+        tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision).eval()
+        tower.merger.mlp = torch.nn.Identity()  # it is the projector
+        return tower
     family = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     return family[config.vision.model_type](config.vision).eval()
 
 
-def encode_image(image: Tensor, tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
-    """Vision features ``[n, v]`` of one image ``[3, H, W]``."""
+def encode_image(image: Any, tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
+    """Vision features ``[n, v]`` of one image ``[3, H, W]``, or of ``(patches, (rows, columns))`` where images keep
+    their aspect ratio."""
     weights = _below(state, "vision_model.")
     dtype = next(iter(weights.values())).dtype
+    if isinstance(image, tuple):
+        patches, (rows, columns) = image
+        channels = patches.to(dtype).reshape(4 * rows * columns, 3, 1, -1)
+        frames = torch.cat([channels, channels], dim=2).flatten(1)
+        return torch.func.functional_call(tower, weights, (frames, torch.tensor([[1, 2 * rows, 2 * columns]])))
     output = torch.func.functional_call(
         tower, weights, args=(image[None].to(dtype),), kwargs={"output_hidden_states": True}
     )
@@ -183,7 +202,8 @@ def sample_sums(
     """One sample's sums: ``lm`` and ``tokens``, ``cosine`` per target layer and ``visual`` (tokens, or images)."""
     features = [encode_image(image, tower, state, config) for image in sample["images"]]
     visual = [project(f, state) for f in features]
-    per_image = visual[0].shape[0] if visual else 0
+    per_image = [len(tokens) for tokens in visual]
+    image_of = [image for image, size in enumerate(per_image) for _ in range(size)]
     visual_nd, features_nv = (torch.cat(x) if x else torch.empty(0) for x in (visual, features))
     source, labels, mask = expand_sample(
         sample["tokens"], sample["labels"], sample["loss_mask"], per_image, config.max_sequence_length
@@ -204,7 +224,7 @@ def sample_sums(
     by_image: dict[int, list[tuple[int, int]]] = {}  # image -> its (position in the sequence, visual token)
     for position, (kind, index) in enumerate(source):
         if kind == "image":
-            by_image.setdefault(index // per_image, []).append((position, index))
+            by_image.setdefault(image_of[index], []).append((position, index))
     cosines = dict.fromkeys(config.pre_layers, zero)
     n_visual = 0
     for pairs in by_image.values():
@@ -229,6 +249,9 @@ def split_samples(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for batch in micro_batches:
         media = batch["media"]
         images = [] if media is None else list(media)
+        if media is not None and "media_grids" in batch:
+            sizes = [rows * columns for rows, columns in batch["media_grids"]]
+            images = list(zip(media.split(sizes), batch["media_grids"], strict=True))
         segments = batch.get("segments", torch.zeros_like(batch["tokens"]))
         for tokens, labels, mask, segment in zip(
             batch["tokens"], batch["labels"], batch["loss_mask"], segments, strict=True

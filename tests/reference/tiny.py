@@ -48,14 +48,16 @@ def random_state(
 
     head_dim = config.head_dim or WIDTH // config.num_attention_heads
     qkv_rows = (config.num_attention_heads + 2 * config.num_query_groups) * head_dim
-    vision_width = config.vision.hidden_size
+    vision_width, inner = config.vision.hidden_size, WIDTH
+    if config.vision.model_type == "qwen2_5_vl":
+        vision_width = inner = 4 * vision_width
     lm = "language_model."
     state = {
         f"{lm}embedding.word_embeddings.weight": normal(VOCABULARY, WIDTH),
         f"{lm}decoder.final_layernorm.weight": normal(WIDTH, mean=1.0),
-        "vision_projection.0.weight": normal(WIDTH, vision_width, std=0.3),
-        "vision_projection.0.bias": normal(WIDTH),
-        "vision_projection.2.weight": normal(WIDTH, WIDTH, std=0.2),
+        "vision_projection.0.weight": normal(inner, vision_width, std=0.3),
+        "vision_projection.0.bias": normal(inner),
+        "vision_projection.2.weight": normal(WIDTH, inner, std=0.2),
         "vision_projection.2.bias": normal(WIDTH),
     }
     if not config.tie_embeddings:
@@ -130,3 +132,50 @@ def random_batch(
         else None,
         "num_media_tiles": [1] * total,
     }
+
+
+# --- native resolution ----------------------------------------------------------------------------------------------
+
+NATIVE = {  # fields of VisionConfig
+    "family": "qwen25_vl",
+    "image_size": 0,
+    "patch_size": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "feature_layer": -1,
+    "drop_class_token": False,
+    "min_visual_tokens": 1,
+    "max_visual_tokens": 8,
+    "window_size": 8,
+    "full_attention_layers": [1],
+}
+GRIDS = [(1, 3), (3, 2), (2, 2), (1, 1), (4, 1), (2, 4), (3, 1)]
+
+
+def native_vision() -> Any:
+    """``transformers``' configuration of the tower in :data:`NATIVE`."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+    return Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=2, window_size=8,
+        fullatt_block_indexes=[1], out_hidden_size=WIDTH,
+    )  # fmt: skip
+
+
+def with_native_images(batch: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A batch of :func:`random_batch` with images of several sizes in the place of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(batch["num_media_tiles"])
+    grids = [GRIDS[int(torch.randint(len(GRIDS), (), generator=generator))] for _ in range(count)]
+    tokens = sum(rows * columns for rows, columns in grids)
+    patches = torch.randn(tokens, 4, 3 * 2**2, generator=generator) if count else None
+    return {**batch, "media": patches, "media_grids": grids}
+
+
+def image_sizes(batch: dict[str, Any]) -> list[int]:
+    """Visual tokens of each image of a batch."""
+    if "media_grids" in batch:
+        return [rows * columns for rows, columns in batch["media_grids"]]
+    return [TOKENS_PER_IMAGE] * len(batch["num_media_tiles"])

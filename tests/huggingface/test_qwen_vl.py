@@ -1,0 +1,169 @@
+"""Import of a Qwen2.5-VL, whole and its tower alone: every tensor has its place, and logits are transformers'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_pre.config.saved import check_same_weights, saved_model
+from nemo_pre.diagnostics.diagnose import diagnose_run
+from nemo_pre.huggingface.exporter import export_checkpoint
+from nemo_pre.huggingface.importer import import_checkpoint
+from tests.huggingface.megatron_ranks import Question, ask
+from tests.huggingface.tiny import tiny_tokenizer
+from tests.ranks import run_ranks
+
+IMAGE, VOCABULARY, NEW = -200, 300, 4
+IMAGE_PAD, VIDEO_PAD, START, END = 290, 291, 292, 293
+PATCH = 4
+VISION = {
+    "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": PATCH, "window_size": 16,
+    "fullatt_block_indexes": [1], "out_hidden_size": 64, "in_chans": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen_vl(tmp_path_factory) -> Path:
+    """A random Qwen2.5-VL, as transformers writes it."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=VISION, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
+        vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for parameter in model.parameters():  # norms and biases too: a swapped pair of them must show
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
+    directory = tmp_path_factory.mktemp("qwen_vl") / "hf"
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    pixels = {"min_pixels": 4 * 8**2, "max_pixels": 64 * 8**2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
+    return directory
+
+
+def questions() -> list[Question]:
+    """One without an image, one with one, one with two; grids that are not square."""
+    generator = torch.Generator().manual_seed(1)
+
+    def pixels(*grids: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(sum(r * c for r, c in grids), 4, 3 * PATCH**2, generator=generator)
+
+    one, two = [(2, 5)], [(3, 1), (2, 2)]
+    return [
+        Question(torch.tensor([5, 6, 7, 8]), None),
+        Question(torch.tensor([9, START, IMAGE, END, 10, 11]), pixels(*one), one),
+        Question(torch.tensor([START, IMAGE, END, 12, START, IMAGE, END, 13, 14]), pixels(*two), two),
+    ]
+
+
+@torch.no_grad()
+def hf_inputs(question: Question) -> dict[str, torch.Tensor]:
+    sizes = iter(rows * columns for rows, columns in question.grids or [])
+    ids: list[int] = []
+    for token in question.tokens.tolist():
+        ids += [IMAGE_PAD] * next(sizes) if token == IMAGE else [token]
+    given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+    if question.pixels is not None:
+        frames = question.pixels.view(-1, 3, 1, PATCH**2).expand(-1, 3, 2, -1).reshape(-1, 6 * PATCH**2)
+        grids = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in question.grids])
+        given |= {"pixel_values": frames, "image_grid_thw": grids}
+    return given
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+@torch.no_grad()
+def test_logits_and_greedy_answers_of_an_imported_qwen_vl_are_those_of_transformers(layout, qwen_vl, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    out = import_checkpoint(str(qwen_vl), str(tmp_path / "imported"))
+    asked, ranks = questions(), layout.get("tensor", 1) * layout.get("pipeline", 1)
+    told = run_ranks(ask, ranks, str(out), layout, asked, NEW, VOCABULARY)[-1]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl).eval()
+    assert told.cached == told.uncached
+    for question, found, answer in zip(asked, told.logits, told.cached, strict=True):
+        given = hf_inputs(question)
+        torch.testing.assert_close(found, model(**given).logits[0], rtol=0, atol=1e-4)
+        generated = model.generate(**given, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        assert generated[0, given["input_ids"].shape[1] :].tolist() == answer
+
+
+def test_the_description_is_the_models(qwen_vl, tmp_path):
+    model = saved_model(import_checkpoint(str(qwen_vl), str(tmp_path / "imported")))
+    vision = model.vision
+    assert (vision.family, vision.window_size, vision.full_attention_layers) == ("qwen25_vl", 16, [1])
+    assert (vision.min_visual_tokens, vision.max_visual_tokens, vision.image_mean) == (4, 64, [0.5] * 3)
+    assert (model.attention, model.rope, model.rope_sections) == ("causal", "mrope", None)
+    assert model.language.family == "qwen2"
+
+
+@pytest.mark.parametrize("source", ["whole", "tower"])
+def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl, tmp_path):
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+
+    from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl)
+    if source == "tower":
+        whole.model.visual.save_pretrained(tmp_path / "tower")
+    language = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512,
+    )  # fmt: skip
+    Qwen2ForCausalLM(language).save_pretrained(tmp_path / "qwen2")
+    vision = str(qwen_vl if source == "whole" else tmp_path / "tower")
+    with pytest.raises(ValueError, match="image_size is not for Qwen2.5-VL's tower"):
+        import_checkpoint(vision=vision, language=str(tmp_path / "qwen2"), out=str(tmp_path / "no"), image_size=28)
+    out = import_checkpoint(vision=vision, language=str(tmp_path / "qwen2"), out=str(tmp_path / "imported"))
+    reader = CheckpointReader(out)
+    found = {key for key in reader.tensors() if key.startswith("module.vision_model.")}
+    expected = {
+        f"module.vision_model.{name}": tensor
+        for name, tensor in whole.model.visual.state_dict().items()
+        if "merger.mlp" not in name
+    }
+    assert found == expected.keys()
+    assert all(torch.equal(reader.read(key, None), tensor) for key, tensor in expected.items())
+    assert reader.tensors()["module.vision_projection.0.weight"][0] == (64, 64)
+    assert reader.tensors()["module.vision_projection.2.weight"][0] == (24, 64)
+    model = saved_model(out)
+    model.vision.max_visual_tokens = 16
+    check_same_weights(model, out)
+    model.vision.window_size = 32
+    with pytest.raises(ValueError, match="model.vision.window_size=32 but"):
+        check_same_weights(model, out)
+
+
+def test_what_is_not_there_is_refused_in_a_sentence(qwen_vl, tmp_path):
+    out = import_checkpoint(str(qwen_vl), str(tmp_path / "imported"))
+    with pytest.raises(ValueError, match="Export of native-resolution models .* is not supported yet: ask"):
+        export_checkpoint(str(out), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(ValueError, match="Diagnosis of native-resolution models .* is not supported yet"):
+        diagnose_run(str(out), str(tmp_path / "diagnosis"))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"vision_config": {**VISION, "spatial_merge_size": 3}}, "spatial_merge_size=3: only spatial_merge_size=2"),
+        ({"vision_config": {**VISION, "in_chans": 4}}, "in_channels=4: only in_channels=3 is imported"),
+        ({"text_config": {"rope_scaling": {"type": "yarn"}}}, "only type=mrope with mrope_section is imported"),
+    ],
+)
+def test_a_qwen_vl_of_another_kind_is_refused(changes, sentence, qwen_vl, tmp_path):
+    values = json.loads((qwen_vl / "config.json").read_text())
+    for part, content in changes.items():
+        values[part] = {**values.get(part, {}), **content}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=sentence):
+        import_checkpoint(str(tmp_path), str(tmp_path / "out"))

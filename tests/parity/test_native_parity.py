@@ -1,0 +1,43 @@
+"""Images with different numbers of visual tokens: losses and gradients agree with the oracles, which take one image at
+a time. Tolerances as in the tests of fixed resolution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.parity import test_laver_parity as laver_parity
+from tests.parity import test_parity as parity
+from tests.reference import tiny
+from tests.reference.neva_laver import LaVerReferenceConfig
+
+
+def native(job, config):
+    """The case with the other tower, and with images of several sizes, of which some are cut off."""
+    vision = {"vision": tiny.native_vision(), "feature_layer": -1, "drop_class_token": False}
+    config = replace(config, max_sequence_length=16, **vision)
+    steps = [
+        [
+            [tiny.with_native_images(batch, seed=1000 * s + 100 * r + m) for m, batch in enumerate(rank)]
+            for r, rank in enumerate(step)
+        ]
+        for s, step in enumerate(job.steps)
+    ]
+    state = tiny.random_state(config)
+    assert any(len({size for b in rank for size in tiny.image_sizes(b)}) > 2 for step in steps for rank in step)
+    return replace(job, steps=steps, state=state, vision=tiny.NATIVE, max_length=16), config
+
+
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2"])
+def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(layout):
+    """Grids that are not square, images of one token, micro-batches of text."""
+    job, config = native(*laver_parity.case(layout))
+    assert isinstance(config, LaVerReferenceConfig)
+    answers = laver_parity.check(replace(job, teacher=tiny.random_teacher(config, seed=5)), config)
+    assert sum(answer["masked"] for answer in answers) > 10
+
+
+@pytest.mark.parametrize("pre", [{"variant": "global"}, {"anchor": "pre_projector"}])
+def test_pre_of_whole_images_and_of_the_towers_features(pre):
+    parity.check(*native(*parity.case("one-rank", (3,), pre=pre)))
