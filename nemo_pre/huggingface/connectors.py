@@ -20,11 +20,11 @@ from nemo_pre.neva.model import VisualNevaModel
 class HuggingFaceImporter(io.ModelConnector["LlavaForConditionalGeneration", VisualNevaModel]):  # type: ignore # noqa: F821
     def init(self) -> VisualNevaModel:
         """The model, without weights."""
-        from nemo_pre.huggingface.architecture import read_llava
+        from nemo_pre.huggingface.architecture import read_whole
         from nemo_pre.inference import untrained_run
         from nemo_pre.neva.build import build_neva_config
 
-        run = untrained_run(read_llava(Path(self)), tempfile.gettempdir())
+        run = untrained_run(read_whole(Path(self)), tempfile.gettempdir())
         return VisualNevaModel(build_neva_config(run, on_gpu=False))
 
     def apply(self, output_path: Path) -> Path:

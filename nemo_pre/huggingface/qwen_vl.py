@@ -90,4 +90,6 @@ def text_config(values: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     scaling = text.get("rope_scaling") or {}
     if scaling.get("type", scaling.get("rope_type")) not in ("mrope", "default") or "mrope_section" not in scaling:
         raise ValueError(f"rope_scaling={scaling} is no Qwen2.5-VL's: only type=mrope with mrope_section is imported.")
-    return {**text, "model_type": "qwen2", "rope_scaling": None}, list(scaling["mrope_section"])
+    tied = values.get("tie_word_embeddings", False)  # the part's own says nothing
+    whole = {**text, "model_type": "qwen2", "rope_scaling": None, "tie_word_embeddings": tied}
+    return whole, list(scaling["mrope_section"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nemo_pre.config.compose import compose_run
 from nemo_pre.config.saved import check_same_weights, saved_model
 from nemo_pre.diagnostics.diagnose import diagnose_run
+from nemo_pre.huggingface.architecture import read_whole
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from tests.huggingface.megatron_ranks import Question, ask
@@ -167,3 +170,26 @@ def test_a_qwen_vl_of_another_kind_is_refused(changes, sentence, qwen_vl, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=sentence):
         import_checkpoint(str(tmp_path), str(tmp_path / "out"))
+
+
+def test_the_published_7b_and_the_tied_3b_are_the_models_of_the_recipes(tmp_path):
+    """Their config.json on the hub: flat, the language model's values beside the tower's."""
+    published = {
+        "model_type": "qwen2_5_vl", "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944,
+        "max_position_embeddings": 128000, "num_attention_heads": 28, "num_hidden_layers": 28,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False,
+        "vocab_size": 152064, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
+            "spatial_patch_size": 14, "fullatt_block_indexes": [7, 15, 23, 31], "temporal_patch_size": 2,
+        },
+    }  # fmt: skip
+    recipe = compose_run(["model=qwen25vl_qwen25_7b", "stage=stage1_align"]).model
+    for tied in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({**published, "tie_word_embeddings": tied}))
+        found = read_whole(tmp_path)
+        assert found.language.tie_embeddings == tied
+    assert (found.vision, found.rope, found.rope_sections) == (recipe.vision, recipe.rope, recipe.rope_sections)
+    language = replace(found.language, max_position_embeddings=recipe.language.max_position_embeddings)
+    assert language == recipe.language
