@@ -329,7 +329,7 @@ def _features(config: RunConfig) -> Iterator[str]:
     if data.max_tiles > 1:
         yield f"data.features holds one tile an image, not data.max_tiles={data.max_tiles}: set one of them back."
     if is_native(config.model.vision):
-        yield "data.features holds the same number of tokens for every image, unlike native resolution: set it to null."
+        yield "data.features holds as many tokens for every image, unlike native resolution: set data.features=null."
     if config.trainer.log_diagnostics_every:
         yield (
             "trainer.log_diagnostics_every looks at pictures through the encoder, which data.features leaves out: set "

@@ -103,7 +103,7 @@ REFUSED = [
     ([*NATIVE, "trainer.log_diagnostics_every=5"], "trainer.log_diagnostics_every needs a fixed resolution, not qwen"),
     (
         [*NATIVE, "data.features=features", "optim.freeze_vision=true"],
-        "data.features holds the same number of tokens for every image, unlike native resolution: set it to null.",
+        "data.features holds as many tokens for every image, unlike native resolution: set data.features=null.",
     ),
     ([*NATIVE, "data.sequence_length=17"], "data.sequence_length=17 leaves no room for text beside an image of 16 v"),
     (
