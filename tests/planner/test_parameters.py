@@ -66,7 +66,10 @@ def test_language_model_vision_tower_and_projector_are_those_of_hugging_face(nam
     assert sum(planned[part] for part in LANGUAGE) == sum(p.numel() for p in decoder.parameters())
     assert planned["vision"] == sum(p.numel() for p in tower.parameters())
     width = language.hidden_size
-    assert planned["projector"] == width * (vision.hidden_size + 1) + width * (width + 1)
+    features, inner = vision.hidden_size, width
+    if vision.family == "qwen25_vl":  # the MLP of its merger of 2 x 2 patches
+        features = inner = 4 * features
+    assert planned["projector"] == inner * (features + 1) + width * (inner + 1)
 
 
 PARTS = {
