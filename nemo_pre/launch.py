@@ -111,16 +111,17 @@ def uses_gpu(platform: str) -> bool:
 
 
 def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:
-    """Set what torch, Megatron and the tokenizers read at import, where the user has not set it."""
+    """Set what torch, Megatron and the tokenizers read at import, where the user has not set it, and make Megatron
+    importable."""
+    from nemo_pre.compat import unified_memory
+
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked after its first use
     os.environ.setdefault("PYTHONWARNINGS", "ignore:The pynvml package:FutureWarning")  # torch's own, in every process
     if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if not uses_gpu(platform):
-        # With nvcc but no GPU Megatron compiles a helper at import and dies asking the GPU for its architecture.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    unified_memory.apply()
 
 
 def external_job(environment: Mapping[str, str]) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ imported again, and its error seen, by the rank that needs it.
 import contextlib
 import importlib
 
+from nemo_pre.compat import unified_memory
 from nemo_pre.silence import silence
 
 MODULES = (
@@ -24,6 +25,7 @@ MODULES = (
 )
 
 
+unified_memory.apply()
 with silence():
     for module in MODULES:
         with contextlib.suppress(Exception):

@@ -4,6 +4,7 @@
 ``learning_rates``  a learning rate per module, on CPUs and GPUs alike.
 ``checkpoints``     what asynchronous and float32 checkpoints need, on CPUs (``cpu_backend`` applies it) and GPUs.
 ``progress``        NeMo's progress printer without the collective that only rank 0 enters.
+``unified_memory``  Megatron's import without a CUDA helper to compile; applied before it, in every process.
 ``telemetry``       NeMo's telemetry callback off.
 
 Nothing is patched by importing; the entry point (or a test's conftest) calls ``apply()``.

@@ -161,22 +161,6 @@ def cuda_rng_is_cpu_rng():
         yield Change(module, "manual_seed", manual_seed)
 
 
-def _refuse_to_build(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("nemo-pre's CPU backend builds no CUDA helper")
-
-
-@patch(
-    "no-cuda-build",
-    why="Where nvcc is installed, importing megatron.core compiles a CUDA helper and, without a GPU, dies with an"
-    " IndexError; the RuntimeError raised here is the failure that it expects and survives.",
-    until="megatron.core.inference.unified_memory builds lazily.",
-)
-def no_cuda_build():
-    import torch.utils.cpp_extension
-
-    yield Change(torch.utils.cpp_extension, "load_inline", _refuse_to_build)
-
-
 @patch(
     "no-compilation",
     why="Megatron decorates its fused kernels with torch.compile, which on CPU needs a C++ compiler that a bare"
@@ -189,4 +173,4 @@ def no_compilation():
     yield Change(torch._dynamo.config, "disable", True)
 
 
-PATCHES = [cuda_device_is_cpu, no_cuda_runtime, cuda_rng_is_cpu_rng, no_cuda_build, no_compilation]
+PATCHES = [cuda_device_is_cpu, no_cuda_runtime, cuda_rng_is_cpu_rng, no_compilation]

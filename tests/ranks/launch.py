@@ -154,7 +154,6 @@ def _warm_context() -> Any:
     server_environment = {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
-        "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "",  # byte code halves NeMo's import
