@@ -5,9 +5,10 @@ The product's own list, and what only tests build.
 
 import gc
 
-import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+import nemo_pre.preload  # noqa: F401  # before Megatron, which it makes importable
 
-import nemo_pre.preload  # noqa: F401
+# isort: split
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 
 # Megatron collects garbage when it saves: on the imported modules too, for a second in every rank, unless frozen.
 gc.collect()
