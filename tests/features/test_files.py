@@ -55,7 +55,7 @@ def slow_features(data: Path, position: int) -> list[torch.Tensor]:
     raw = ConversationDataset(read_manifest(data), "train", how).samples.read(position)
     found = []
     for image in raw.images:
-        pixels = (how.tiles(image, raw.where) - 0.166) / 0.148
+        pixels = (how.encode_image(image, raw.where) - 0.166) / 0.148
         with torch.no_grad():
             found.append(tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
     return found
