@@ -106,6 +106,7 @@ def external_model(tmp_path_factory) -> Path:
 def test_an_external_anchor_sees_the_images_beside_the_features_of_packed_rows(
     digits, digits_features, external_model, tmp_path
 ):
+    copy = shutil.copytree(digits, tmp_path / "digits")  # lengths are written beside it
     packed = ["objective.pre.anchor=external", f"objective.pre.external_path={external_model}", "data.packing=true"]
     more = [
         *packed,
@@ -114,10 +115,10 @@ def test_an_external_anchor_sees_the_images_beside_the_features_of_packed_rows(
         "trainer.val_samples=0",
         "trainer.global_batch_size=4",
     ]
-    assert main(["data", "lengths", *run_words(tmp_path, digits, *more)]) == 0
+    assert main(["data", "lengths", *run_words(tmp_path, copy, *more)]) == 0
     found = []
     for name, word in (("images", "data.features=null"), ("features", f"data.features={digits_features}")):
-        run_ranks(run, 1, run_words(tmp_path / name, digits, *more, word), timeout=150)
+        run_ranks(run, 1, run_words(tmp_path / name, copy, *more, word), timeout=150)
         found.append([[line[term] for term in TERMS] for _, line in sorted(lines(tmp_path / name).items())])
     assert len(found[0]) == 2
     for one, other in zip(*found, strict=True):

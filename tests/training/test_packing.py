@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def overrides(output: Path, data: Path, *more: str) -> list[str]:
         "trainer.val_samples=0",
         *more,
     ]
+
+
+@pytest.fixture(scope="module")
+def digits(digits, tmp_path_factory) -> Path:
+    """A copy, beside which lengths are written."""
+    return Path(shutil.copytree(digits, tmp_path_factory.mktemp("copied") / "digits"))
 
 
 @pytest.fixture(scope="module")
