@@ -21,3 +21,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "digits"
     prepare(out, workers=1, **PREPARE)
     return out
+
+
+@pytest.fixture(scope="session")
+def external_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DINOv2, for PRe's external anchor."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    path = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    Dinov2Model(config).save_pretrained(path)
+    return path

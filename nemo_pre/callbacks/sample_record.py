@@ -41,8 +41,8 @@ def gather_over_data_parallel(keys: list[str]) -> list[list[str]]:
     from megatron.core import parallel_state as ps
 
     size = ps.get_data_parallel_world_size()
-    gathered: list[Any] = [None] * size
     if size == 1:
         return [keys]
+    gathered: list[Any] = [None] * size
     dist.all_gather_object(gathered, keys, group=ps.get_data_parallel_group_gloo())
     return gathered

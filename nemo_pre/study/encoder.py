@@ -34,15 +34,17 @@ def prepare_encoder(run: RunConfig, data: str, runs: Path, steps: int, device: s
         What it was made with, and ``accuracy``: on val patches that show an object.
 
     Raises:
-        ValueError: it is there, made with something else; or the data have no masks, or the tower no layers.
+        ValueError: it is there, made with something else; the data have no masks; or the tower is a patch MLP or has
+            native resolution.
     """
     import dataclasses
 
+    from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.atomic import appearing
 
     vision = run.model.vision
-    if not vision.num_layers:
-        raise ValueError("encoder_steps is for an encoder: give encoder_steps=0 with a patch MLP.")
+    if not vision.num_layers or is_native(vision):
+        raise ValueError(f"encoder_steps trains no {vision.family}: give encoder_steps=0, or another encoder.")
     made_with = {"steps": steps, "data": data, "seed": run.seed, "vision": dataclasses.asdict(vision)}
     directory = runs / ENCODER
     if directory.exists():
@@ -92,10 +94,12 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
     from torch import nn
 
     from nemo_pre.diagnostics.patches import NOTHING
+    from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
 
     (pixels, classes), (val_pixels, val_classes) = _pictures(run, data)
     torch.manual_seed(run.seed)
-    tower = _tower(run).to(device)
+    layer, num_patches = run.model.vision.feature_layer, classes.shape[1]
+    tower: Any = VisionTowerConfig(run.model.vision, run.seed).configure_model().to(device)
     names = nn.Linear(run.model.vision.hidden_size, int(classes.max()) + 1).to(device)
     parameters = [*tower.parameters(), *names.parameters()]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
@@ -103,7 +107,7 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
     started = told = time.monotonic()
     for step in range(1, steps + 1):
         chosen = torch.randint(len(pixels), (BATCH,))
-        scores = names(_patch_tokens(tower, pixels[chosen].to(device), classes.shape[1], run))
+        scores = names(encoder_features(tower, pixels[chosen].to(device), layer, num_patches))
         loss = nn.functional.cross_entropy(
             scores.flatten(0, 1), classes[chosen].flatten().to(device), ignore_index=NOTHING
         )
@@ -119,28 +123,11 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
     right = shown = 0
     with torch.no_grad():
         for some, truth in zip(val_pixels.split(BATCH), val_classes.split(BATCH), strict=True):
-            found = names(_patch_tokens(tower, some.to(device), classes.shape[1], run)).argmax(-1).cpu()
+            found = names(encoder_features(tower, some.to(device), layer, num_patches)).argmax(-1).cpu()
             right += int((found == truth)[truth > 0].sum())
             shown += int((truth > 0).sum())
     tower.cpu().save_pretrained(out)
     return right / shown
-
-
-def _tower(run: RunConfig) -> Any:
-    import transformers
-
-    from nemo_pre.config.vision_families import FAMILIES, transformers_values
-
-    classes = FAMILIES[run.model.vision.family].classes
-    assert classes is not None
-    model, config = (getattr(transformers, name) for name in classes)
-    return model(config(**transformers_values(run.model.vision)))
-
-
-def _patch_tokens(tower: Any, pixels: torch.Tensor, num_patches: int, run: RunConfig) -> torch.Tensor:
-    """``[N, patches, D]``: the layer that the projector reads."""
-    tokens: torch.Tensor = tower(pixels, output_hidden_states=True).hidden_states[run.model.vision.feature_layer]
-    return tokens[:, -num_patches:]
 
 
 def _pictures(run: RunConfig, data: str) -> tuple[Pictures, Pictures]:

@@ -92,17 +92,6 @@ def test_features_of_another_encoder_than_the_checkpoints_are_refused(runs, digi
     assert "another vision tower (random weights of seed 5)" in said and "step=4)" in said
 
 
-@pytest.fixture(scope="module")
-def external_model(tmp_path_factory) -> Path:
-    from transformers import Dinov2Config, Dinov2Model
-
-    path = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
-    Dinov2Model(config).save_pretrained(path)
-    return path
-
-
 def test_an_external_anchor_sees_the_images_beside_the_features_of_packed_rows(
     digits, digits_features, external_model, tmp_path
 ):

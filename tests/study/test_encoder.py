@@ -39,14 +39,14 @@ def test_a_patch_is_named_by_the_digit_that_the_scene_says_is_there(run, digits)
 def test_the_encoder_learns_is_made_once_and_is_what_runs_start_from(run, digits, tmp_path, capsys):
     from transformers import CLIPVisionModel
 
-    found = prepare_encoder(run, str(digits), tmp_path, 40, "cpu")
-    assert found["accuracy"] > 0.15  # of ten digits, in 40 steps; untrained: 0.1 at best
+    found = prepare_encoder(run, str(digits), tmp_path, 200, "cpu")
+    assert found["accuracy"] > 0.3  # of ten digits: one name for all would be right for 0.1
     tower = CLIPVisionModel.from_pretrained(tmp_path / "encoder" / VISION)
-    assert "step 40/40" in capsys.readouterr().out
-    assert prepare_encoder(run, str(digits), tmp_path, 40, "cpu") == found
+    assert "step 200/200" in capsys.readouterr().out
+    assert prepare_encoder(run, str(digits), tmp_path, 200, "cpu") == found
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="made with other options"):
-        prepare_encoder(run, str(digits), tmp_path, 41, "cpu")
+        prepare_encoder(run, str(digits), tmp_path, 201, "cpu")
 
     for seed in (1, 2):
         prepare_start(run, tmp_path, seed)
@@ -61,7 +61,9 @@ def test_the_encoder_learns_is_made_once_and_is_what_runs_start_from(run, digits
     assert not torch.equal(one.read(projector), two.read(projector))
 
 
-def test_an_encoder_needs_layers(run, digits, tmp_path: Path):
-    run.model.vision.num_layers = 0
+@pytest.mark.parametrize("changed", [{"num_layers": 0}, {"family": "qwen25_vl"}])
+def test_an_encoder_has_layers_and_a_fixed_resolution(run, changed, digits, tmp_path: Path):
+    for name, value in changed.items():
+        setattr(run.model.vision, name, value)
     with pytest.raises(ValueError, match="give encoder_steps=0"):
         prepare_encoder(run, str(digits), tmp_path, 1, "cpu")

@@ -39,17 +39,6 @@ def test_the_moving_anchor_follows_the_projector_at_the_pace_of_its_momentum(dig
     assert abs(stands[2] - live[2]) > 1e-4
 
 
-@pytest.fixture(scope="module")
-def external_model(tmp_path_factory) -> Path:
-    from transformers import Dinov2Config, Dinov2Model
-
-    path = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
-    Dinov2Model(config).save_pretrained(path)
-    return path
-
-
 def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
     state = tiny.random_state(tiny.tiny_config(pre_layers=(3,)))
     generator = torch.Generator().manual_seed(5)
