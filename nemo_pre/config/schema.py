@@ -96,7 +96,7 @@ class DataConfig:
     sequence_length: int = MISSING  # tokens of text and images together; longer samples are cut
     num_workers: int = 0  # loader processes per rank
     shuffle_seed: int = 0
-    chat_template: str = "plain"  # plain | vicuna_v1 | caption | chatml
+    chat_template: str = "plain"  # plain | vicuna_v1 | caption | chatml | qwen_vl | llama3
     image_resize: str = "whole"  # whole (aspect ratio lost) | crop (CLIP's centre crop) | pad (LLaVA-1.5's "pad")
     image_filter: str = "bicubic"  # bicubic (CLIP, SigLIP) | bilinear (SigLIP2)
     max_tiles: int = 1  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more

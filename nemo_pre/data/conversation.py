@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -31,9 +31,9 @@ class ChatTemplate:
     ``between_turns`` where another turn follows.
 
     What is in brackets is trained on and generated; the end is ``answer_end``, the tokenizer's eos where that is
-    empty. ``control`` names the special tokens in these texts. ``keep_question`` false leaves only the image of a
-    question, as LLaVA does for captions in its first stage. ``trim`` takes white space off both ends of questions and
-    answers.
+    empty. ``before_image`` and ``after_image`` are around every image. ``control`` names the special tokens in these
+    texts. ``keep_question`` false leaves only the image of a question, as LLaVA does for captions in its first stage.
+    ``trim`` takes white space off both ends of questions and answers.
     """
 
     system: str = ""
@@ -42,6 +42,8 @@ class ChatTemplate:
     answer_lead: str = ""
     answer_end: str = ""
     between_turns: str = ""
+    before_image: str = ""
+    after_image: str = ""
     control: tuple[str, ...] = ()
     keep_question: bool = True
     trim: bool = False
@@ -51,17 +53,25 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+CHATML = ChatTemplate(
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    before_question="<|im_start|>user\n",
+    before_answer="<|im_end|>\n<|im_start|>assistant\n",
+    answer_end="<|im_end|>",
+    between_turns="\n",
+    control=("<|im_start|>", "<|im_end|>"),
+)
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 TEMPLATES = {
     "plain": ChatTemplate(before_answer="\n"),
     "vicuna_v1": ChatTemplate(VICUNA_SYSTEM, before_question="USER: ", before_answer=" ASSISTANT:", answer_lead=" "),
     "caption": ChatTemplate(keep_question=False),
-    "chatml": ChatTemplate(
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
-        before_question="<|im_start|>user\n",
-        before_answer="<|im_end|>\n<|im_start|>assistant\n",
-        answer_end="<|im_end|>",
-        between_turns="\n",
-        control=("<|im_start|>", "<|im_end|>"),
+    "chatml": CHATML,
+    "qwen_vl": replace(
+        CHATML,
+        before_image=VISION_START,
+        after_image=VISION_END,
+        control=(*CHATML.control, VISION_START, VISION_END),
     ),
     "llama3": ChatTemplate(
         before_question="<|start_header_id|>user<|end_header_id|>\n\n",
@@ -169,6 +179,7 @@ def _render(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Any
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must be a fast one that has an eos token")
     control = {token: _control_id(tokenizer, token) for token in template.control}
     end = control[template.answer_end] if template.answer_end else tokenizer.eos_token_id
+    image = [*_literal(template.before_image, control), _IMAGE, *_literal(template.after_image, control)]
     pieces = _literal(template.system, control)
     for turn, (question, answer) in enumerate(turns):
         if template.trim:
@@ -176,9 +187,9 @@ def _render(turns: list[tuple[str, str]], template: ChatTemplate, tokenizer: Any
         pieces += _literal(template.between_turns * (turn > 0) + template.before_question, control)
         if template.keep_question:
             for number, text in enumerate(question.split(IMAGE_TAG)):
-                pieces += [_IMAGE, _Piece(text)] if number else [_Piece(text)]
+                pieces += [*image, _Piece(text)] if number else [_Piece(text)]
         else:
-            pieces += [_IMAGE] * question.count(IMAGE_TAG)
+            pieces += image * question.count(IMAGE_TAG)
         pieces += _literal(template.before_answer, control)
         if answered and (answer or turn + 1 < len(turns)):
             trained = bool(answer)  # nobody should learn to say nothing

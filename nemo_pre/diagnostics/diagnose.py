@@ -109,8 +109,8 @@ def diagnose_run(
     asked = inference_run(complete_checkpoint(checkpoint), output_dir, tensor, pipeline, precision, platform)
     if is_native(asked.model.vision):
         raise ValueError(
-            "Diagnosis of native-resolution models is not supported yet: diagnose one whose images have a fixed size, "
-            f"not model.vision.family={asked.model.vision.family}."
+            f"A checkpoint with native resolution (model.vision.family={asked.model.vision.family}) is not diagnosed "
+            f"itself: export it with nemo-pre export and diagnose that directory."
         )
     asked.parallel.data = replicas
     return DiagnoseRun(**vars(asked))

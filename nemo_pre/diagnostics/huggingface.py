@@ -198,16 +198,16 @@ def _decoder(network: Any) -> Any:
 
 
 def _load(directory: Path) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    from nemo_pre.huggingface.loading import load_processor
 
     config = directory / "config.json"
     try:
         # Code from the directory is run only where its config says that it needs some.
         own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
         how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
-        processor = AutoProcessor.from_pretrained(directory, use_fast=True, **how)
-        # The pixels of training, and a fast tokenizer: a directory may lack the slow one's files.
-        processor.image_processor = AutoImageProcessor.from_pretrained(directory, use_fast=False, **how)
+        processor = load_processor(directory, **how)
         network = AutoModelForImageTextToText.from_pretrained(
             directory, dtype="auto", attn_implementation="eager", **how
         )
@@ -217,6 +217,4 @@ def _load(directory: Path) -> tuple[Any, Any]:
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"model={directory} has no chat template to ask with: export the model with its processor.")
     processor.tokenizer.padding_side = "right"  # positions count from the first token
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor, network.eval().to("cuda" if torch.cuda.is_available() else "cpu")

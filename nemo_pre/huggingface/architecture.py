@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from nemo_pre.config.derived import axis_of_frequency
+from nemo_pre.config.derived import COLUMN, ROW, TIME, axis_of_frequency
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, class_tokens, kept_class_tokens, transformers_values
-from nemo_pre.huggingface.qwen_vl import QWEN_VL, refuse_export, text_config, tower_config
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, transformers_values
+from nemo_pre.huggingface.qwen_vl import QWEN_VL, SPATIAL_QWEN_VL, hf_values, is_plain, text_config, tower_config
 
 SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
 LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
@@ -22,29 +22,31 @@ LLAVA_MUST = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 
 
 def read_whole(directory: Path) -> ModelConfig:
-    """The model of a LLaVA's or a Qwen2.5-VL's directory.
+    """The model of a LLaVA's or a Qwen2.5-VL's directory, or of one that we exported.
 
     Raises:
         ValueError: neither, or one with a part that we do not have.
     """
     values = _read_json(directory / "config.json")
-    return _read_qwen_vl(directory, values) if values.get("model_type") == QWEN_VL else read_llava(directory)
+    native = values.get("model_type") in (QWEN_VL, SPATIAL_QWEN_VL)
+    return _read_qwen_vl(directory, values) if native else read_llava(directory)
 
 
 def _read_qwen_vl(directory: Path, values: dict[str, Any]) -> ModelConfig:
     where = f"{directory}/config.json"
     text, sections = text_config(values)
-    language = _language(_from_dict(text), where)
-    frequencies = language.hidden_size // language.num_attention_heads // 2
     model = ModelConfig(
         name=directory.resolve().name,
         vision=_native_tower(values, directory, where),
-        language=language,
+        language=_language(_from_dict(text), where),
         rope="mrope",
         tokenizer=str(directory),
     )
-    plain = axis_of_frequency("mrope", None, frequencies) == axis_of_frequency("mrope", sections, frequencies)
-    model.rope_sections = None if plain else sections
+    axes: list[int] | None = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    if values["model_type"] == SPATIAL_QWEN_VL:
+        config = _config_class(SPATIAL_QWEN_VL).from_dict(values)
+        model.attention, model.rope, axes = config.visual_attention, config.visual_rope, config.rope_axes
+    model.rope_sections = _sections(axes, model)
     return model
 
 
@@ -149,21 +151,54 @@ def new_tower(recipe: Path) -> VisionConfig:
     return described
 
 
-def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` of the exported directory: a plain LLaVA, or our custom code's where attention or positions
-    are not a plain one's.
+# model_type: the architecture that config.json names
+ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    SPATIAL: "SpatialLlavaForConditionalGeneration",
+    QWEN_VL: "Qwen2_5_VLForConditionalGeneration",
+    SPATIAL_QWEN_VL: "SpatialQwenVLForConditionalGeneration",
+}
+
+
+def hf_config(
+    model: ModelConfig, image_token_id: int, max_positions: int, dtype: str, markers: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """``config.json`` of the exported directory: a plain LLaVA or Qwen2.5-VL, or our custom code's where attention or
+    positions are not a plain one's.
 
     Args:
         image_token_id: stands for an image in the exported tokenizer.
         max_positions: for models that state none.
         dtype: of the exported weights, e.g. ``bfloat16``.
+        markers: ids of the tokens around every image, where the chat template has some.
+
+    Raises:
+        ValueError: a model that cannot be exported.
     """
-    refuse_export(model.vision)
+    text = _text_values(model.language, exported_vocab_size(model.language, image_token_id), max_positions)
+    if is_native(model.vision):
+        kind = QWEN_VL if is_plain(model, markers) else SPATIAL_QWEN_VL
+        values = hf_values(model, text, image_token_id, markers)
+    else:
+        kind = SPATIAL if is_spatial(model) else "llava"
+        values = _llava_values(model, text, image_token_id)
+    config = _config_class(kind).from_dict(values)
+    result = {**config.to_dict(), "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
+    if kind in (SPATIAL, SPATIAL_QWEN_VL):
+        result["auto_map"] = {
+            "AutoConfig": f"configuration_{kind}.{_config_class(kind).__name__}",
+            "AutoModelForImageTextToText": f"modeling_{kind}.{ARCHITECTURES[kind]}",
+            "AutoModelForVision2Seq": f"modeling_{kind}.{ARCHITECTURES[kind]}",
+        }
+    return result
+
+
+def _llava_values(model: ModelConfig, text: dict[str, Any], image_token_id: int) -> dict[str, Any]:
     vision, language = model.vision, model.language
     side = vision.image_size // vision.patch_size
     values: dict[str, Any] = {
         "vision_config": {"model_type": FAMILIES[vision.family].model_type, **transformers_values(vision)},
-        "text_config": _text_values(language, exported_vocab_size(language, image_token_id), max_positions),
+        "text_config": text,
         "image_token_index": image_token_id,
         "image_seq_length": side * side + kept_class_tokens(vision),
         "vision_feature_layer": vision.feature_layer,
@@ -171,9 +206,7 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
         "tie_word_embeddings": language.tie_embeddings,
         **LLAVA_MUST,
     }
-    kind = "llava"
     if is_spatial(model):
-        kind = SPATIAL
         frequencies = language.hidden_size // language.num_attention_heads // 2
         axes = None if model.rope == "1d" else axis_of_frequency(model.rope, model.rope_sections, frequencies)
         values |= {
@@ -182,20 +215,11 @@ def hf_config(model: ModelConfig, image_token_id: int, max_positions: int, dtype
             "rope_axes": axes,
             "tile_grid": [side, side],
         }
-    config = _config_class(kind).from_dict(values)
-    architecture = "SpatialLlavaForConditionalGeneration" if kind == SPATIAL else "LlavaForConditionalGeneration"
-    result = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
-    if kind == SPATIAL:
-        result["auto_map"] = {
-            "AutoConfig": "configuration_spatial_llava.SpatialLlavaConfig",
-            "AutoModelForImageTextToText": f"modeling_spatial_llava.{architecture}",
-            "AutoModelForVision2Seq": f"modeling_spatial_llava.{architecture}",
-        }
-    return result
+    return values
 
 
 def is_spatial(model: ModelConfig) -> bool:
-    """Whether the model needs our custom code at inference."""
+    """Whether a model of fixed resolution needs our custom code at inference."""
     return model.attention != "causal" or model.rope != "1d" or FAMILIES[model.vision.family].classes is None
 
 
@@ -306,7 +330,7 @@ def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:
     frequencies = model.language.hidden_size // model.language.num_attention_heads // 2
     if axes is None or axes == axis_of_frequency(model.rope, None, frequencies):
         return None
-    return [axes.count(axis) for axis in sorted(set(axes))]
+    return [axes.count(axis) for axis in ((ROW, COLUMN) if model.rope == "2d" else (TIME, ROW, COLUMN))]
 
 
 def _require(where: str, config: Any, expected: dict[str, Any]) -> None:
@@ -321,9 +345,13 @@ def _config_class(model_type: str) -> Any:
         from nemo_pre.huggingface.remote_code.configuration_spatial_llava import SpatialLlavaConfig
 
         return SpatialLlavaConfig
-    from transformers import LlavaConfig
+    if model_type == SPATIAL_QWEN_VL:
+        from nemo_pre.huggingface.remote_code.configuration_spatial_qwen_vl import SpatialQwenVLConfig
 
-    return LlavaConfig
+        return SpatialQwenVLConfig
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]
 
 
 def _from_dict(values: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.config.vision_families import FAMILIES
-from nemo_pre.huggingface.architecture import is_spatial
+from nemo_pre.config.vision_families import FAMILIES, is_native
+from nemo_pre.huggingface.qwen_vl import QWEN_VL
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
 PRE = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
@@ -21,13 +21,15 @@ def write_card(directory: Path, saved: Any, model: ModelConfig, checkpoint: Path
     """``README.md`` with the metadata of the hub in front.
 
     Args:
+        directory: with ``config.json``.
         saved: the checkpoint's configuration.
     """
+    own_code = "auto_map" in json.loads((directory / "config.json").read_text())
     run = checkpoint.parent.parent
     parts = [
-        _front_matter(model),
-        f"# {saved.name}\n\nA vision-language model: {_architecture(model)}.",
-        _usage(model),
+        _front_matter(model, own_code),
+        f"# {saved.name}\n\nA vision-language model: {_architecture(model, own_code)}.",
+        _usage(model, own_code),
         "## Training\n\n" + _training(saved, checkpoint),
     ]
     metrics = last_metrics(run / "metrics.jsonl", _step(checkpoint))
@@ -55,41 +57,57 @@ def last_metrics(file: Path, step: int | None) -> dict[str, float]:
     return last
 
 
-def _front_matter(model: ModelConfig) -> str:
-    custom = "\n- custom_code" if is_spatial(model) else ""
-    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- llava{custom}\n---"
+def _front_matter(model: ModelConfig, own_code: bool) -> str:
+    kind = QWEN_VL if is_native(model.vision) else "llava"
+    custom = "\n- custom_code" if own_code else ""
+    return f"---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags:\n- {kind}{custom}\n---"
 
 
-def _architecture(model: ModelConfig) -> str:
+def _architecture(model: ModelConfig, own_code: bool) -> str:
     vision, language = model.vision, model.language
     decoders = {"llama": "Llama", "qwen2": "Qwen2"}
+    size = f"{vision.image_size} pixels"
+    if is_native(vision):
+        size = f"native resolution, {vision.min_visual_tokens} to {vision.max_visual_tokens} visual tokens an image"
     text = (
-        f"a {FAMILIES[vision.family].title} tower at {vision.image_size} pixels (patches of {vision.patch_size}), a "
+        f"a {FAMILIES[vision.family].title} tower at {size} (patches of {vision.patch_size}), a "
         f"two-layer projector and a {decoders[language.family]} decoder of {language.num_layers} layers and width "
         f"{language.hidden_size}"
     )
-    if is_spatial(model):
+    if own_code:
         text += f"; attention of visual tokens: {model.attention}, rotary positions: {model.rope}"
     return text
 
 
-def _usage(model: ModelConfig) -> str:
-    remote = ", trust_remote_code=True" if is_spatial(model) else ""
+def _usage(model: ModelConfig, own_code: bool) -> str:
+    remote = ", trust_remote_code=True" if own_code else ""
     warning = ""
     if FAMILIES[model.vision.family].classes is None:
         warning = "\n\nThe code beside the weights is needed: `transformers` has no such model without an encoder."
-    elif is_spatial(model):
+    elif is_native(model.vision) and own_code:
+        warning = (
+            "\n\nThe code beside the weights is needed: loaded as a plain Qwen2.5-VL the model would attend causally "
+            "and look for images and their positions in another way than it was trained with."
+        )
+    elif own_code:
         warning = (
             "\n\nThe code beside the weights is needed: loaded as a plain LLaVA the model would attend causally and "
             "count positions in one dimension, which it was not trained for."
         )
+    classes, processor = (
+        "AutoModelForImageTextToText, AutoProcessor",
+        "directory, use_fast=False)  # resizes as in training",
+    )
+    if is_native(model.vision):  # whose slow tokenizer need not be there
+        classes = f"AutoImageProcessor, {classes}"
+        processor = "directory)\nprocessor.image_processor = AutoImageProcessor.from_pretrained(" + processor
     return f"""## Use
 
 ```python
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import {classes}
 
-processor = AutoProcessor.from_pretrained(directory, use_fast=False)  # resizes as in training
+processor = AutoProcessor.from_pretrained({processor}
 model = AutoModelForImageTextToText.from_pretrained(directory{remote})
 chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
 prompt = processor.apply_chat_template(chat, add_generation_prompt=True)

@@ -1,8 +1,8 @@
 """``nemo-pre export``: a Hugging Face directory out of a checkpoint of any layout.
 
-A plain or PRe-trained model becomes a LLaVA that ``transformers`` loads without further code. One trained with mixed
-attention or positions in two dimensions, or without an encoder, needs them at inference too, and takes the code of
-``remote_code/`` with it.
+A plain or PRe-trained model becomes a LLaVA, with native resolution a Qwen2.5-VL, that ``transformers`` loads without
+further code. One trained with mixed attention or positions in two dimensions, or without an encoder, needs them at
+inference too, and takes the code of ``remote_code/`` with it.
 What only training needed stays behind. One output file's tensors are in memory at a time, and the directory appears
 under its name when it is complete.
 """
@@ -42,10 +42,10 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
     dtype is auto (as stored), float32, bfloat16 or float16; files are at most max_file_gb, which with the largest
     tensor is the memory it takes.
     """
+    from nemo_pre.huggingface.architecture import hf_config
     from nemo_pre.huggingface.card import write_card
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
     from nemo_pre.huggingface.processor import write_processor
-    from nemo_pre.huggingface.qwen_vl import refuse_export
     from nemo_pre.huggingface.safetensors_files import plan_files, write_files
     from nemo_pre.launch import prepare_environment
 
@@ -54,17 +54,17 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
         raise ValueError(f"dtype={dtype} is unknown: choose one of {', '.join(DTYPES)}.")
     source, target = complete_checkpoint(checkpoint), Path(out)
     saved, model = _described(source)
-    refuse_export(model.vision)
     reader = CheckpointReader(source)
     weights = list(model_weights(model, reader))
     with appearing(target) as unfinished:
-        image_token_id = write_processor(saved, model, source, unfinished)
-        groups = list(exported_groups(weights, model, reader, image_token_id, dtype))
+        tokens = write_processor(saved, model, source, unfinished)
+        stored = dtype if dtype != "auto" else _stored_dtype(weights, reader)
+        values = hf_config(model, tokens.image, saved.data.sequence_length, stored, tokens.markers)
+        groups = list(exported_groups(weights, model, reader, tokens.image, dtype))
         total = sum(sum(group.sizes.values()) for group in groups)
         progress = bytes_progress(f"exporting to {target}", total)
         write_files(unfinished, plan_files(groups, round(max_file_gb * 1e9)), progress)
-        stored = dtype if dtype != "auto" else _stored_dtype(weights, reader)
-        write_config(unfinished, model, image_token_id, saved.data.sequence_length, stored)
+        write_config(unfinished, values)
         write_card(unfinished, saved, model, source)
     print(f"{target}: {total / 1e9:.3g} GB")
     return target
@@ -119,21 +119,27 @@ def exported_groups(
     weights: list[Weight], model: ModelConfig, reader: CheckpointReader, image_token_id: int, dtype: str
 ) -> Iterator[Group]:
     """The exported tensors, those of one checkpoint tensor together."""
+    from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.architecture import exported_vocab_size
+    from nemo_pre.huggingface.qwen_vl import qwen_vl_name
     from nemo_pre.huggingface.safetensors_files import Group
 
+    named = qwen_vl_name if is_native(model.vision) else str
     found = reader.tensors()
     extra_rows = exported_vocab_size(model.language, image_token_id) - model.language.vocab_size
     for weight in weights:
         target = _dtype(dtype, found[weight.key][1])
         rows = extra_rows if weight.key.endswith(("word_embeddings.weight", "output_layer.weight")) else 0
         sizes = {
-            name: math.prod((shape[0] + rows, *shape[1:])) * target.itemsize for name, shape in weight.parts.items()
+            named(name): math.prod((shape[0] + rows, *shape[1:])) * target.itemsize
+            for name, shape in weight.parts.items()
         }
-        yield Group(sizes, partial(_make, weight, reader, target, rows))
+        yield Group(sizes, partial(_make, weight, list(sizes), reader, target, rows))
 
 
-def _make(weight: Weight, reader: CheckpointReader, dtype: torch.dtype, extra_rows: int) -> dict[str, torch.Tensor]:
+def _make(
+    weight: Weight, names: list[str], reader: CheckpointReader, dtype: torch.dtype, extra_rows: int
+) -> dict[str, torch.Tensor]:
     """``extra_rows`` of zeros below an embedding are for ids that no text has."""
     import torch
 
@@ -141,7 +147,7 @@ def _make(weight: Weight, reader: CheckpointReader, dtype: torch.dtype, extra_ro
     if extra_rows:
         parts = [torch.cat([part, part.new_zeros(extra_rows, *part.shape[1:])]) for part in parts]
     # A view of a larger tensor would be written with all of it.
-    return {name: part.contiguous().clone() for name, part in zip(weight.parts, parts, strict=True)}
+    return {name: part.contiguous().clone() for name, part in zip(names, parts, strict=True)}
 
 
 def _dtype(name: str, stored: torch.dtype) -> torch.dtype:
@@ -160,14 +166,17 @@ def _stored_dtype(weights: list[Weight], reader: CheckpointReader) -> str:
     )
 
 
-def write_config(directory: Path, model: ModelConfig, image_token_id: int, max_positions: int, dtype: str) -> None:
+def write_config(directory: Path, values: dict[str, Any]) -> None:
     """``config.json`` and, where the model needs it, the code beside it."""
-    from nemo_pre.huggingface import remote_code
-    from nemo_pre.huggingface.architecture import hf_config, is_spatial
-
-    values = hf_config(model, image_token_id, max_positions, dtype)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    if is_spatial(model):
-        code = Path(remote_code.__file__).parent
-        for name in ("configuration_spatial_llava.py", "modeling_spatial_llava.py"):
-            shutil.copyfile(code / name, directory / name)
+    if "auto_map" in values:
+        copy_own_code(values["model_type"], directory)
+
+
+def copy_own_code(model_type: str, directory: Path) -> None:
+    """The files of ``remote_code/`` that a model of this type is loaded with."""
+    from nemo_pre.huggingface import remote_code
+
+    code = Path(remote_code.__file__).parent
+    for name in (f"configuration_{model_type}.py", f"modeling_{model_type}.py", "spatial_tokens.py"):
+        shutil.copyfile(code / name, directory / name)

@@ -5,20 +5,35 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.config.vision_families import class_tokens
+from nemo_pre.config.vision_families import MERGE, class_tokens, is_native, token_pixels
 from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer
-from nemo_pre.huggingface.architecture import SPATIAL
+from nemo_pre.huggingface.architecture import ARCHITECTURES
 from nemo_pre.huggingface.importer import ORIGINAL
 
+QWEN_IMAGE_TAG = "<|image_pad|>"
+RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
-def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory: Path) -> int:
-    """Write every file of the directory but weights, ``config.json`` and card; returns the image's token id.
 
-    A LLaVA that was imported and not trained keeps its own files.
+@dataclass(frozen=True)
+class ImageTokens:
+    """Attributes:
+    image: the id that stands for an image's visual tokens.
+    markers: ids around every image; None where the chat template has none.
+    """
+
+    image: int
+    markers: tuple[int, int] | None = None
+
+
+def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory: Path) -> ImageTokens:
+    """Write every file of the directory but weights, ``config.json`` and card.
+
+    A LLaVA or Qwen2.5-VL that was imported and not trained keeps its own files.
 
     Raises:
         ValueError: the tokenizer cannot be loaded.
@@ -26,20 +41,38 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
     original = checkpoint / ORIGINAL
     if original.is_dir():
         values = json.loads((original / "config.json").read_text())
-        if values.get("model_type") in ("llava", SPATIAL):
+        if values.get("model_type") in ARCHITECTURES:
             for path in sorted(original.iterdir()):
                 if path.name not in ("config.json", "README.md"):
                     shutil.copyfile(path, directory / path.name)
-            return int(values.get("image_token_index", values.get("image_token_id")))
-    tokenizer = _tokenizer(saved, model)
-    processor = _processor(tokenizer, model, saved.data)
-    processor.save_pretrained(directory)
-    image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TAG))
+            return _tokens_of(values)
+    tag = QWEN_IMAGE_TAG if is_native(model.vision) else IMAGE_TAG
+    tokenizer = _tokenizer(saved, model, tag)
+    template = TEMPLATES[saved.data.chat_template]
+    chat_template = jinja_template(template, _adds_bos(tokenizer), tag)
+    make = _native_processor if is_native(model.vision) else _processor
+    make(tokenizer, model, saved.data, chat_template).save_pretrained(directory)
+    image_token_id = int(tokenizer.convert_tokens_to_ids(tag))
     _write_generation_config(tokenizer, saved.data.chat_template, image_token_id, directory)
-    return image_token_id
+    if not template.before_image:
+        return ImageTokens(image_token_id)
+    start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in (template.before_image, template.after_image))
+    return ImageTokens(image_token_id, (start, end))
 
 
-def _tokenizer(saved: Any, model: ModelConfig) -> Any:
+def _tokens_of(values: dict[str, Any]) -> ImageTokens:
+    """Of an imported ``config.json``."""
+    if "image_token_index" in values:
+        return ImageTokens(int(values["image_token_index"]))
+    if "vision_start_token_id" not in values:
+        return ImageTokens(int(values["image_token_id"]))
+    return ImageTokens(
+        int(values["image_token_id"]), (int(values["vision_start_token_id"]), int(values["vision_end_token_id"]))
+    )
+
+
+def _tokenizer(saved: Any, model: ModelConfig, tag: str) -> Any:
+    """The run's, with the tag that an image has in a text."""
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.data.tokenizer import load_tokenizer
 
@@ -47,10 +80,8 @@ def _tokenizer(saved: Any, model: ModelConfig) -> Any:
     if path is None:
         raise ValueError(f"No tokenizer lies with {saved.data.path}, which the run was trained on: put it back there.")
     tokenizer = load_tokenizer(path)
-    if tokenizer.convert_tokens_to_ids(IMAGE_TAG) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [IMAGE_TAG]}, replace_additional_special_tokens=False
-        )
+    if tokenizer.convert_tokens_to_ids(tag) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [tag]}, replace_additional_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"  # batches are for generation
@@ -59,7 +90,7 @@ def _tokenizer(saved: Any, model: ModelConfig) -> Any:
     return tokenizer
 
 
-def _processor(tokenizer: Any, model: ModelConfig, data: Any) -> Any:
+def _processor(tokenizer: Any, model: ModelConfig, data: Any, chat_template: str) -> Any:
     from transformers import LlavaProcessor
 
     vision = model.vision
@@ -69,8 +100,42 @@ def _processor(tokenizer: Any, model: ModelConfig, data: Any) -> Any:
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default" if vision.drop_class_token else "full",
         num_additional_image_tokens=class_tokens(vision),
-        chat_template=jinja_template(TEMPLATES[data.chat_template], _adds_bos(tokenizer)),
+        chat_template=chat_template,
     )
+
+
+def _native_processor(tokenizer: Any, model: ModelConfig, data: Any, chat_template: str) -> Any:
+    """Qwen2.5-VL's, whose pixels and sizes are those of :mod:`nemo_pre.data.native_images`."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    vision, pixels = model.vision, token_pixels(model.vision) ** 2
+    assert vision.min_visual_tokens is not None and vision.max_visual_tokens is not None
+    how = {
+        "min_pixels": vision.min_visual_tokens * pixels,
+        "max_pixels": vision.max_visual_tokens * pixels,
+        "patch_size": vision.patch_size,
+        "merge_size": MERGE,
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
+    resample = RESAMPLE[data.image_filter]
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(resample=resample, do_convert_rgb=True, **how),
+        tokenizer=_as_qwen2(tokenizer),
+        video_processor=Qwen2VLVideoProcessor(**how),  # the class asks for one
+        chat_template=chat_template,
+    )
+
+
+def _as_qwen2(tokenizer: Any) -> Any:
+    """Qwen2.5-VL's processor takes no tokenizer of another class; how it tokenizes is in ``tokenizer.json``."""
+    from transformers import Qwen2TokenizerFast
+
+    if isinstance(tokenizer, Qwen2TokenizerFast):
+        return tokenizer
+    special = {**tokenizer.special_tokens_map, "bos_token": tokenizer.bos_token, "unk_token": tokenizer.unk_token}
+    names = {"model_input_names": tokenizer.model_input_names, "padding_side": tokenizer.padding_side}
+    return Qwen2TokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special, **names)
 
 
 def _image_processor(model: ModelConfig, data: Any) -> Any:
@@ -82,7 +147,7 @@ def _image_processor(model: ModelConfig, data: Any) -> Any:
     how = {
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
-        "resample": {"bicubic": 3, "bilinear": 2}[data.image_filter],
+        "resample": RESAMPLE[data.image_filter],
         "do_convert_rgb": True,
     }
     if data.max_tiles > 1:
@@ -105,11 +170,11 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool) -> str:
+def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool, image_tag: str = IMAGE_TAG) -> str:
     """Our chat template in the language of ``transformers``: contents are text, or lists of images and texts; an
     image is followed by a line break where text follows it, as in LLaVA's data."""
     bos = "" if tokenizer_adds_bos else "{{ bos_token if bos_token else '' }}"
-    image = f"{{{{ {json.dumps(IMAGE_TAG)} }}}}"
+    image = _literal(template.before_image + image_tag + template.after_image)
     line_break = "" if not template.keep_question else r"{% if not loop.last %}{{ '\n' }}{% endif %}"
     text = "{{ part['text'] }}" if template.keep_question else ""
     question = _trimmed(

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL's ``config.json`` as our model configuration, and where the tensors of its files belong.
+"""A Qwen2.5-VL's ``config.json`` as our model configuration and back, and where the tensors of its files belong.
 
 Its merger is cut in two: the norm ends our tower, the MLP is our projector (:mod:`nemo_pre.neva.native_vision`).
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_pre.config.schema import VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, token_pixels
+from nemo_pre.config.derived import axis_of_frequency
+from nemo_pre.config.schema import ModelConfig, VisionConfig
+from nemo_pre.config.vision_families import FAMILIES, token_pixels, transformers_values
 
+SPATIAL_QWEN_VL = "spatial_qwen_vl"  # our custom code's model_type, see remote_code/
 QWEN_VL = "qwen2_5_vl"  # model_type of the whole and of its vision tower alike
 MERGER = "merger.mlp."
 # In files on the hub, and in those that newer transformers write.
@@ -21,17 +23,68 @@ HUB_NAMES = {
     "lm_head.": "language_model.lm_head.",
 }
 PROJECTOR_NAMES = {"0": "linear_1", "2": "linear_2"}
+EXPORTED_PROJECTOR = {
+    f"multi_modal_projector.{ours}.": f"visual.{MERGER}{theirs}." for theirs, ours in PROJECTOR_NAMES.items()
+}
+EXPORTED_NAMES = {
+    "vision_tower.": "visual.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
 
 
-def refuse_export(vision: VisionConfig) -> None:
-    """Raises:
-    ValueError: the model has native resolution.
+def is_plain(model: ModelConfig, markers: tuple[int, int] | None) -> bool:
+    """Whether ``transformers``' own Qwen2.5-VL computes what this model does: it finds images by the markers."""
+    return model.attention == "causal" and model.rope == "mrope" and markers is not None
+
+
+def hf_values(
+    model: ModelConfig, text: dict[str, Any], image_token_id: int, markers: tuple[int, int] | None
+) -> dict[str, Any]:
+    """``config.json``, without the class's defaults.
+
+    Args:
+        text: of the language model by itself.
+        markers: see :class:`nemo_pre.huggingface.processor.ImageTokens`.
+
+    Raises:
+        ValueError: a language model that no Qwen2.5-VL has.
     """
-    if FAMILIES[vision.family].native:
+    if model.language.family != "qwen2" or text["rope_scaling"] is not None:
         raise ValueError(
-            f"Export of native-resolution models (model.vision.family={vision.family}) is not supported yet: ask the "
-            f"checkpoint itself with nemo-pre generate."
+            f"A model with native resolution is exported with a Qwen2 without rope scaling as its language model, "
+            f"which {model.name} has not: ask the checkpoint itself with nemo-pre generate."
         )
+    frequencies = model.language.hidden_size // model.language.num_attention_heads // 2
+    axes = axis_of_frequency(model.rope, model.rope_sections, frequencies)
+    sections = [axes.count(axis) for axis in range(3)]
+    values: dict[str, Any] = {
+        "vision_config": {**transformers_values(model.vision), "out_hidden_size": model.language.hidden_size},
+        "text_config": {
+            **text,
+            "model_type": f"{QWEN_VL}_text",
+            "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        },
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": model.language.tie_embeddings,
+    }
+    if markers is not None:
+        values |= {"vision_start_token_id": markers[0], "vision_end_token_id": markers[1]}
+    if not is_plain(model, markers):
+        values |= {
+            "visual_attention": model.attention,
+            "visual_rope": model.rope,
+            "rope_axes": None if model.rope == "1d" else axes,
+        }
+    return values
+
+
+def qwen_vl_name(name: str) -> str:
+    """A LLaVA's tensor under the name that files of a Qwen2.5-VL on the hub have."""
+    for ours, theirs in (*EXPORTED_PROJECTOR.items(), *EXPORTED_NAMES.items()):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise AssertionError(name)
 
 
 def llava_name(name: str) -> str:
@@ -90,6 +143,6 @@ def text_config(values: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     scaling = text.get("rope_scaling") or {}
     if scaling.get("type", scaling.get("rope_type")) not in ("mrope", "default") or "mrope_section" not in scaling:
         raise ValueError(f"rope_scaling={scaling} is no Qwen2.5-VL's: only type=mrope with mrope_section is imported.")
-    tied = values.get("tie_word_embeddings", False)  # the part's own says nothing
-    whole = {**text, "model_type": "qwen2", "rope_scaling": None, "tie_word_embeddings": tied}
+    whole = {**text, "model_type": "qwen2", "rope_scaling": None}
+    whole["tie_word_embeddings"] = text.get("tie_word_embeddings", False)  # a Qwen2's own default is another
     return whole, list(scaling["mrope_section"])

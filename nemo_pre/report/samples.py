@@ -111,13 +111,15 @@ def _load(model: Path) -> tuple[Any, Any]:
     if not config.is_file():
         raise ValueError(f"model={model} has no config.json: give the directory of an exported Hugging Face model.")
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
+
+    from nemo_pre.huggingface.loading import load_processor
 
     try:
         # Code from the directory is run only where its config says that it needs some.
         own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
         how = {"local_files_only": True, "trust_remote_code": own_code}
-        processor = AutoProcessor.from_pretrained(model, use_fast=False, **how)  # the pixels of training
+        processor = load_processor(model, **how)
         network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
@@ -125,8 +127,6 @@ def _load(model: Path) -> tuple[Any, Any]:
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(f"model={model} has no chat template to ask with: export the model with its processor.")
     processor.tokenizer.padding_side = "left"  # the answers of a batch start at the same place
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor, network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

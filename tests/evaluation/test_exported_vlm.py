@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-import nemo_pre.huggingface.remote_code as remote_code
 from nemo_pre.config.derived import axis_of_frequency
+from nemo_pre.huggingface.exporter import copy_own_code
+from tests.diagnostics.tiny_models import written
 from tests.evaluation.conftest import FAKE
 from tests.huggingface.tiny import IMAGE_SIZE, tiny_llava
 
@@ -39,8 +40,7 @@ def adapter_class():
 def spatial_directory(plain: Path, directory: Path) -> Path:
     """The same weights as a model with mixed attention and positions in two dimensions."""
     shutil.copytree(plain, directory)
-    for path in Path(remote_code.__file__).parent.glob("*_spatial_llava.py"):
-        shutil.copyfile(path, directory / path.name)
+    copy_own_code("spatial_llava", directory)
     config = json.loads((plain / "config.json").read_text())
     name = "SpatialLlavaForConditionalGeneration"
     config |= {"model_type": "spatial_llava", "architectures": [name]}
@@ -51,6 +51,18 @@ def spatial_directory(plain: Path, directory: Path) -> Path:
         "AutoModelForImageTextToText": f"modeling_spatial_llava.{name}",
     }
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def lively(directory: Path) -> Path:
+    """Weights so large that answers differ."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
+    model.save_pretrained(directory)
     return directory
 
 
@@ -100,6 +112,14 @@ def requests(adapter, settings=GREEDY, targets=None):
 
 
 def test_a_batch_gives_the_answers_of_one_at_a_time_in_the_order_of_the_questions(adapter_class, directory):
+    check_batch(adapter_class, directory)
+
+
+def test_so_does_a_batch_of_images_at_native_resolution(adapter_class, tmp_path):
+    check_batch(adapter_class, lively(written("qwen2_5_vl", tmp_path / "native")))
+
+
+def check_batch(adapter_class, directory):
     one = adapter_of(adapter_class, directory, batch_size=1)
     many = adapter_of(adapter_class, directory, batch_size=4)
     answers = one.generate_until(requests(one))

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from nemo_pre.config.compose import compose_run, save_resolved
+from nemo_pre.config.saved import saved_model
 from nemo_pre.data.conversation import IMAGE_TOKEN_INDEX, TEMPLATES, encode, encode_prompt
+from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.processor import write_processor
 from tests.huggingface.megatron_ranks import Question, ask
@@ -32,30 +34,54 @@ SMALL = [
     "trainer.val_samples=8",
     "objective.pre.layers=[2]",
 ]
+NATIVE = [
+    "model.vision.family=qwen25_vl",
+    "model.vision.image_size=0",
+    "model.vision.patch_size=7",
+    "model.vision.feature_layer=-1",
+    "model.vision.drop_class_token=false",
+    "model.vision.min_visual_tokens=1",
+    "model.vision.max_visual_tokens=16",
+    "model.vision.window_size=28",
+    "model.vision.full_attention_layers=[1]",
+    "model.rope=mrope",
+    "data.image_resize=whole",
+    "data.chat_template=qwen_vl",
+    "model.language.family=qwen2",
+    "model.language.vocab_size=300",
+    "data.sequence_length=256",
+]
 RUNS = {
     "plain": (["experiment=digits_tiny_pre", "parallel=tp2_sp"], 2),
     "spatial": (["experiment=digits-pre-laver", "objective.laver.head_hidden_width=32", "parallel=pp2"], 2),
+    "native": (["experiment=digits_tiny_pre", *NATIVE, "parallel=tp2_sp"], 2),
 }
+MODEL_TYPES = {"plain": "llava", "spatial": "spatial_llava", "native": "qwen2_5_vl"}
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def trained(request, tmp_path_factory, digits) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp(request.param)
     overrides, ranks = RUNS[request.param]
+    if request.param == "native":  # digits' own tokenizer has no markers for images
+        tiny_tokenizer().save_pretrained(output / "tokenizer")
+        overrides = [*overrides, f"model.tokenizer={output / 'tokenizer'}"]
     run_ranks(run, ranks, [*overrides, *SMALL, f"output_dir={output / 'run'}", f"data.path={digits}"], timeout=200)
     export_checkpoint(str(output / "run"), str(output / "hf"))
     return request.param, output
 
 
 def loaded(directory: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor, dynamic_module_utils
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
     monkeypatch.syspath_prepend(str(cache))
     model = AutoModelForImageTextToText.from_pretrained(
         directory, trust_remote_code=(directory / "modeling_spatial_llava.py").exists()
     )
-    return model.eval(), AutoProcessor.from_pretrained(directory, use_fast=False)
+    processor = AutoProcessor.from_pretrained(directory)
+    processor.image_processor = AutoImageProcessor.from_pretrained(directory, use_fast=False)
+    return model.eval(), processor
 
 
 def picture(digits: Path) -> tuple[Image.Image, str]:
@@ -76,13 +102,22 @@ def test_transformers_says_what_the_trained_model_says(trained, digits, monkeypa
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
-    image_id = model.config.image_token_index
+    native = kind == "native"
+    image_id = model.config.image_token_id if native else model.config.image_token_index
     ids = inputs["input_ids"][0].tolist()
     first, count = ids.index(image_id), ids.count(image_id)
     tokens = torch.tensor([*ids[:first], IMAGE_TOKEN_INDEX, *ids[first + count :]])
     vocabulary = len(processor.tokenizer) - 1  # without the image's own
     checkpoint = next((output / "run" / "checkpoints").glob("step=*"))
-    (told,) = run_ranks(ask, 1, str(checkpoint), {}, [Question(tokens, inputs["pixel_values"])], 5, vocabulary)
+    pixels, grids = inputs["pixel_values"], None
+    if native:
+        assert model.__class__.__name__ == "Qwen2_5_VLForConditionalGeneration"
+        pixels = pixels.view(-1, 4, 3, 2, 7**2)[:, :, :, 0].flatten(2)  # of two equal frames
+        grids = [(int(height) // 2, int(width) // 2) for _, height, width in inputs["image_grid_thw"]]
+        vision = saved_model(next((output / "run" / "checkpoints").glob("step=*"))).vision
+        trained_on = NativeResolution(7, 1, 16).patches(image, vision.image_mean, vision.image_std, "here", "bicubic")
+        torch.testing.assert_close(pixels, trained_on.flatten(0, 1), rtol=0, atol=1e-6)
+    (told,) = run_ranks(ask, 1, str(checkpoint), {}, [Question(tokens, pixels, grids)], 5, vocabulary)
     with torch.no_grad():
         logits = model(**inputs).logits[0, :, :vocabulary]
     torch.testing.assert_close(told.logits[0], logits, rtol=0, atol=1e-4)
@@ -95,16 +130,17 @@ def test_what_only_training_needed_stays_behind(trained):
 
     kind, output = trained
     names = TensorSource(output / "hf").names()
-    assert all(name.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")) for name in names)
+    parts = ("language_model.", "vision_tower.", "multi_modal_projector.")
+    assert all(name.startswith(("model.", "visual.", "lm_head.") if kind == "native" else parts) for name in names)
     assert (output / "hf" / "modeling_spatial_llava.py").exists() == (kind == "spatial")
     config = json.loads((output / "hf" / "config.json").read_text())
-    assert config["model_type"] == {"plain": "llava", "spatial": "spatial_llava"}[kind]
+    assert config["model_type"] == MODEL_TYPES[kind]
 
 
 def test_the_card_tells_recipe_data_metrics_and_provenance(trained):
     kind, output = trained
     card = (output / "hf" / "README.md").read_text()
-    experiment = {"plain": "digits_tiny_pre", "spatial": "digits-pre-laver"}[kind]
+    experiment = "digits-pre-laver" if kind == "spatial" else "digits_tiny_pre"
     for expected in (
         experiment,
         "arXiv 2603.20808",
@@ -119,7 +155,7 @@ def test_the_card_tells_recipe_data_metrics_and_provenance(trained):
 
 def test_a_plain_load_of_a_spatial_model_is_refused_or_warned_of(trained, caplog):
     kind, output = trained
-    if kind == "plain":
+    if kind != "spatial":
         pytest.skip("a plain model is loaded plainly")
     from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
@@ -129,13 +165,13 @@ def test_a_plain_load_of_a_spatial_model_is_refused_or_warned_of(trained, caplog
     assert "of type spatial_llava to instantiate a model of type llava" in caplog.text
 
 
+@pytest.mark.parametrize("vision, tag, per_image", [([], "<image>", (48 // 8) ** 2), (NATIVE, "<|image_pad|>", 9)])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_chat_template_gives_the_tokens_of_training(template, tmp_path):
+def test_the_chat_template_gives_the_tokens_of_training(template, vision, tag, per_image, tmp_path):
     """With one image, two, and none; several turns; and up to where the answer starts."""
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    config = compose_run(
-        ["experiment=digits_tiny", f"model.tokenizer={tmp_path / 'tokenizer'}", f"data.chat_template={template}"]
-    )
+    chosen = [f"model.tokenizer={tmp_path / 'tokenizer'}", f"data.chat_template={template}"]
+    config = compose_run(["experiment=digits_tiny", *vision, *chosen])
     save_resolved(config, tmp_path / "config.yaml")
     from nemo_pre.config.saved import read_saved
 
@@ -143,7 +179,7 @@ def test_the_chat_template_gives_the_tokens_of_training(template, tmp_path):
     write_processor(read_saved(tmp_path), config.model, tmp_path, tmp_path / "hf")
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     tokenizer = tiny_tokenizer()
     keeps_text = TEMPLATES[template].keep_question
     for images in (0, 1, 2):
@@ -160,13 +196,12 @@ def test_the_chat_template_gives_the_tokens_of_training(template, tmp_path):
                 {"role": "assistant", "content": [{"type": "text", "text": answered}]},
             ]
             ours += [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]
-        pictures = [Image.new("RGB", (48, 48), (9 * n, 0, 0)) for n in range(images)] or None
+        pictures = [Image.new("RGB", (42, 42), (9 * n, 0, 0)) for n in range(images)] or None
 
         def tokens(text: str, pictures: Any = pictures) -> list[int]:
             ids = processor(images=pictures, text=text, add_special_tokens=False)["input_ids"][0]
-            image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+            image_id = processor.tokenizer.convert_tokens_to_ids(tag)
             kept: list[int] = []
-            per_image = (48 // 8) ** 2
             position = 0
             while position < len(ids):
                 is_image = ids[position] == image_id

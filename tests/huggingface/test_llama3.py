@@ -17,7 +17,7 @@ def test_an_exported_llama3_stops_where_a_turn_ends_and_where_a_text_ends(tmp_pa
     parts = ["model=llava15_7b", "model/language=llama3_8b", f"model.tokenizer={tmp_path / 'tokenizer'}"]
     run = compose_run([*parts, "stage=stage2_full"])
     (tmp_path / "hf").mkdir()
-    image = write_processor(run, run.model, tmp_path / "checkpoint", tmp_path / "hf")
+    image = write_processor(run, run.model, tmp_path / "checkpoint", tmp_path / "hf").image
     tokenizer = llama3_like()
     ends = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_of_text|>"])
     values = json.loads((tmp_path / "hf" / "generation_config.json").read_text())

@@ -1,26 +1,47 @@
-"""Import of a Qwen2.5-VL, whole and its tower alone: every tensor has its place, and logits are transformers'."""
+"""A Qwen2.5-VL in and out, whole and its tower alone: every tensor has its place, and logits are transformers'."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nemo_pre.config.compose import compose_run
+from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.saved import check_same_weights, saved_model
+from nemo_pre.data.conversation import TEMPLATES
 from nemo_pre.diagnostics.diagnose import diagnose_run
 from nemo_pre.huggingface.architecture import read_whole
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
+from nemo_pre.huggingface.processor import jinja_template
+from nemo_pre.huggingface.remote_code.configuration_spatial_qwen_vl import SpatialQwenVLConfig
+from nemo_pre.huggingface.remote_code.modeling_spatial_qwen_vl import SpatialQwenVLForConditionalGeneration
+from nemo_pre.huggingface.safetensors_files import TensorSource
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
 from tests.ranks import run_ranks
 
 IMAGE, VOCABULARY, NEW = -200, 300, 4
 IMAGE_PAD, VIDEO_PAD, START, END = 290, 291, 292, 293
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+}  # fmt: skip
+SPATIAL = {  # visual_attention, visual_rope
+    "mixed 2d": ("mixed", "2d"),
+    "mixed mrope": ("mixed", "mrope"),
+    "mixed 1d": ("mixed", "1d"),
+    "causal 2d": ("causal", "2d"),
+    "causal 1d": ("causal", "1d"),
+}
 PATCH = 4
 VISION = {
     "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": PATCH, "window_size": 16,
@@ -28,30 +49,47 @@ VISION = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def qwen_vl(tmp_path_factory) -> Path:
-    """A random Qwen2.5-VL, as transformers writes it."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=VISION, image_token_id=IMAGE_PAD, video_token_id=VIDEO_PAD,
-        vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=False,
-    )  # fmt: skip
+def write_random(config: Any, model_class: type, directory: Path) -> Path:
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = model_class(config)
     for parameter in model.parameters():  # norms and biases too: a swapped pair of them must show
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1 if parameter.ndim == 1 else 0.2)
-    directory = tmp_path_factory.mktemp("qwen_vl") / "hf"
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     pixels = {"min_pixels": 4 * 8**2, "max_pixels": 64 * 8**2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
     return directory
+
+
+def values(tie: bool = False) -> dict[str, Any]:
+    text = copy.deepcopy(TEXT) | {"tie_word_embeddings": tie}
+    return {
+        "text_config": text, "vision_config": dict(VISION), "image_token_id": IMAGE_PAD,
+        "video_token_id": VIDEO_PAD, "vision_start_token_id": START, "vision_end_token_id": END,
+        "tie_word_embeddings": tie,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen_vl(tmp_path_factory) -> Path:
+    """A random Qwen2.5-VL, as transformers writes it."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(**values())
+    return write_random(config, Qwen2_5_VLForConditionalGeneration, tmp_path_factory.mktemp("qwen_vl") / "hf")
+
+
+def write_spatial(kind: str, directory: Path) -> Path:
+    """A random model of our custom code."""
+    attention, rope = SPATIAL[kind]
+    axes = None if rope == "1d" else axis_of_frequency(rope, None, 8)
+    how = {"visual_attention": attention, "visual_rope": rope, "rope_axes": axes}
+    return write_random(SpatialQwenVLConfig(**values(), **how), SpatialQwenVLForConditionalGeneration, directory)
+
+
+@pytest.fixture(scope="module", params=SPATIAL)
+def spatial(request, tmp_path_factory) -> Path:
+    return write_spatial(request.param, tmp_path_factory.mktemp("spatial") / "hf")
 
 
 def questions() -> list[Question]:
@@ -100,6 +138,101 @@ def test_logits_and_greedy_answers_of_an_imported_qwen_vl_are_those_of_transform
         assert generated[0, given["input_ids"].shape[1] :].tolist() == answer
 
 
+@torch.no_grad()
+def test_logits_and_answers_of_our_custom_code_are_those_of_the_training_model(spatial, tmp_path):
+    out = import_checkpoint(str(spatial), str(tmp_path / "imported"))
+    asked = questions()
+    (told,) = run_ranks(ask, 1, str(out), {}, asked, NEW, VOCABULARY)
+    model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
+    for question, found, answer in zip(asked, told.logits, told.cached, strict=True):
+        given = hf_inputs(question)
+        torch.testing.assert_close(found, model(**given).logits[0], rtol=0, atol=1e-4)
+        generated = model.generate(**given, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        assert generated[0, given["input_ids"].shape[1] :].tolist() == answer
+
+
+@torch.no_grad()
+def test_a_batch_of_our_custom_code_is_its_rows_padded_on_either_side_and_with_beams(spatial):
+    model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
+    rows = [hf_inputs(question) for question in questions()]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    together = {
+        name: torch.cat([row[name] for row in rows if name in row]) for name in ("pixel_values", "image_grid_thw")
+    }
+    for side in ("left", "right"):
+        for name in ("input_ids", "attention_mask"):
+            missing = [longest - row[name].shape[1] for row in rows]
+            pads = [(n, 0) if side == "left" else (0, n) for n in missing]
+            together[name] = torch.cat([F.pad(row[name], p) for row, p in zip(rows, pads, strict=True)])
+        logits = model(**together).logits
+        for row, found, real in zip(rows, logits, together["attention_mask"].bool(), strict=True):
+            torch.testing.assert_close(found[real], model(**row).logits[0], rtol=0, atol=1e-4)
+        if side == "left":
+            how = {"max_new_tokens": NEW, "num_beams": 2, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+            answers = model.generate(**together, **how)[:, longest:]
+            alone = [model.generate(**row, **how)[0, row["input_ids"].shape[1] :] for row in rows]
+            assert torch.equal(answers, torch.stack(alone))
+
+
+def test_our_custom_code_as_plain_as_qwens_is_qwens(qwen_vl):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    how = {"visual_attention": "causal", "visual_rope": "mrope", "rope_axes": axis_of_frequency("mrope", None, 8)}
+    ours = SpatialQwenVLForConditionalGeneration(SpatialQwenVLConfig(**values(), **how)).eval()
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl).eval()
+    ours.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for question in questions():
+            given = hf_inputs(question)
+            assert torch.equal(ours(**given).logits, plain(**given).logits)
+
+
+@pytest.mark.parametrize(
+    "changed, sentence",
+    [
+        ({"pixel_values": None}, "input_ids hold an image, so pass pixel_values"),
+        ({"image_grid_thw": torch.tensor([[1, 4, 10], [1, 2, 2]])}, "does not fit the image tokens of input_ids"),
+        ({"image_grid_thw": torch.tensor([[2, 4, 10]])}, "has a video: this model takes pictures"),
+        ({"position_ids": torch.zeros(3, 1, 14)}, "Pass input_ids and none of inputs_embeds, position_ids"),
+        ({"attention_mask": torch.ones(1, 3)}, "it must have"),
+    ],
+)
+def test_what_our_custom_code_cannot_compute_it_refuses(changed, sentence, spatial):
+    model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
+    with pytest.raises(ValueError, match=sentence):
+        model(**hf_inputs(questions()[1]) | changed)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "mixed 2d", "causal 1d"])
+def test_an_exported_directory_is_what_was_imported(kind, qwen_vl, tmp_path):
+    """Weights bit for bit under the hub's names, configuration and what the model says."""
+    from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    plain, source = kind not in SPATIAL, qwen_vl
+    if kind == "tied":
+        config = Qwen2_5_VLConfig(**values(tie=True))
+        source = write_random(config, Qwen2_5_VLForConditionalGeneration, tmp_path / "source")
+    elif not plain:
+        source = write_spatial(kind, tmp_path / "source")
+    model_class = Qwen2_5_VLForConditionalGeneration if plain else SpatialQwenVLForConditionalGeneration
+    imported = import_checkpoint(str(source), str(tmp_path / "imported"))
+    out = export_checkpoint(str(imported), str(tmp_path / "hf"))
+    parts = {"visual", "model"} if kind == "tied" else {"visual", "model", "lm_head"}
+    assert {name.split(".")[0] for name in TensorSource(out).names()} == parts
+    before, after = (model_class.from_pretrained(directory) for directory in (source, out))
+    expected = before.state_dict()
+    assert {name: torch.equal(t, expected[name]) for name, t in after.state_dict().items()} == dict.fromkeys(
+        expected, True
+    )
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["architectures"] == [model_class.__name__] and ("auto_map" in saved) != plain
+    assert ("trust_remote_code" in (out / "README.md").read_text()) != plain
+    if plain:
+        assert type(AutoConfig.from_pretrained(out)).__name__ == "Qwen2_5_VLConfig"
+    again, first = saved_model(import_checkpoint(str(out), str(tmp_path / "again"))), saved_model(imported)
+    assert replace(again, name="", tokenizer="") == replace(first, name="", tokenizer="")
+
+
 def test_the_description_is_the_models(qwen_vl, tmp_path):
     model = saved_model(import_checkpoint(str(qwen_vl), str(tmp_path / "imported")))
     vision = model.vision
@@ -146,12 +279,40 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
         check_same_weights(model, out)
 
 
-def test_what_is_not_there_is_refused_in_a_sentence(qwen_vl, tmp_path):
+# Qwen2.5-VL's own, without its videos.
+PUBLISHED = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a "
+    "helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == "
+    "'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_prompt_is_qwen_vls_but_for_the_line_break_between_an_image_and_its_text():
+    ours = jinja_template(TEMPLATES["qwen_vl"], tokenizer_adds_bos=True, image_tag="<|image_pad|>")
+    text, image = {"type": "text", "text": "what is it?"}, {"type": "image"}
+    for content, spoken in (([text, image], ""), ([image, text], "\n"), ([text], "")):
+        rendered = [
+            tiny_tokenizer().apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=t, tokenize=False, add_generation_prompt=True
+            )
+            for t in (ours, PUBLISHED)
+        ]
+        assert rendered[0] == rendered[1].replace("<|vision_end|>", f"<|vision_end|>{spoken}")
+
+
+def test_a_model_that_no_qwen_vl_can_be_is_refused_before_anything_is_written(qwen_vl, tmp_path):
     out = import_checkpoint(str(qwen_vl), str(tmp_path / "imported"))
-    with pytest.raises(ValueError, match="Export of native-resolution models .* is not supported yet: ask"):
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("kind: none", "kind: linear"))
+    with pytest.raises(ValueError, match="is exported with a Qwen2 without rope scaling"):
         export_checkpoint(str(out), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
-    with pytest.raises(ValueError, match="Diagnosis of native-resolution models is not supported yet"):
+
+
+def test_diagnosis_asks_for_the_exported_directory(qwen_vl, tmp_path):
+    out = import_checkpoint(str(qwen_vl), str(tmp_path / "imported"))
+    with pytest.raises(ValueError, match="export it with nemo-pre export and diagnose that directory"):
         diagnose_run(str(out), str(tmp_path / "diagnosis"))
 
 

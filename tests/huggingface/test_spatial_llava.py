@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, StaticCache
 
-import nemo_pre.huggingface.remote_code as remote_code
 from nemo_pre.config.derived import axis_of_frequency
+from nemo_pre.huggingface.exporter import copy_own_code
 from nemo_pre.huggingface.remote_code.configuration_spatial_llava import SpatialLlavaConfig
-from nemo_pre.huggingface.remote_code.modeling_spatial_llava import (
-    SpatialLlavaForConditionalGeneration,
+from nemo_pre.huggingface.remote_code.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
+from nemo_pre.huggingface.remote_code.spatial_tokens import (
     SpatialRotaryEmbedding,
     mixed_attention_mask,
     spatial_positions,
@@ -204,8 +204,8 @@ def test_causal_attention_and_1d_positions_are_stock_llava_bit_for_bit(tmp_path,
 
 def test_positions_of_the_papers_figure_text_then_a_4_by_4_image_then_text():
     ids = torch.tensor([[7, 8, *[9] * 16, 7, 8]])
-    image, patch = visual_structure(ids, 9, 16)
-    time, row, column = spatial_positions(image, patch, torch.ones_like(ids).bool(), (4, 4), "2d")[:, 0].tolist()
+    tokens = visual_structure(ids, 9, [[(4, 4)]])
+    time, row, column = spatial_positions(tokens, torch.ones_like(ids).bool(), "2d")[:, 0].tolist()
     grid = [(2 + i, 2 + j) for i in range(4) for j in range(4)]
     assert list(zip(row, column, strict=True)) == [(0, 0), (1, 1), *grid, (6, 6), (7, 7)]
     assert time == [0, 1, *[2] * 16, 6, 7]
@@ -215,17 +215,18 @@ def test_what_follows_an_oblong_image_and_padding_is_at_the_largest_position_plu
     pad, text, image = 0, 7, 9
     ids = torch.tensor([[pad, text, *[image] * 6, *[image] * 6, text]])
     real = ids != pad
-    position = spatial_positions(*visual_structure(ids, image, 6), real, (2, 3), "2d")[:, 0]
-    assert position[1].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 4, 4, 4, 5, 5, 5, 7]
-    assert position[2].tolist() == [0, 0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7]
-    counted = spatial_positions(*visual_structure(ids, image, 6), real, (2, 3), "1d")[:, 0]
+    tokens = visual_structure(ids, image, [[(2, 3), (3, 2)]])
+    position = spatial_positions(tokens, real, "2d")[:, 0]
+    assert position[1].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 4, 4, 5, 5, 6, 6, 7]
+    assert position[2].tolist() == [0, 0, 1, 2, 3, 1, 2, 3, 4, 5, 4, 5, 4, 5, 7]
+    counted = spatial_positions(tokens, real, "1d")[:, 0]
     assert counted.tolist() == [[0, *range(14)]] * 3
 
 
 def test_an_image_is_seen_whole_by_its_own_tokens_only_and_padding_by_none():
     pad, text, image = 0, 7, 9
     ids = torch.tensor([[pad, text, image, image, image, image, text]])
-    seen = mixed_attention_mask(visual_structure(ids, image, 2)[0], ids != pad, num_queries=7)
+    seen = mixed_attention_mask(visual_structure(ids, image, [[(1, 2), (2, 1)]]).image_BS, ids != pad, num_queries=7)
     assert seen[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],  # padding sees itself
         [0, 1, 0, 0, 0, 0, 0],
@@ -238,8 +239,9 @@ def test_an_image_is_seen_whole_by_its_own_tokens_only_and_padding_by_none():
 
 
 def test_image_tokens_too_few_for_an_image_are_text():
-    image, _ = visual_structure(torch.tensor([[9, 9, 9, 9, 7, 9], [7, 7, 7, 7, 7, 9]]), 9, 2)
-    assert image.tolist() == [[0, 0, 1, 1, -1, -1], [-1] * 6]
+    tokens = visual_structure(torch.tensor([[9, 9, 9, 9, 7, 9], [7, 7, 7, 7, 7, 9]]), 9, [[(1, 2)] * 2, []])
+    assert tokens.image_BS.tolist() == [[0, 0, 1, 1, -1, -1], [-1] * 6]
+    assert tokens.advance_BS.tolist() == [[0, 2, 0, 2, 1, 1], [1] * 6]
 
 
 def test_each_axis_turns_its_own_frequencies_scaled_as_the_text_model_says(tmp_path):
@@ -421,9 +423,7 @@ def stranger(directory, tmp_path_factory) -> tuple[dict, Tensor, Tensor]:
     root = tmp_path_factory.mktemp("exported")
     model = spatial(directory)
     model.save_pretrained(root)
-    code = Path(remote_code.__file__).parent
-    for name in ("configuration_spatial_llava.py", "modeling_spatial_llava.py"):
-        shutil.copy(code / name, root)
+    copy_own_code("spatial_llava", root)
     config = json.loads((root / "config.json").read_text())
     config["auto_map"] = {
         "AutoConfig": "configuration_spatial_llava.SpatialLlavaConfig",

@@ -91,7 +91,8 @@ def tiny_tokenizer() -> Any:
         model_input_names=["input_ids", "attention_mask"],
     )
     llama3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>", *llama3]})
+    vision = ["<|vision_start|>", "<|vision_end|>"]
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>", *llama3, *vision]})
     fast.image_token = "<image>"
     return fast
 

@@ -44,7 +44,7 @@ DATA = {
 }
 # PRe's layer (main text, section 4): the middle one.
 MIDDLE = {"vicuna_7b": 16, "llava15_7b": 16, "qwen25_7b": 14, "qwen25_3b": 18}
-TEMPLATE = {"llava15": "vicuna_v1", "llama3": "llama3", "qwen25": "chatml"}
+TEMPLATE = {"llava15": "vicuna_v1", "llama3": "llama3", "qwen25vl": "qwen_vl", "qwen25": "chatml"}
 
 
 @cache

@@ -27,7 +27,7 @@ PASSED_ON = (
 
 
 class ExportedVLM(lmms):
-    """A LLaVA or our ``spatial_llava`` from a local directory, with its own processor and chat template.
+    """A LLaVA, a Qwen2.5-VL or our own kind of one from a local directory, with its own processor and chat template.
 
     Code from the directory runs only because the directory is local. Prompts of a batch are padded on the left.
     Under torchrun each process takes its share of the questions and the GPU of its local rank.
@@ -39,7 +39,9 @@ class ExportedVLM(lmms):
         self, pretrained: str, batch_size: int | str = 1, device: str | None = None, dtype: str = "auto", **_: Any
     ) -> None:
         super().__init__()
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
+
+        from nemo_pre.huggingface.loading import load_processor
 
         directory = Path(pretrained)
         if not (directory / "config.json").is_file():
@@ -48,11 +50,8 @@ class ExportedVLM(lmms):
         self._device = torch.device(device or _default_device())
         model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, trust_remote_code=own_code)
         self.model = model.to(self._device).eval()
-        # The slow image processors resize as PIL does, and so does training.
-        self.processor = AutoProcessor.from_pretrained(directory, trust_remote_code=own_code, use_fast=False)
+        self.processor = load_processor(directory, trust_remote_code=own_code)
         self.processor.tokenizer.padding_side = "left"
-        if self.processor.tokenizer.pad_token_id is None:
-            self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         self.batch_size = int(batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, LlavaConfig, PretrainedConfig
 
+from .spatial_tokens import check_choices
+
 TEXT_MODELS = ("llama", "qwen2")
 
 
@@ -88,24 +90,10 @@ class SpatialLlavaConfig(LlavaConfig):
             raise ValueError("text_config.use_sliding_window must be false: the attention mask knows no window.")
 
     def _check_choices(self) -> None:
-        if self.visual_attention not in ("causal", "mixed"):
-            raise ValueError(f"visual_attention is '{self.visual_attention}': choose causal or mixed.")
-        if self.visual_rope not in ("1d", "2d", "mrope"):
-            raise ValueError(f"visual_rope is '{self.visual_rope}': choose 1d, 2d or mrope.")
-        if self.visual_rope == "1d" and self.rope_axes is not None:
-            raise ValueError(f"rope_axes={self.rope_axes} must be null for visual_rope=1d.")
-        if self.visual_rope != "1d" and not self._axes_fit():
-            raise ValueError(
-                f"rope_axes={self.rope_axes} must be {self.num_frequencies} numbers, each 0 (time), 1 (row) or "
-                f"2 (column), one for each rotary frequency of a head, for visual_rope={self.visual_rope}."
-            )
+        check_choices(self, self.num_frequencies)
         if len(self.tile_grid) != 2 or min(self.tile_grid) < 1:
             raise ValueError(f"tile_grid={self.tile_grid} must be two positive numbers: rows and columns.")
         if self.tile_grid[0] * self.tile_grid[1] != self.image_seq_length:
             raise ValueError(
                 f"tile_grid={self.tile_grid} must have as many tokens as image_seq_length={self.image_seq_length}."
             )
-
-    def _axes_fit(self) -> bool:
-        axes = self.rope_axes
-        return axes is not None and len(axes) == self.num_frequencies and set(axes) <= {0, 1, 2}
