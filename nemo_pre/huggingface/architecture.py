@@ -70,7 +70,7 @@ def read_llava(directory: Path) -> ModelConfig:
     spatial = values.get("model_type") == SPATIAL
     if values.get("model_type") not in ("llava", SPATIAL):
         raise ValueError(
-            f"{where} has model_type={values.get('model_type')}: only llava, {QWEN_VL} and {SPATIAL} are imported."
+            f"{where} has model_type={values.get('model_type')}: only {', '.join(ARCHITECTURES)} are imported."
         )
     config = _config_class(values["model_type"]).from_dict(values)
     _require(where, config, LLAVA_MUST)
@@ -326,11 +326,18 @@ def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
 
 
 def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:
-    """``rope_sections`` that give these axes; None if the default does."""
+    """``rope_sections`` that give these axes; None if the default does.
+
+    Raises:
+        ValueError: no sections do.
+    """
     frequencies = model.language.hidden_size // model.language.num_attention_heads // 2
     if axes is None or axes == axis_of_frequency(model.rope, None, frequencies):
         return None
-    return [axes.count(axis) for axis in ((ROW, COLUMN) if model.rope == "2d" else (TIME, ROW, COLUMN))]
+    sections = [axes.count(axis) for axis in ((ROW, COLUMN) if model.rope == "2d" else (TIME, ROW, COLUMN))]
+    if axis_of_frequency(model.rope, sections, frequencies) != axes:
+        raise ValueError(f"rope_axes={axes} of {model.name} are no consecutive sections: only such are imported.")
+    return sections
 
 
 def _require(where: str, config: Any, expected: dict[str, Any]) -> None:

@@ -86,8 +86,8 @@ def _usage(model: ModelConfig, own_code: bool) -> str:
         warning = "\n\nThe code beside the weights is needed: `transformers` has no such model without an encoder."
     elif is_native(model.vision) and own_code:
         warning = (
-            "\n\nThe code beside the weights is needed: loaded as a plain Qwen2.5-VL the model would attend causally "
-            "and look for images and their positions in another way than it was trained with."
+            "\n\nThe code beside the weights is needed: loaded as a plain Qwen2.5-VL the model would not find its "
+            "images, or see and place their tokens in another way than it was trained with."
         )
     elif own_code:
         warning = (

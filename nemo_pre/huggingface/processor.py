@@ -62,13 +62,9 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
 
 def _tokens_of(values: dict[str, Any]) -> ImageTokens:
     """Of an imported ``config.json``."""
-    if "image_token_index" in values:
-        return ImageTokens(int(values["image_token_index"]))
-    if "vision_start_token_id" not in values:
-        return ImageTokens(int(values["image_token_id"]))
-    return ImageTokens(
-        int(values["image_token_id"]), (int(values["vision_start_token_id"]), int(values["vision_end_token_id"]))
-    )
+    image = int(values["image_token_index" if "image_token_index" in values else "image_token_id"])
+    start, end = values.get("vision_start_token_id"), values.get("vision_end_token_id")
+    return ImageTokens(image) if start is None or end is None else ImageTokens(image, (int(start), int(end)))
 
 
 def _tokenizer(saved: Any, model: ModelConfig, tag: str) -> Any:

@@ -59,17 +59,22 @@ def hf_values(
     axes = axis_of_frequency(model.rope, model.rope_sections, frequencies)
     sections = [axes.count(axis) for axis in range(3)]
     values: dict[str, Any] = {
-        "vision_config": {**transformers_values(model.vision), "out_hidden_size": model.language.hidden_size},
+        "vision_config": {
+            **transformers_values(model.vision),
+            "out_hidden_size": model.language.hidden_size,
+            "tokens_per_second": 2,  # the published one's, for videos
+        },
         "text_config": {
             **text,
             "model_type": f"{QWEN_VL}_text",
             "rope_scaling": {"type": "mrope", "mrope_section": sections},
         },
         "image_token_id": image_token_id,
+        # None, where there are none, and not the class's default.
+        "vision_start_token_id": None if markers is None else markers[0],
+        "vision_end_token_id": None if markers is None else markers[1],
         "tie_word_embeddings": model.language.tie_embeddings,
     }
-    if markers is not None:
-        values |= {"vision_start_token_id": markers[0], "vision_end_token_id": markers[1]}
     if not is_plain(model, markers):
         values |= {
             "visual_attention": model.attention,

@@ -41,6 +41,7 @@ SPATIAL = {  # visual_attention, visual_rope
     "mixed 1d": ("mixed", "1d"),
     "causal 2d": ("causal", "2d"),
     "causal 1d": ("causal", "1d"),
+    "causal mrope": ("causal", "mrope"),  # without markers around its images
 }
 PATCH = 4
 VISION = {
@@ -84,7 +85,9 @@ def write_spatial(kind: str, directory: Path) -> Path:
     attention, rope = SPATIAL[kind]
     axes = None if rope == "1d" else axis_of_frequency(rope, None, 8)
     how = {"visual_attention": attention, "visual_rope": rope, "rope_axes": axes}
-    return write_random(SpatialQwenVLConfig(**values(), **how), SpatialQwenVLForConditionalGeneration, directory)
+    markers = dict.fromkeys(("vision_start_token_id", "vision_end_token_id"))
+    config = SpatialQwenVLConfig(**values() | markers, **how)
+    return write_random(config, SpatialQwenVLForConditionalGeneration, directory)
 
 
 @pytest.fixture(scope="module", params=SPATIAL)
@@ -171,6 +174,25 @@ def test_a_batch_of_our_custom_code_is_its_rows_padded_on_either_side_and_with_b
             assert torch.equal(answers, torch.stack(alone))
 
 
+@torch.no_grad()
+def test_a_second_turn_with_an_image_of_its_own_continues_the_cache(spatial):
+    model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
+    first, second = hf_inputs(questions()[1]), hf_inputs(questions()[2])
+    ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+    grids = torch.cat([first["image_grid_thw"], second["image_grid_thw"]])
+    whole = model(
+        input_ids=ids, pixel_values=torch.cat([first["pixel_values"], second["pixel_values"]]), image_grid_thw=grids
+    )
+    cache = model(**first, use_cache=True).past_key_values
+    rest = {"input_ids": second["input_ids"], "sequence_ids": ids, "past_key_values": cache}
+    with pytest.raises(ValueError, match="does not fit the image tokens"):
+        model(**rest, pixel_values=second["pixel_values"], image_grid_thw=second["image_grid_thw"])
+    with pytest.raises(ValueError, match="pass the ids of all of them as sequence_ids"):
+        model(**rest | {"sequence_ids": None}, pixel_values=second["pixel_values"], image_grid_thw=grids)
+    logits = model(**rest, pixel_values=second["pixel_values"], image_grid_thw=grids).logits
+    torch.testing.assert_close(logits, whole.logits[:, first["input_ids"].shape[1] :], rtol=0, atol=1e-4)
+
+
 def test_our_custom_code_as_plain_as_qwens_is_qwens(qwen_vl):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -188,6 +210,9 @@ def test_our_custom_code_as_plain_as_qwens_is_qwens(qwen_vl):
     "changed, sentence",
     [
         ({"pixel_values": None}, "input_ids hold an image, so pass pixel_values"),
+        ({"image_grid_thw": None}, "pixel_values come with image_grid_thw"),
+        ({"pixel_values": None, "image_grid_thw": None}, "does not fit the image tokens of input_ids"),
+        ({"image_grid_thw": torch.tensor([[1, 4, 4]])}, "does not fit the image tokens of input_ids"),
         ({"image_grid_thw": torch.tensor([[1, 4, 10], [1, 2, 2]])}, "does not fit the image tokens of input_ids"),
         ({"image_grid_thw": torch.tensor([[2, 4, 10]])}, "has a video: this model takes pictures"),
         ({"position_ids": torch.zeros(3, 1, 14)}, "Pass input_ids and none of inputs_embeds, position_ids"),
@@ -200,9 +225,9 @@ def test_what_our_custom_code_cannot_compute_it_refuses(changed, sentence, spati
         model(**hf_inputs(questions()[1]) | changed)
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied", "mixed 2d", "causal 1d"])
+@pytest.mark.parametrize("kind", ["plain", "tied", "mixed 2d", "causal 1d", "causal mrope"])
 def test_an_exported_directory_is_what_was_imported(kind, qwen_vl, tmp_path):
-    """Weights bit for bit under the hub's names, configuration and what the model says."""
+    """Weights bit for bit under the hub's names, the model's description, and logits."""
     from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     plain, source = kind not in SPATIAL, qwen_vl
@@ -224,8 +249,12 @@ def test_an_exported_directory_is_what_was_imported(kind, qwen_vl, tmp_path):
     saved = json.loads((out / "config.json").read_text())
     assert saved["architectures"] == [model_class.__name__] and ("auto_map" in saved) != plain
     assert ("trust_remote_code" in (out / "README.md").read_text()) != plain
+    assert [saved["vision_start_token_id"], saved["vision_end_token_id"]] == ([START, END] if plain else [None, None])
     if plain:
         assert type(AutoConfig.from_pretrained(out)).__name__ == "Qwen2_5_VLConfig"
+    given = hf_inputs(questions()[2])
+    with torch.no_grad():
+        assert torch.equal(before.eval()(**given).logits, after.eval()(**given).logits)
     again, first = saved_model(import_checkpoint(str(out), str(tmp_path / "again"))), saved_model(imported)
     assert replace(again, name="", tokenizer="") == replace(first, name="", tokenizer="")
 
@@ -274,6 +303,35 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
     model.vision.window_size = 32
     with pytest.raises(ValueError, match="model.vision.window_size=32 but"):
         check_same_weights(model, out)
+
+
+def test_an_exported_directory_alone_gives_the_same_logits_and_carries_its_code_on(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText, dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = write_spatial("mixed 2d", tmp_path / "source")
+    imported = import_checkpoint(str(source), str(tmp_path / "imported"))
+    out = export_checkpoint(str(imported), str(tmp_path / "hf"))
+    given = hf_inputs(questions()[2])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=False)
+    with torch.no_grad():
+        expected = SpatialQwenVLForConditionalGeneration.from_pretrained(source).eval()(**given).logits
+        model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).eval()
+        assert type(model) is not SpatialQwenVLForConditionalGeneration
+        assert torch.equal(model(**given).logits, expected)
+        model.save_pretrained(tmp_path / "again")
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+        assert torch.equal(again(**given).logits, expected)
+
+
+def test_axes_that_no_sections_give_are_refused(tmp_path):
+    source = write_spatial("mixed 2d", tmp_path / "source")
+    saved = json.loads((source / "config.json").read_text()) | {"rope_axes": [1, 1, 2, 2, 1, 2, 1, 2]}
+    (source / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="are no consecutive sections: only such are imported"):
+        read_whole(source)
 
 
 # Qwen2.5-VL's own, without its videos.

@@ -86,8 +86,6 @@ class SpatialLlavaConfig(LlavaConfig):
         text = self.text_config
         if text.model_type not in TEXT_MODELS:
             raise ValueError(f"The text model is '{text.model_type}': it must be one of {', '.join(TEXT_MODELS)}.")
-        if getattr(text, "use_sliding_window", False):
-            raise ValueError("text_config.use_sliding_window must be false: the attention mask knows no window.")
 
     def _check_choices(self) -> None:
         check_choices(self, self.num_frequencies)

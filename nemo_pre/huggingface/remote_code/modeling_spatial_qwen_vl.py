@@ -66,7 +66,8 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
         Args:
             attention_mask: ``[B, S]``, zero at padding, which may be on either side.
-            image_grid_thw: of all images of ``sequence_ids``, also those whose tokens are cached.
+            pixel_values: of the images of ``input_ids``.
+            image_grid_thw: of all images so far, also those whose tokens are cached.
             sequence_ids: with a filled cache, the ids ``[B, S]`` of all tokens so far, of which ``input_ids`` are the
                 last; :meth:`generate` passes them.
 
@@ -79,6 +80,8 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if input_ids is None or any(kwargs.pop(name, None) is not None for name in refused):
             raise ValueError(f"Pass input_ids and none of {', '.join(refused)}: positions follow from ids.")
         ids_BS, real_BS = whole_sequence(input_ids, sequence_ids, attention_mask, past_key_values)
+        if pixel_values is not None and image_grid_thw is None:
+            raise ValueError("pixel_values come with image_grid_thw: pass what the processor gave.")
         tokens = visual_structure(ids_BS, self.config.image_token_id, self._grids(ids_BS, image_grid_thw))
         dtype = self.get_input_embeddings().weight.dtype
         mask, positions_3BQ = mask_and_positions(
@@ -87,7 +90,7 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
+            image_grid_thw=self._new_grids(ids_BS[:, : -input_ids.shape[1]], ids_BS, image_grid_thw),
             attention_mask=mask,
             position_ids=positions_3BQ,
             past_key_values=past_key_values,
@@ -111,8 +114,8 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """For beams, a row's images are repeated together."""
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw")}
-        if images["image_grid_thw"] is not None and expand_size > 1:
-            grids = images["image_grid_thw"]
+        grids = images["image_grid_thw"]
+        if grids is not None and images["pixel_values"] is not None and expand_size > 1:
             counts = [len(of_row) for of_row in self._grids(input_ids, grids)]
             patches = [int(of_row.prod(1).sum()) for of_row in grids.split(counts)]
             for name, sizes in (("image_grid_thw", counts), ("pixel_values", patches)):
@@ -123,27 +126,42 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         )
         return input_ids, {**model_kwargs, **images}
 
+    def _new_grids(self, cached_BS: Tensor, ids_BS: Tensor, image_grid_thw: Tensor | None) -> Tensor | None:
+        """Those of images whose tokens are not cached."""
+        if image_grid_thw is None or cached_BS.shape[1] == 0:
+            return image_grid_thw
+        is_new = []
+        cached = (cached_BS == self.config.image_token_id).sum(1).tolist()
+        for count, of_row in zip(cached, self._grids(ids_BS, image_grid_thw), strict=True):
+            for rows, columns in of_row:
+                is_new.append(count <= 0)
+                count -= rows * columns
+        return image_grid_thw[torch.tensor(is_new, device=image_grid_thw.device)]
+
     def _grids(self, ids_BS: Tensor, image_grid_thw: Tensor | None) -> list[list[Grid]]:
         """Rows and columns of the images of each row of the batch.
 
         Raises:
-            ValueError: they do not fill the image tokens of a row, or more of them are left.
+            ValueError: they are not as many tokens as the image tokens of each row.
         """
         merge = self.config.vision_config.spatial_merge_size
         sizes = [] if image_grid_thw is None else image_grid_thw.tolist()
         if any(time != 1 for time, _, _ in sizes):
             raise ValueError(f"image_grid_thw={sizes} has a video: this model takes pictures.")
         left = [(rows // merge, columns // merge) for _, rows, columns in sizes]
+        counts = (ids_BS == self.config.image_token_id).sum(1).tolist()
         grids: list[list[Grid]] = []
-        for count in (ids_BS == self.config.image_token_id).sum(1).tolist():
+        unfilled = 0
+        for count in counts:
             of_row: list[Grid] = []
             while left and left[0][0] * left[0][1] <= count:
                 of_row.append(left.pop(0))
                 count -= of_row[-1][0] * of_row[-1][1]
+            unfilled += count
             grids.append(of_row)
-        if left:
+        if left or unfilled:
             raise ValueError(
-                f"image_grid_thw={sizes} does not fit the image tokens of input_ids: each image takes a row's next "
-                f"tokens, one for {merge} x {merge} patches."
+                f"image_grid_thw={sizes} does not fit the image tokens of input_ids, {counts} in the rows: it has all "
+                f"images so far, each of which takes a row's next tokens, one for {merge} x {merge} patches."
             )
         return grids

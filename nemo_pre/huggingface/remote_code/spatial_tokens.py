@@ -37,8 +37,7 @@ class VisualStructure:
 
 
 def visual_structure(ids_BS: Tensor, image_token: int, grids: Sequence[Sequence[Grid]]) -> VisualStructure:
-    """Image tokens beyond those of ``grids``, the images of each row of the batch, are text, as a model may write
-    them."""
+    """Of a batch whose rows have images with these ``grids``; image tokens beyond them are text."""
     tables = [_table(of_row) for of_row in grids]
     longest = max(table.shape[1] for table in tables)
     text = torch.tensor([-1, 0, 0, 1])[:, None]
@@ -118,9 +117,12 @@ class SpatialRotaryEmbedding(nn.Module):
 
 def check_choices(config: Any, num_frequencies: int) -> None:
     """Raises:
-    ValueError: ``visual_attention``, ``visual_rope`` or ``rope_axes`` is none that there is, or does not fit.
+    ValueError: ``visual_attention``, ``visual_rope`` or ``rope_axes`` is none that there is, or does not fit; or the
+        text model attends within a window.
     """
     axes = config.rope_axes
+    if getattr(config.text_config, "use_sliding_window", False):
+        raise ValueError("text_config.use_sliding_window must be false: the attention mask knows no window.")
     if config.visual_attention not in ("causal", "mixed"):
         raise ValueError(f"visual_attention is '{config.visual_attention}': choose causal or mixed.")
     if config.visual_rope not in ("1d", "2d", "mrope"):
