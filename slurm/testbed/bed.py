@@ -47,7 +47,7 @@ class TestBed:
     def command(self, *words: str) -> str:
         """Standard output of a Slurm command."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+        assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}: {done.stderr}"
         return done.stdout.strip()
 
     def submit(self, *words: str) -> list[str]:
@@ -72,8 +72,20 @@ class TestBed:
         return done.stdout.strip()
 
     def shown(self, job: str, name: str) -> str:
-        """A field of ``scontrol show job``."""
-        found = re.search(rf"(?:^|\s){name}=(\S+)", self.command("scontrol", "show", "job", job, "--oneliner"))
+        """A field of ``scontrol show job``.
+
+        Asked several times a second for an hour, a controller now and then breaks a connection off ("Zero Bytes were
+        transmitted or received" in its log); that is no fault of the job.
+        """
+        for attempt in range(3):
+            try:
+                text = self.command("scontrol", "show", "job", job, "--oneliner")
+                break
+            except AssertionError:
+                if attempt == 2:
+                    raise
+                time.sleep(1)
+        found = re.search(rf"(?:^|\s){name}=(\S+)", text)
         assert found is not None, name
         return found[1]
 
