@@ -70,7 +70,7 @@ def digits_arms(num_layers: int) -> list[Arm]:
         spatial("laver", "MIM + clipped Gram-anchoring (LaVer)", LAVER),
         spatial("pre_laver", "PRe + LaVer", BOTH, of_both),
         pre("pre_quarter", "PRe, a quarter deep", layer=depths(num_layers)["quarter"]),
-        pre("pre_last", "PRe, last layer", layer=num_layers),
+        pre("pre_last", "PRe, last layer", layer=num_layers, main=True),
         pre("pre_weight_0.2", "PRe, lambda 0.2", "objective.pre.weight=0.2"),
         pre("pre_weight_1", "PRe, lambda 1", "objective.pre.weight=1"),
         pre("pre_weight_2", "PRe, lambda 2", "objective.pre.weight=2"),

@@ -17,6 +17,7 @@ PRE_NUMBERS = (
     "probe_count@middle",
     "probe_presence@middle",
     "contrast_difference@middle",
+    "contrast_difference@last",
     "effective_dimension@middle",
 )
 NAMES = {
@@ -106,7 +107,9 @@ def _regularized(summary: Summary) -> str:
     rows = [_row(summary, BASELINE, PRE_NUMBERS)]
     rows += [_row(summary, name, PRE_NUMBERS, against=BASELINE) for name in names]
     table = _table(["arm", "seeds", *map(_named, PRE_NUMBERS)], rows)
-    return f"{table}\n\nRows after the first are differences to it. {_shown(summary, 'pre', BASELINE, PRE_NUMBERS)}"
+    judged = [name for name in names if len(summary["arms"][name]["seeds"]) > 1]
+    told = " ".join(_shown(summary, name, BASELINE, PRE_NUMBERS) for name in judged)
+    return f"{table}\n\nRows after the first are differences to it. {told}".rstrip()
 
 
 def _answers(summary: Summary) -> str:
