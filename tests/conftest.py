@@ -1,15 +1,24 @@
 """The suite proves its claims on CPU ranks, on every machine alike: GPUs are hidden, and nothing is downloaded."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Code out of exported directories is copied there. A process has one such place: another one in the middle of the
+# suite would leave half of the modules in the first.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nemo-pre-tests-")
 
 from nemo_pre.launch import prepare_environment
 
 prepare_environment(platform="cpu", local_ranks=2)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -29,13 +29,9 @@ ASKED = {"num_images": 11, "num_fit": 24, "platform": "cpu"}
 
 
 @pytest.fixture(scope="module")
-def diagnosed(tmp_path_factory, digits, monkeypatch_module) -> Path:
+def diagnosed(tmp_path_factory, digits) -> Path:
     """By model: ``NAME/hf``, ``NAME/checkpoint``, and ``NAME/out``, the diagnosis of the directory."""
-    from transformers import dynamic_module_utils
-
     root = tmp_path_factory.mktemp("diagnosed")
-    monkeypatch_module.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(root / "code"))
-    monkeypatch_module.syspath_prepend(str(root / "code"))
     for name, (options, _) in MODELS.items():
         original = written(root / name / "original", **options)
         # The prompts of the run's template, so that both sides are asked the same.
@@ -44,12 +40,6 @@ def diagnosed(tmp_path_factory, digits, monkeypatch_module) -> Path:
         export_checkpoint(str(root / name / "checkpoint"), str(root / name / "hf"))
         diagnose(str(root / name / "hf"), str(digits), str(root / name / "out"), batch_size=4, title=name, **ASKED)
     return root
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
 
 
 def results(directory: Path) -> dict[str, Any]:

@@ -71,17 +71,15 @@ def trained(request, tmp_path_factory, digits) -> tuple[str, Path]:
     return request.param, output
 
 
-def loaded(directory: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, dynamic_module_utils
+def loaded(directory: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
-    monkeypatch.syspath_prepend(str(cache))
+    from nemo_pre.huggingface.loading import load_processor
+
     model = AutoModelForImageTextToText.from_pretrained(
         directory, trust_remote_code=(directory / "modeling_spatial_llava.py").exists()
     )
-    processor = AutoProcessor.from_pretrained(directory)
-    processor.image_processor = AutoImageProcessor.from_pretrained(directory, use_fast=False)
-    return model.eval(), processor
+    return model.eval(), load_processor(directory)
 
 
 def picture(digits: Path) -> tuple[Image.Image, str]:
@@ -95,9 +93,9 @@ def picture(digits: Path) -> tuple[Image.Image, str]:
     return Image.open(io.BytesIO(raw.image)).convert("RGB"), question
 
 
-def test_transformers_says_what_the_trained_model_says(trained, digits, monkeypatch, tmp_path):
+def test_transformers_says_what_the_trained_model_says(trained, digits):
     kind, output = trained
-    model, processor = loaded(output / "hf", monkeypatch, tmp_path)
+    model, processor = loaded(output / "hf")
     image, question = picture(digits)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)

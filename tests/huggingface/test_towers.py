@@ -115,11 +115,10 @@ def test_an_encoder_free_model_starts_from_a_new_patch_mlp(encoder_free):
 
 @pytest.mark.parametrize(("attention", "rope"), [("causal", "1d"), ("mixed", "1d"), ("mixed", "2d")])
 def test_an_exported_encoder_free_model_says_what_ours_says_with_the_code_beside_it(
-    attention, rope, encoder_free, tmp_path, monkeypatch
+    attention, rope, encoder_free, tmp_path
 ):
     from transformers import AutoModelForImageTextToText
 
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     checkpoint = shutil.copytree(encoder_free, tmp_path / "checkpoint")
     described = (checkpoint / "config.yaml").read_text()
     described = described.replace("attention: causal", f"attention: {attention}").replace("rope: 1d", f"rope: {rope}")
