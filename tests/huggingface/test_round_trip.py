@@ -201,7 +201,10 @@ def damaged(directory: Path, **config: object) -> Path:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "llava_next"}, "model_type=llava_next: only llava, qwen2_5_vl and spatial_llava"),
+        (
+            {"model_type": "llava_next"},
+            "model_type=llava_next: only llava, spatial_llava, qwen2_5_vl, spatial_qwen_vl",
+        ),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act=relu: only projector_hidden_act=gelu"),
         ({"vision_feature_layer": [-2, -3]}, "only one layer"),
         ({"text_config__hidden_act": "gelu"}, "hidden_act=gelu: only hidden_act=silu"),
