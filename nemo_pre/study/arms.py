@@ -9,6 +9,7 @@ PRE = (PLAIN, "objective=pre")
 MIXED, ROTARY_2D = "model.attention=mixed", "model.rope=2d"
 NO_GRAM, PLAIN_GRAM = "objective.laver.gram_weight=0", "objective.laver.gram_clipped=false"
 FROZEN = "optim.freeze_vision=true"
+ALIGN = "optim.freeze_language=true"  # a first stage that trains the projector alone
 SECOND_STAGE = (FROZEN, "optim.lr=5e-4")
 LAVER_COST = 1.6  # of a step, in steps without
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.study.arms import FROZEN, SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
+from nemo_pre.study.arms import ALIGN, FROZEN, SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
 from nemo_pre.study.runs import StudyRun
 
 RECORDS = 6  # diagnostics during a run
@@ -22,6 +22,7 @@ def study(
     seeds: int = 3,
     ablation_seeds: int = 1,
     encoder_steps: int = 1500,
+    language_steps: int = 0,
     first_steps: int = 600,
     steps: int = 600,
     num_images: int = 512,
@@ -36,14 +37,16 @@ def study(
       nemo-pre study digits                                        everything
       nemo-pre study digits arms=baseline,pre,laver seeds=2        a part of it
       nemo-pre study digits model.language.num_layers=16 runs=runs/deep out=experiments/deep page=docs/deep.md
+      nemo-pre study digits language_steps=1500 runs=runs/read out=experiments/read page=docs/read.md
 
     An encoder learns for encoder_steps steps to name what each patch shows and is frozen then (encoder_steps=0: the
     first stage trains one from random weights). A first stage trains projector and language model from random weights
     for first_steps steps; each arm goes on from it, on other samples, for steps steps (first_steps=0: every arm by
-    itself). Main arms have seeds 1 to seeds, the others 1 to ablation_seeds. Every run is diagnosed on the first
-    num_images of the val split, probes are fitted on num_fit of the train split, and val_samples questions are
-    answered. options are overrides for all runs. at_a_time runs go in parallel, as many as there are cores or GPUs
-    unless given.
+    itself). With language_steps a language model first learns, for that many steps, the questions and answers without
+    their pictures; the first stage then trains the projector alone, as published ones do. Main arms have seeds 1 to
+    seeds, the others 1 to ablation_seeds. Every run is diagnosed on the first num_images of the val split, probes are
+    fitted on num_fit of the train split, and val_samples questions are answered. options are overrides for all runs.
+    at_a_time runs go in parallel, as many as there are cores or GPUs unless given.
 
     Killed and started again with the same options it goes on where it was; finished runs are not repeated. out gets
     summary.json and figures; remarks.md there is put into the page. dry_run lists the runs and does nothing.
@@ -52,13 +55,16 @@ def study(
         ValueError: an option that cannot work.
         RankFailure: a run failed; the summary is written without it.
     """
-    counts = {"seeds": seeds, "ablation_seeds": ablation_seeds, "steps": steps, "num_images": num_images}
-    for name, value in {**counts, "at_a_time": 1 if at_a_time is None else at_a_time}.items():
+    positive = {"seeds": seeds, "ablation_seeds": ablation_seeds, "steps": steps, "num_images": num_images}
+    for name, value in {**positive, "at_a_time": 1 if at_a_time is None else at_a_time}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give 1 or more.")
-    for name, value in {"first_steps": first_steps, "encoder_steps": encoder_steps}.items():
+    before = {"encoder_steps": encoder_steps, "language_steps": language_steps, "first_steps": first_steps}
+    for name, value in before.items():
         if value < 0:
             raise ValueError(f"{name}={value}: give 0 or more.")
+    if language_steps and not (encoder_steps and first_steps):
+        raise ValueError("language_steps needs an encoder and a first stage: give encoder_steps and first_steps too.")
     from nemo_pre.config.compose import compose_run
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.launch import RankFailure
@@ -68,8 +74,8 @@ def study(
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
     from nemo_pre.study.summary import summarise, write_summary
 
-    read_manifest(data)
-    run_config = compose_run(["experiment=digits_tiny", *options])
+    manifest = read_manifest(data)
+    run_config = compose_run(["experiment=digits_tiny", f"data.path={data}", *options])
     num_layers = run_config.model.language.num_layers
     asked = chosen(digits_arms(num_layers), arms)
     common = [
@@ -81,7 +87,8 @@ def study(
     common += ["trainer.keep_checkpoints=1", "trainer.micro_batch_size=16"]
     plan = _Plan(Path(runs), common, list(options), data, (f"num_images={num_images}", f"num_fit={num_fit}"), platform)
     if encoder_steps:
-        plan.starts = lambda seed: [f"init_from={start_directory(Path(runs), seed)}", FROZEN]
+        aligned = [ALIGN] if language_steps else []
+        plan.starts = lambda seed: [f"init_from={start_directory(Path(runs), seed)}", FROZEN, *aligned]
     for arm in asked:
         for seed in range(1, (seeds if arm.main else ablation_seeds) + 1):
             plan.add(arm, seed, first_steps, steps)
@@ -96,14 +103,17 @@ def study(
             run.check()
         encoder = None
         if encoder_steps:
-            encoder = prepare_encoder(run_config, data, Path(runs), encoder_steps, "cuda" if on_gpu else "cpu")
+            device = "cuda" if on_gpu else "cpu"
+            encoder = prepare_encoder(run_config, data, Path(runs), encoder_steps, device)
             for seed in sorted({run.seed for run in ordered}):
-                prepare_start(run_config, Path(runs), seed)
+                prepare_start(run_config, Path(runs), seed, language_steps, device)
         failures = do_all(ordered, plan.starts_from, at_a_time or most, on_gpu)
     settings = {
         "encoder": encoder and {name: encoder[name] for name in ("steps", "accuracy")},
+        "language_steps": language_steps,
         "first_steps": first_steps,
         "steps": steps,
+        "train_samples": manifest.num_samples("train"),
         "val_samples": val_samples,
         "num_images": num_images,
         "num_fit": num_fit,

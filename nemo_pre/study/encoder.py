@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_pre.study.language import prepare_language
 from nemo_pre.study.runs import run_verb
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from nemo_pre.config.schema import RunConfig
     from nemo_pre.diagnostics.samples import DiagnosticSample
 
-ENCODER, DESCRIPTION, VISION, LANGUAGE = "encoder", "encoder.json", "vision", "language"
+ENCODER, DESCRIPTION, VISION = "encoder", "encoder.json", "vision"
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 128, 2e-3, 0.05, 0.1
 REPORT_EVERY = 20.0  # seconds
 
@@ -62,25 +63,17 @@ def start_directory(runs: Path, seed: int) -> Path:
     return runs / f"start_seed{seed}"
 
 
-def prepare_start(run: RunConfig, runs: Path, seed: int) -> None:
-    """``runs/start_seedN``: the encoder with a language model and a projector of random weights, imported.
+def prepare_start(run: RunConfig, runs: Path, seed: int, language_steps: int, device: str) -> None:
+    """``runs/start_seedN``: the encoder with its seed's language model and a projector of random weights, imported.
 
     Raises:
         RunFailed: the import failed.
+        ValueError: the language model is there, made with something else.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from nemo_pre.huggingface.architecture import hf_config
-
+    language = prepare_language(run, runs, seed, language_steps, device)
     target = start_directory(runs, seed)
     if target.exists():
         return
-    language = runs / f"{LANGUAGE}_seed{seed}"
-    text = hf_config(run.model, 0, run.data.sequence_length, "float32")["text_config"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**text)).save_pretrained(language)
     parts = [f"vision={runs / ENCODER / VISION}", f"language={language}", f"out={target}", f"seed={seed}"]
     words = [*parts, f"feature_layer={run.model.vision.feature_layer}"]
     run_verb("import", words, f"start, seed {seed}", runs / f"{target.name}.log", {})

@@ -166,6 +166,12 @@ def _method(summary: Summary, files: str) -> str:
         else "The encoder started from random weights."
     )
     weights = "projector and language model from random weights" if encoder else "everything from random weights"
+    if settings["language_steps"]:
+        seeing += (
+            f" The language model, from random weights, learned for {settings['language_steps']} steps the questions "
+            f"and answers without their pictures."
+        )
+        weights = "the projector alone from random weights"
     start = (
         f"{seeing} A first stage of {settings['first_steps']} steps, {weights}, for each kind of attention and "
         f"positions; each arm goes on for {settings['steps']} steps with a frozen encoder, on other samples."
@@ -176,7 +182,8 @@ def _method(summary: Summary, files: str) -> str:
     return (
         f"{start} Layers told of: {', '.join(f'{name} {layer}' for name, layer in settings['layers'].items())}. "
         f"Diagnostics on {settings['num_images']} validation images, probes fitted on {settings['num_fit']} training "
-        f"images; {settings['val_samples']} questions answered. Options of all runs: {listed}. {runs} runs, "
+        f"images of {settings['train_samples']:,} samples; {settings['val_samples']} questions answered. Options of "
+        f"all runs: {listed}. {runs} runs, "
         f"{hours:.1f} run-hours, {machine['cores']} cores, {machine['gpus']} GPUs, {summary['date']}. Every number of "
         f"every run: [{SUMMARY}]({files}/{SUMMARY})."
     )

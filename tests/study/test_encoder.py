@@ -49,7 +49,7 @@ def test_the_encoder_learns_is_made_once_and_is_what_runs_start_from(run, digits
         prepare_encoder(run, str(digits), tmp_path, 201, "cpu")
 
     for seed in (1, 2):
-        prepare_start(run, tmp_path, seed)
+        prepare_start(run, tmp_path, seed, 0, "cpu")
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 
     one, two = (CheckpointReader(start_directory(tmp_path, seed)) for seed in (1, 2))

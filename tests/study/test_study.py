@@ -170,6 +170,7 @@ def test_every_arm_is_a_run_that_can_be_checked(num_layers, digits):
         ({"seeds": 0}, "seeds=0"),
         ({"first_steps": -1}, "first_steps=-1"),
         ({"encoder_steps": -1}, "encoder_steps=-1"),
+        ({"language_steps": 1, "first_steps": 0}, "language_steps needs an encoder and a first stage"),
         ({"data": "nowhere"}, "nowhere has no manifest"),
     ],
 )
@@ -190,6 +191,9 @@ def test_first_stages_start_from_the_frozen_encoder_and_later_ones_from_first_st
     first, _, second, _ = capsys.readouterr().out.splitlines()
     assert f"init_from={tmp_path / 'runs' / 'start_seed1'} optim.freeze_vision=true" in first
     assert f"init_from={tmp_path / 'runs' / 'first_causal_seed1' / 'checkpoints'}" in second
+    study(data=str(digits), dry_run=True, platform="cpu", arms="baseline", seeds=1, language_steps=9)
+    aligned, tuned = capsys.readouterr().out.splitlines()
+    assert "optim.freeze_language=true" in aligned and "freeze_language" not in tuned
     study(data=str(digits), dry_run=True, platform="cpu", arms="baseline", seeds=1, encoder_steps=0)
     random, _ = capsys.readouterr().out.splitlines()
     assert "init_from" not in random and "freeze_vision" not in random
