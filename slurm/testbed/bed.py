@@ -50,11 +50,10 @@ class TestBed:
         assert done.returncode == 0, f"{' '.join(words)} ended with {done.returncode}: {done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, *words: str) -> list[str]:
-        """``nemo-pre submit`` in a process of its own; the jobs' numbers."""
-        code = "import sys; from nemo_pre.slurm.submit import submit; submit(sys.argv[1:])"
+    def submit(self, *words: str, verb: str = "submit") -> list[str]:
+        """``nemo-pre submit``, or another verb that submits, in a process of its own; the jobs' numbers."""
         done = subprocess.run(
-            [sys.executable, "-c", code, *words],
+            [sys.executable, "-m", "nemo_pre.cli", verb, *words],
             env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pre.scaling.scale import scale
 from slurm.testbed.bed import TestBed, cut_newest_checkpoint, is_saving, losses, samples, wait_for
 from tests.slurm.runs import SHARED, log_of, one_rank, wait_for_step, words
 
@@ -30,6 +32,7 @@ class Jobs:
     sweep: str
     diverging: list[str]
     by_hand: str
+    scaled: list[str]
     quiet: str
     in_place: str
 
@@ -50,12 +53,25 @@ def jobs(bed: TestBed, digits: Path, tmp_path_factory: pytest.TempPathFactory) -
         diverging=bed.submit(*diverging, "chain=[digits_tiny,digits_tiny_pre]", "optim.warmup_ratio=0",
                              "trainer.max_steps=50"),
         by_hand=bed.submit_by_hand(folder / "by_hand.log", SHARED, "experiment=digits_tiny", *by_hand),
+        scaled=bed.submit(*_scaled(folder), "action=submit", *_of_the_grid(short), verb="scale"),
         quiet=bed.submit(*words(folder / "quiet", digits, *LONG, *one_node))[0],
         in_place=bed.submit(*words(folder / "in_place", digits, *LONG, *one_node, "cluster.ft_restarts=1"))[0],
     )  # fmt: skip
     wait_for_step(bed, jobs.in_place, folder / "in_place", 3)
     bed.signal_rank(jobs.in_place, 1, signal.SIGSTOP)
     return jobs
+
+
+def _scaled(folder: Path) -> list[str]:
+    """A scaling study's grid of two points."""
+    grid = ["experiments=digits_tiny", "gpus=1", "layouts=recipe", "regularizers=none,pre"]
+    return [*grid, f"out={folder / 'scaled'}", "trainer.global_batch_size=8"]
+
+
+def _of_the_grid(words: list[str]) -> list[str]:
+    """What the grid does not say by itself."""
+    ours = ("output_dir", "parallel", "trainer.global_batch_size")
+    return [word for word in words if word.partition("=")[0] not in ours]
 
 
 def test_preemption_a_kill_in_a_checkpoint_a_crash_and_a_hang_of_a_node_leave_the_losses_as_they_were(
@@ -120,6 +136,18 @@ def test_a_sweep_trains_every_point_in_a_directory_of_its_own(bed, jobs):
     first, second = (losses(jobs.folder / f"tried-seed-{seed}") for seed in (1, 2))
     assert first.keys() == second.keys() == {1, 2, 3} and first[1] != second[1]
     assert (jobs.folder / "tried" / "slurm" / f"{jobs.sweep}_1.log").is_file()
+
+
+def test_a_scaling_study_is_submitted_and_collected(bed, jobs):
+    for job in jobs.scaled:
+        assert bed.wait_for_state(job, *OVER) == "COMPLETED"
+    scale([*_scaled(jobs.folder), "action=collect"])
+    points = json.loads((jobs.folder / "scaled" / "results.json").read_text())["points"]
+    assert [point["source"] for point in points] == ["measured", "measured"]
+    for point in points:
+        run = jobs.folder / "scaled" / "runs" / point["name"]
+        assert losses(run).keys() == {1, 2, 3} and point["quality"]["lm/loss"] == losses(run)[3]
+        assert point["step_seconds"] > 0 and ("pre/cosine" in point["quality"]) == ("-pre-" in point["name"])
 
 
 def test_a_loss_that_is_not_finite_ends_the_job_for_good_and_cancels_what_waits_for_it(bed, jobs):
