@@ -60,6 +60,17 @@ MEASURES = (
         "are the same up to rotation, scale and shift (arXiv 1905.00414).",
     ),
     (
+        "length",
+        "Length of a visual token",
+        "Root mean square of the Euclidean lengths. What a layer adds shows little in tokens much longer than that.",
+    ),
+    (
+        "distance_to_layer_0",
+        "Distance to layer 0",
+        "Root mean square distance of a visual token from itself as it enters the decoder, in lengths of those that "
+        "enter.",
+    ),
+    (
         "attention_to_visual",
         "Attention of text to visual tokens",
         "Share of the attention of the text behind the image that goes to its visual tokens: summed over them, "

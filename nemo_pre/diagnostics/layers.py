@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_pre.diagnostics.moments import Moments, effective_dimension, linear_cka, merged, redundancy
+from nemo_pre.diagnostics.moments import (
+    Moments,
+    effective_dimension,
+    length,
+    linear_cka,
+    merged,
+    redundancy,
+    relative_distance,
+)
 from nemo_pre.diagnostics.patches import PatchSimilarity
 from nemo_pre.diagnostics.probe import LinearProbe, ProbeFit, ProbeScore
 from nemo_pre.diagnostics.replicas import Replicas
@@ -74,6 +82,8 @@ class LayerMeasures:
             "effective_dimension": effective_dimension(self.own),
             "redundancy": redundancy(self.own),
             "cka_to_layer_0": linear_cka(self.own, entering, self.cross),
+            "length": length(self.own),
+            "distance_to_layer_0": relative_distance(self.own, entering, self.cross),
             "attention_to_visual": sum(heads) / len(heads) if heads else None,
             "attention_to_visual_by_head": heads,
             "probe": self.score.result() if self.score is not None else {},

@@ -75,6 +75,30 @@ def redundancy(moments: Moments) -> float | None:
     return float((correlation.abs().sum() - correlation.diagonal().abs().sum()) / (size * (size - 1)))
 
 
+def length(moments: Moments) -> float:
+    """Root mean square of the tokens' Euclidean lengths; 0 without tokens."""
+    return float(_mean_product(moments) ** 0.5)
+
+
+def relative_distance(x: Moments, y: Moments, cross: Moments) -> float | None:
+    """Root mean square distance of two representations of the same tokens, over the second one's length; None where
+    that is 0.
+
+    Args:
+        x, y: moments of each with itself, of the same width.
+        cross: moments of the one with the other.
+    """
+    of_y = _mean_product(y)
+    if of_y <= 0:
+        return None
+    return float(((_mean_product(x) + of_y - 2 * _mean_product(cross)).clamp(min=0) / of_y) ** 0.5)
+
+
+def _mean_product(moments: Moments) -> Tensor:
+    """Mean of x_i . y_i."""
+    return moments.scatter.trace() / max(moments.count, 1) + moments.mean @ moments.mean_y
+
+
 def linear_cka(x: Moments, y: Moments, cross: Moments) -> float | None:
     """Linear centred kernel alignment of two representations of the same tokens, 0 to 1; None without variance.
 

@@ -18,6 +18,7 @@ from nemo_pre.report.page import POLICY, STYLE
 
 OWN_STYLE = Path(__file__).with_name("diagnostics.css")
 SCRIPT = Path(__file__).with_name("patches.js")
+FROM_ZERO = ("effective_dimension", "length", "distance_to_layer_0")  # charts whose axis begins there
 MOST_RUNS = 4  # the style sheet tells this many lines apart
 
 Results = dict[str, Any]
@@ -107,7 +108,7 @@ def _charts(runs: Sequence[Results]) -> list[str]:
     for name, title, _ in MEASURES:
         lines = _lines(runs, _value_of(name))
         if lines:
-            charts.append(line_chart(title, lines, "layer", zero=name == "effective_dimension"))
+            charts.append(line_chart(title, lines, "layer", zero=name in FROM_ZERO))
     for task, (title, _) in PROBES.items():
         lines = _lines(runs, _accuracy_of(task))
         if lines:
@@ -161,7 +162,7 @@ def _trade_offs(runs: Sequence[Results]) -> str:
 
 
 def _value_of(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda layer: layer[name]
+    return lambda layer: layer.get(name)  # a page may compare with results from before the measure
 
 
 def _accuracy_of(task: str) -> Callable[[dict[str, Any]], float | None]:
@@ -256,7 +257,9 @@ def _table(run: Results) -> str:
     head = "".join(f"<th>{text(name)}</th>" for name in ["Layer", *names])
     rows = []
     for layer in run["layers"]:
-        cells = [_number(layer[name]) for name, _, _ in MEASURES] + [_accuracy(layer["probe"].get(t)) for t in tasks]
+        cells = [_number(layer.get(name)) for name, _, _ in MEASURES] + [
+            _accuracy(layer["probe"].get(t)) for t in tasks
+        ]
         rows.append(f'<tr><th scope="row">{layer["layer"]}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<h3>{text(run["title"])}</h3><div class="block wide-table"><table>{body}</table></div>'

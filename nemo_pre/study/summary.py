@@ -23,6 +23,8 @@ BY_LAYER = (
     "effective_dimension",
     "redundancy",
     "cka_to_layer_0",
+    "length",
+    "distance_to_layer_0",
     "attention_to_visual",
 )
 
@@ -82,7 +84,7 @@ def _measured(run: StudyRun) -> dict[str, Any]:
     last = by_step[max(by_step)]
     results = read_results(run.directory / DIAGNOSTICS)
     layers = [
-        {"layer": layer["layer"], **{name: layer[name] for name in BY_LAYER}, "probe": layer["probe"]}
+        {"layer": layer["layer"], **{name: layer.get(name) for name in BY_LAYER}, "probe": layer["probe"]}
         for layer in results["layers"]
     ]
     return {

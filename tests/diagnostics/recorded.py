@@ -60,6 +60,8 @@ def _layer(layer: int, shift: float) -> dict[str, Any]:
         "width": WIDTH,
         "effective_dimension": 3 + layer,
         "cka_to_layer_0": 1 - 0.1 * layer,
+        "length": 10.0 + layer,
+        "distance_to_layer_0": 0.1 * layer,
         "attention_to_visual": None if layer == 0 else value,
         "attention_to_visual_by_head": None if layer == 0 else [value, value],
         "probe": {

@@ -83,6 +83,9 @@ def test_every_layer_has_every_measure(diagnosed):
             by_head is None if layer["layer"] == 0 else len(by_head) == 4 and all(0 < share < 1 for share in by_head)
         )
     assert found["layers"][0]["cka_to_layer_0"] == pytest.approx(1.0)
+    assert found["layers"][0]["distance_to_layer_0"] == pytest.approx(0.0, abs=1e-6)
+    assert found["layers"][1]["distance_to_layer_0"] > 1e-4
+    assert all(layer["length"] > 0 for layer in found["layers"])
     assert sum(word["share"] for word in found["logit_lens"]) <= 1.0 + 1e-9
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_pre.diagnostics.moments import Moments, effective_dimension, linear_cka, redundancy
+from nemo_pre.diagnostics.moments import (
+    Moments,
+    effective_dimension,
+    length,
+    linear_cka,
+    redundancy,
+    relative_distance,
+)
 
 CUTS = (0, 7, 8, 40, 40, 100)  # batches of every size, one of them empty
 
@@ -61,6 +68,19 @@ def test_redundancy_is_the_mean_absolute_correlation_without_constant_dimensions
     with_constant = torch.cat([tokens, torch.full((100, 1), 3.0, dtype=torch.float64)], dim=1)
     assert redundancy(streamed(with_constant)) == pytest.approx(expected, rel=1e-6)
     assert redundancy(Moments.of(torch.ones(4, 3))) is None
+
+
+def test_length_and_distance_are_root_mean_squares_over_the_tokens(tokens):
+    other = tokens.flip(1) * 1.001
+    assert length(streamed(tokens)) == pytest.approx(float(tokens.square().sum(1).mean().sqrt()), rel=1e-12)
+    gap = (tokens - other).square().sum(1).mean().sqrt() / other.square().sum(1).mean().sqrt()
+    found = relative_distance(streamed(tokens), streamed(other), streamed(tokens, other))
+    assert found == pytest.approx(float(gap), rel=1e-6)
+    three_four = Moments.of(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    assert length(three_four) == pytest.approx(12.5**0.5)
+    assert relative_distance(three_four, three_four, three_four) == 0.0
+    nothing = Moments.of(torch.zeros(2, 2))
+    assert relative_distance(three_four, nothing, Moments.of(torch.ones(2, 2), torch.zeros(2, 2))) is None
 
 
 def test_linear_cka_is_the_alignment_of_the_centred_gram_matrices(tokens):
