@@ -68,7 +68,7 @@ def browsed(tmp_path: Path, width: int) -> tuple[dict[str, Any], Path]:
 def test_the_report_fits_the_screen_and_a_click_asks_another_patch(width, tmp_path):
     said, shot = browsed(tmp_path, width)
     assert said["wide"] <= said["screen"] == width
-    assert said["charts"] == 13 and said["broken"] == 0
+    assert said["charts"] == 15 and said["broken"] == 0
     assert said["initial"].startswith("digit")
     assert said["clicked"] == f"row 4, column {SIDE}" and said["moved"] == f"row 4, column {SIDE - 1}"
     assert said["redrawn"] and float(said["left"].removesuffix("%")) == pytest.approx(
