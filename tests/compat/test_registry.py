@@ -94,9 +94,16 @@ def test_an_unknown_version_is_refused_in_one_sentence(monkeypatch, found):
     assert Target.limit == 1
 
 
-def test_a_local_build_of_a_known_version_is_accepted(monkeypatch):
-    pretend(monkeypatch, {"torch": "2.9.0+cpu", "megatron-core": "0.15.3", "nemo_toolkit": "2.7.3"})
+@pytest.mark.parametrize("found", ["2.9.0+cpu", "2.11.0+cu130"])
+def test_a_local_build_of_a_known_version_is_accepted(monkeypatch, found):
+    pretend(monkeypatch, {"torch": found, "megatron-core": "0.15.3", "nemo_toolkit": "2.7.3"})
     versions.check()
+
+
+def test_torch_between_the_known_ones_is_refused(monkeypatch):
+    pretend(monkeypatch, {"torch": "2.10.0", "megatron-core": "0.15.3", "nemo_toolkit": "2.7.3"})
+    with pytest.raises(ValueError, match=r"torch 2.10.0 is installed, but .* written for torch 2.9 or 2.11"):
+        versions.check()
 
 
 def test_importing_the_patches_imports_nothing_heavy():
