@@ -6,8 +6,8 @@ import functools
 from importlib import metadata
 
 # Distribution name: versions. Two numbers stand for any patch release, three for exactly that release. torch 2.9 is
-# what is installed and tested. 2.11 is for GPU machines that bring it: tests/parity passes with it on CPUs, but there a
-# backward pass that asks for a CUDA tensor fails, since cpu_device does not see it.
+# what is installed and tested. 2.11 is for GPU machines that bring it: tests/parity passes with it on CPUs, but a
+# backward pass that asks for a CUDA tensor fails there, since cpu_device does not see it.
 WRITTEN_FOR = {"torch": ("2.9", "2.11"), "megatron-core": ("0.15.3",), "nemo_toolkit": ("2.7.3",)}
 
 
