@@ -8,12 +8,12 @@ alone, gives visual tokens that are nearly alike, and what they do not hold cann
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.study.language import prepare_language
 from nemo_pre.study.runs import run_verb
+from nemo_pre.study.training import train
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from nemo_pre.diagnostics.samples import DiagnosticSample
 
 ENCODER, DESCRIPTION, VISION = "encoder", "encoder.json", "vision"
-BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 128, 2e-3, 0.05, 0.1
-REPORT_EVERY = 20.0  # seconds
+BATCH, LEARNING_RATE = 128, 2e-3
 
 Pictures = tuple["torch.Tensor", "torch.Tensor"]  # pixels [N, 3, H, W] and classes [N, patches], NOTHING where none
 
@@ -94,25 +93,15 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
     layer, num_patches = run.model.vision.feature_layer, classes.shape[1]
     tower: Any = VisionTowerConfig(run.model.vision, run.seed).configure_model().to(device)
     names = nn.Linear(run.model.vision.hidden_size, int(classes.max()) + 1).to(device)
-    parameters = [*tower.parameters(), *names.parameters()]
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=WARMUP)
-    started = told = time.monotonic()
-    for step in range(1, steps + 1):
+
+    def loss_of_a_batch() -> torch.Tensor:
         chosen = torch.randint(len(pixels), (BATCH,))
         scores = names(encoder_features(tower, pixels[chosen].to(device), layer, num_patches))
-        loss = nn.functional.cross_entropy(
+        return nn.functional.cross_entropy(
             scores.flatten(0, 1), classes[chosen].flatten().to(device), ignore_index=NOTHING
         )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if (now := time.monotonic()) - told > REPORT_EVERY or step == steps:
-            left = (now - started) / step * (steps - step)
-            print(f"encoder: step {step}/{steps}, loss {loss.item():.3f}, ETA {left:.0f} s", flush=True)
-            told = now
+
+    train([*tower.parameters(), *names.parameters()], loss_of_a_batch, steps, LEARNING_RATE, "encoder")
     right = shown = 0
     with torch.no_grad():
         for some, truth in zip(val_pixels.split(BATCH), val_classes.split(BATCH), strict=True):

@@ -7,9 +7,10 @@ use for pictures. A study's stand-in is taught the data's own questions and answ
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_pre.study.training import train
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from nemo_pre.config.schema import RunConfig
 
 LANGUAGE, DESCRIPTION = "language", "study.json"
-BATCH, LEARNING_RATE, WEIGHT_DECAY, WARMUP = 64, 1.5e-3, 0.05, 0.1
-REPORT_EVERY = 20.0  # seconds
+BATCH, LEARNING_RATE = 64, 1.5e-3
 
 
 def prepare_language(run: RunConfig, runs: Path, seed: int, steps: int, device: str) -> Path:
@@ -78,21 +78,11 @@ def _texts(run: RunConfig) -> Tensor:
 def _train(model: Any, texts: Tensor, steps: int, name: str) -> None:
     """Next-token prediction, questions too."""
     import torch
-    from torch import nn
 
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=WARMUP)
-    started = told = time.monotonic()
-    for step in range(1, steps + 1):
+    def loss_of_a_batch() -> Tensor:
         labels = texts[torch.randint(len(texts), (BATCH,))].to(model.device)
         # What is behind an end is no label, and causal attention keeps it from what is before.
-        loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (now := time.monotonic()) - told > REPORT_EVERY or step == steps:
-            left = (now - started) / step * (steps - step)
-            print(f"{name}: step {step}/{steps}, loss {loss.item():.3f}, ETA {left:.0f} s", flush=True)
-            told = now
+        loss: Tensor = model(input_ids=labels.clamp(min=0), labels=labels).loss
+        return loss
+
+    train(model.parameters(), loss_of_a_batch, steps, LEARNING_RATE, name)
