@@ -18,7 +18,7 @@ import torch
 
 from nemo_pre.parallel.masking import visual_token_masks
 from tests.parity.job import Job
-from tests.parity.test_parity import IMAGES, LAYOUTS, LOSS_LM, LOSS_PRE, batches, disagreements, run
+from tests.parity.test_parity import EVERY_LAYOUT, IMAGES, LAYOUTS, LOSS_LM, LOSS_PRE, batches, disagreements, run
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
 from tests.reference.neva_laver import LaVerReferenceConfig, reference_laver_step
@@ -61,16 +61,19 @@ def case(
     **changes: Any,
 ) -> tuple[Job, LaVerReferenceConfig]:
     fields = {name: laver[name] for name in ORACLE_FIELDS if name in laver}
-    plain = tiny.tiny_config(pre_layers=pre_layers)
+    axes = EVERY_LAYOUT[layout]
+    groups = max(tiny.GROUPS, axes.get("tensor", 1))
+    plain = tiny.tiny_config(pre_layers=pre_layers, num_query_groups=groups)
     config = LaVerReferenceConfig(**{**vars(plain), **fields, "rope": rope})
     job = Job(
-        parallel={**LAYOUTS[layout], **(parallel or {})},
+        parallel={**axes, **(parallel or {})},
         pre={"layers": list(pre_layers)} if pre_layers else None,
         laver=laver,
         model={"attention": "mixed", "rope": rope},
-        steps=batches(LAYOUTS[layout], num_microbatches),
+        steps=batches(axes, num_microbatches),
         state=tiny.random_state(config),
         teacher=tiny.random_teacher(config, seed=5),
+        language={"num_query_groups": groups},
     )
     return replace(job, **changes), config
 
@@ -123,7 +126,7 @@ def check(job: Job, config: LaVerReferenceConfig) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(layout):
     answers = check(*case(layout))
     assert sum(answer["masked"] for answer in answers) > 10
@@ -134,7 +137,7 @@ def test_losses_and_gradients_of_one_micro_batch_without_pre(layout):
     check(*case(layout, num_microbatches=1, pre_layers=()))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
 def test_the_released_codes_variant(layout):
     job, config = case(layout, RELEASED_CODE, rope="mrope")
     check(replace(job, steps=job.steps[:1]), config)  # the centre, which the oracle is not told, is 0 in step 0
@@ -146,7 +149,8 @@ def test_gram_of_masked_positions_one_axis_of_positions_and_qwen2(layout):
     config = replace(config, tie_embeddings=True)
     state = tiny.random_state(config, qkv_bias=True)
     teacher = tiny.random_teacher(config, seed=5, qkv_bias=True)
-    check(replace(job, state=state, teacher=teacher, language={"family": "qwen2", "tie_embeddings": True}), config)
+    language = {**job.language, "family": "qwen2", "tie_embeddings": True}
+    check(replace(job, state=state, teacher=teacher, language=language), config)
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "DP2"])

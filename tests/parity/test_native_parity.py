@@ -29,7 +29,7 @@ def native(job, config):
     return replace(job, steps=steps, state=state, vision=tiny.NATIVE, max_length=16), config
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "TP2-SP-PP2-CP2-DP2"])
 def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(layout):
     """Grids that are not square, images of one token, micro-batches of text."""
     job, config = native(*laver_parity.case(layout))

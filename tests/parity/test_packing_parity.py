@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.parity import test_laver_parity, test_parity
-from tests.parity.test_parity import LAYOUTS
+from tests.parity.test_parity import EVERY_LAYOUT
 from tests.reference import tiny
 
 ROWS = [  # images per sample: a micro-batch has two rows, of which each holds several samples
@@ -57,29 +57,30 @@ def steps(layout: dict[str, Any]) -> list[list[list[dict[str, Any]]]]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 def test_packed_rows_of_a_causal_model_with_pre(layout):
     job, config = test_parity.case(layout, (2, 4))
-    test_parity.check(replace(job, steps=steps(LAYOUTS[layout]), packing=True, max_length=MAX_LENGTH), config)
+    test_parity.check(replace(job, steps=steps(EVERY_LAYOUT[layout]), packing=True, max_length=MAX_LENGTH), config)
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
 def test_packed_rows_with_laver_mixed_attention_and_2d_rope(layout):
     job, config = test_laver_parity.case(layout)
-    test_laver_parity.check(replace(job, steps=steps(LAYOUTS[layout]), packing=True, max_length=MAX_LENGTH), config)
+    job = replace(job, steps=steps(EVERY_LAYOUT[layout]), packing=True, max_length=MAX_LENGTH)
+    test_laver_parity.check(job, config)
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "CP2"])
 def test_packed_rows_with_the_released_codes_laver(layout):
     job, config = test_laver_parity.case(layout, test_laver_parity.RELEASED_CODE, rope="mrope")
-    job = replace(job, steps=steps(LAYOUTS[layout])[:1], packing=True, max_length=MAX_LENGTH)
+    job = replace(job, steps=steps(EVERY_LAYOUT[layout])[:1], packing=True, max_length=MAX_LENGTH)
     test_laver_parity.check(job, config)
 
 
 def test_without_isolation_the_comparison_fails():
     """The test can fail: the same rows, run as if each were one sample."""
     job, config = test_parity.case("one-rank", (2,))
-    apart = steps(LAYOUTS["one-rank"])
+    apart = steps(EVERY_LAYOUT["one-rank"])
     for batch in (batch for step in apart for rank in step for batch in rank):
         batch["hidden"] = batch.pop("segments")
     records = test_parity.run(replace(job, steps=apart[:1], packing=True, max_length=MAX_LENGTH))

@@ -44,6 +44,21 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2-PP2-SP": {"tensor": 2, "pipeline": 2, "sequence": True},
 }
 
+# What an axis of two does right alone can be wrong at four, or beside another: a factor of CP times one of DP, say.
+PRODUCTS: dict[str, dict[str, Any]] = {
+    "TP4-SP": {"tensor": 4, "sequence": True},
+    "CP4": {"context": 4},
+    "DP4-sharded-optimizer": {"data": 4, "distributed_optimizer": True},
+    "TP2-SP-CP2": {"tensor": 2, "sequence": True, "context": 2},
+    "PP2-CP2": {"pipeline": 2, "context": 2},
+    "PP2-DP2-sharded-optimizer": {"pipeline": 2, "data": 2, "distributed_optimizer": True},
+    "CP2-DP2-sharded-optimizer": {"context": 2, "data": 2, "distributed_optimizer": True},
+    "TP2-SP-PP2-VPP2-CP2": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, "context": 2},
+    "TP4-SP-PP4": {"tensor": 4, "sequence": True, "pipeline": 4},
+    "TP2-SP-PP2-CP2-DP2": {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2, "data": 2},
+}
+EVERY_LAYOUT = LAYOUTS | PRODUCTS
+
 # Images per sample, by micro-batch. The first has a micro-batch of text among others, the second is text alone; a
 # data-parallel rank starts one further than its neighbour, so that one rank is all text while another is not.
 IMAGES = [
@@ -128,12 +143,15 @@ def case(
     """The tiny model with PRe on ``layers`` in ``layout``: the run and its oracle."""
     pre = pre or {}
     oracle = {f"pre_{key}": value for key, value in pre.items() if key in ("variant", "anchor")}
-    config = tiny.tiny_config(pre_layers=layers, **oracle)
+    axes = EVERY_LAYOUT[layout]
+    groups = max(tiny.GROUPS, axes.get("tensor", 1))
+    config = tiny.tiny_config(pre_layers=layers, num_query_groups=groups, **oracle)
     job = Job(
-        parallel={**LAYOUTS[layout], **(parallel or {})},
+        parallel={**axes, **(parallel or {})},
         pre={"layers": list(layers), **pre} if layers else None,
-        steps=batches(LAYOUTS[layout], num_microbatches),
+        steps=batches(axes, num_microbatches),
         state=tiny.random_state(config),
+        language={"num_query_groups": groups},
     )
     return replace(job, **changes), config
 
@@ -142,6 +160,11 @@ def case(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_of_four_uneven_micro_batches(layout, layers):
     check(*case(layout, layers))
+
+
+@pytest.mark.parametrize("layout", PRODUCTS)
+def test_losses_and_gradients_where_axes_multiply_or_are_longer(layout):
+    check(*case(layout, (2, 4)))
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "PP2-VPP2"])  # needs a multiple of PP
@@ -165,7 +188,7 @@ def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(sh
     check(*case("DP2", (3,), parallel={"overlap_grad_reduce": True, "distributed_optimizer": sharded}))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
 def test_the_global_variant_pools_each_image_over_the_ranks_that_hold_it(layout):
     check(*case(layout, (3,), pre={"variant": "global"}))
 
@@ -180,7 +203,7 @@ def test_qwen2_with_tied_embeddings_and_a_head_with_norm(layout):
     job, config = case(layout, (3,), pre={"head_norm": True})
     config = replace(config, tie_embeddings=True)
     state = tiny.random_state(config, qkv_bias=True, head_norm=True)
-    check(replace(job, state=state, language={"family": "qwen2", "tie_embeddings": True}), config)
+    check(replace(job, state=state, language={**job.language, "family": "qwen2", "tie_embeddings": True}), config)
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2"])
