@@ -60,6 +60,11 @@ class StudyRun:
         file = self.directory / METRICS
         return max((int(line["step"]) for line in read_metrics(file)), default=0) if file.is_file() else 0
 
+    @property
+    def phase(self) -> str:
+        """What its process is at, in a few words."""
+        return "diagnosing" if self._is_trained else f"{self.steps_done}/{self.steps}"
+
     def check(self) -> None:
         """Raises:
         ValueError: the directory holds a run with other options.

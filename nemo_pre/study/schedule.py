@@ -127,7 +127,7 @@ class Clock:
         speed = (work - self._at_start) / max(now - self._started, 1e-9)
         left = f"about {_time((self._total - work) / speed)} left" if speed > 0 else "starting"
         finished = sum(future.done() for future in done.values())
-        running = [f"{run.name} {run.steps_done}/{run.steps}" for run, future in done.items() if future.running()]
+        running = [f"{run.name} {run.phase}" for run, future in done.items() if future.running()]
         share = work / self._total if self._total else 1.0
         return f"{finished}/{len(self._todo)} runs, {share:.0%}, {left} | {'; '.join(running)}"
 

@@ -144,6 +144,8 @@ def test_the_time_left_follows_from_the_steps_done_since_the_start(tmp_path):
     assert "13%, starting" in clock.line({one: running}, now=60.0)
     metrics.write_text('{"step": 40}\n{"step": 60}\n')
     assert clock.line({one: running}, now=60.0) == "0/2 runs, 20%, about 12 min left | one, seed 1 60/100"
+    (tmp_path / "one" / "trained.json").write_text(json.dumps({"options": list(one.overrides)}))
+    assert clock.line({one: running}, now=60.0).endswith("one, seed 1 diagnosing")
 
 
 def test_two_studies_do_not_work_in_one_place(tmp_path):
