@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_pre.report.intervals import Estimate, difference, mean_interval
 from nemo_pre.study.arms import Arm
-from nemo_pre.study.runs import DIAGNOSTICS, TRAINED, StudyRun
+from nemo_pre.study.runs import DIAGNOSED, DIAGNOSTICS, TRAINED, StudyRun
 
 FORMAT, FORMAT_VERSION = "nemo-pre study", 1
 SUMMARY = "summary.json"
@@ -46,7 +46,7 @@ def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[s
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **_provenance(),
+        **_provenance(runs),
         "settings": dict(settings),
         "arms": {
             arm.name: {
@@ -153,13 +153,15 @@ def _as_json(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
-def _provenance() -> dict[str, Any]:
+def _provenance(runs: Sequence[StudyRun]) -> dict[str, Any]:
+    """``date``: of the newest run, however often its numbers are written anew."""
     from importlib.metadata import version
 
     from nemo_pre.launch import visible_gpus
 
+    newest = max((run.directory / DIAGNOSED).stat().st_mtime for run in runs)
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": f"{datetime.fromtimestamp(newest, timezone.utc):%Y-%m-%d}",
         "machine": {"gpus": visible_gpus(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit")},
     }
