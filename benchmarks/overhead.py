@@ -60,6 +60,11 @@ class Settings:
     prepared_data: bool = False
 
     @property
+    def tokens_per_sample(self) -> int:
+        """Of text and image."""
+        return self.sequence_length or (96 if self.model == "digits_tiny" else 2048)
+
+    @property
     def timed_steps(self) -> int:
         return (self.blocks + WARM_UP_BLOCKS) * self.steps_per_block
 
@@ -226,6 +231,9 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    from nemo_pre.launch import prepare_environment
+
+    prepare_environment()  # as for the product's own ranks, before anything imports Megatron
     from nemo_pre.train import build_model, build_trainer, objective_callbacks, prepare_process
 
     config = run_config(settings, side, scratch, steps)
@@ -251,12 +259,12 @@ def run_config(settings: Settings, side: str, scratch: str, steps: int) -> Any:
     from nemo_pre.config.compose import compose_run
 
     precision = f"precision={settings.precision}"
-    data, length = ("digits", 96) if settings.model == "digits_tiny" else ("llava_instruct", 2048)
+    data = "digits" if settings.model == "digits_tiny" else "llava_instruct"
     overrides = [
         f"name={settings.name}_{side}",
         f"model={settings.model}",
         f"data={data}",
-        f"data.sequence_length={settings.sequence_length or length}",
+        f"data.sequence_length={settings.tokens_per_sample}",
         *settings.sides[side],
         *([] if any(word.startswith("precision=") for word in settings.sides[side]) else [precision]),
         f"trainer.max_steps={steps}",
@@ -408,6 +416,18 @@ def describe_machine(on_gpu: bool) -> dict[str, Any]:
     return {"gpu": None, "cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()}
 
 
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("torch", "megatron-core", "nemo_toolkit", "lightning", "transformer-engine"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 # --- the result -------------------------------------------------------------------------------------------------
 
 
@@ -440,8 +460,6 @@ def summary(
     counts: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The JSON result; every ratio is to the first side."""
-    from importlib.metadata import version
-
     first = next(iter(settings.sides))
     flops = {side: counts[side]["flops"] + counts[side]["attention_flops"] for side in settings.sides}
     if machine["gpu"]:
@@ -457,9 +475,9 @@ def summary(
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "machine": machine,
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "nemo_toolkit", "lightning")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "settings": asdict(settings),
+        "tokens_per_sample": settings.tokens_per_sample,
         "steps_per_side": settings.blocks * settings.steps_per_block,
         "step_time": compared(times, WALL),
         # On a busy machine the steadier of the two; on a GPU it says little.

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks.overhead import Settings, compare, parse_arguments
+from nemo_pre.planner.devices import DEVICES, Device
 
 SPATIAL = ["model.attention=mixed", "model.rope=2d"]
 MASKED = ["objective.laver.mask_schedule=constant"]  # from the first step on
@@ -33,18 +34,37 @@ PRECISIONS = {
 ON_CPU = {name: ["objective=none", f"precision={name}"] for name in ("bf16", "fp32")}
 
 
+def part_sides(model: str) -> dict[str, list[str]]:
+    """The overrides of each run of ``parts``."""
+    if model != "digits_tiny":
+        return PARTS
+    # Beside a decoder of width 128 a head of 2048 would be most of the model: as wide, in proportion, as at 7B.
+    narrow = ["objective.laver.head_hidden_width=73"]
+    return {name: [*words, *(narrow if name in ("laver", "both") else [])] for name, words in PARTS.items()}
+
+
 def throughput(result: dict[str, Any]) -> dict[str, Any]:
-    """Tokens and images a second, and FLOP/s as counted (attention of plain causal kernels is not)."""
+    """Samples (with an image each, but for ``text``) and tokens a second, and FLOP/s as counted: with the vision
+    tower's matrices, without its attention, and plain attention by all pairs of tokens, also those that a causal
+    kernel skips. On a GPU in the planner's table also as a share of its bf16 peak, in FP8 too."""
     settings = result["settings"]
     samples = settings["micro_batch_size"] * settings["num_microbatches"]
+    device = _device(result["machine"]["gpu"])
     rates = {}
     for side in settings["sides"]:
         seconds = result["step_time"][f"{side}_median_ms"] / 1000
+        flops = result["flops"][side] / seconds
         rates[side] = {
             "samples_per_second": round(samples / seconds, 3),
-            "tflops_per_second": round(result["flops"][side] / seconds / 1e12, 4),
+            "tokens_per_second": round(samples * result["tokens_per_sample"] / seconds, 1),
+            "tflops_per_second": round(flops / 1e12, 4),
+            **({"model_flops_utilisation": round(flops / device.bf16, 4)} if device else {}),
         }
     return {"throughput": rates}
+
+
+def _device(gpu: str | None) -> Device | None:
+    return next((device for name, device in DEVICES.items() if name in (gpu or "").lower()), None)
 
 
 def main() -> None:
@@ -58,12 +78,7 @@ def main() -> None:
         sides = PRECISIONS if torch.cuda.is_available() else ON_CPU
         compare(Settings("step_precision", sides, **arguments), throughput)
         return
-    sides = PARTS
-    if arguments["model"] == "digits_tiny":
-        # Beside a decoder of width 128 a head of 2048 would be most of the model: as wide, in proportion, as at 7B.
-        narrow = ["objective.laver.head_hidden_width=73"]
-        sides = {name: [*words, *(narrow if name in ("laver", "both") else [])] for name, words in PARTS.items()}
-    compare(Settings("step_parts", sides, **arguments, text_only=("text",)), throughput)
+    compare(Settings("step_parts", part_sides(arguments["model"]), **arguments, text_only=("text",)), throughput)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ declare -A command=(
   [pre]="$python -m benchmarks.pre_overhead --model llava15_7b --layers 8 --precision bf16 --micro-batch-size 4"
   [laver]="$python -m benchmarks.laver_overhead --model siglip2_qwen25_7b --layers 4 --precision bf16 --micro-batch-size 2"
   [parts]="$python -m benchmarks.step_anatomy parts --model llava15_7b --layers 2 --precision bf16 --micro-batch-size 4"
+  [shares]="$python -m benchmarks.step_shares --model llava15_7b --layers 2 --precision bf16 --micro-batch-size 4 --blocks 4"
   [precision]="$python -m benchmarks.step_anatomy precision --model llava15_7b --layers 4 --micro-batch-size 4"
   [convergence]="$python -m benchmarks.fp8_convergence --steps 200"
   [peers]="$python -m benchmarks.hf_peer --model llava15_7b --layers 4 --precision bf16 --micro-batch-size 4"
   [memory]="$python -m benchmarks.planned_memory"
 )
-order=(tests kernels pre laver parts precision convergence peers memory)
+order=(tests kernels pre laver parts shares precision convergence peers memory)
 stages=("$@")
 ((${#stages[@]})) || stages=("${order[@]}")
 for stage in "${stages[@]}"; do
