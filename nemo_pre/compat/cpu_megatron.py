@@ -78,6 +78,22 @@ def torch_norm():
     yield Change(transformer_block, "LayerNormImpl", WrappedTorchNorm)
 
 
+@patch(
+    "torch-gradient-norms",
+    why="Where Transformer Engine or Apex is installed, Megatron's gradient norms, clipping and copies are their CUDA"
+    " kernels, for tensors on a CPU too: a CPU run there, as tests/gpu compares with, dies of a CUDA error.",
+    until="Megatron-Core chooses kernels by where the tensors are.",
+)
+def torch_gradient_norms():
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    yield Change(clip_grads, "l2_norm_impl", utils.local_multi_tensor_l2_norm)
+    for module in (clip_grads, optimizer):
+        yield Change(module, "multi_tensor_applier", utils.local_multi_tensor_applier)
+        yield Change(module, "multi_tensor_scale_impl", utils.local_multi_tensor_scale)
+
+
 def _logits_and_max(vocab_parallel_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(vocab_parallel_logits.dtype, torch.float32)
     vocab_parallel_logits = vocab_parallel_logits.to(wide)
@@ -156,6 +172,7 @@ def group_step_adamw():
 PATCHES = [
     rng_tracker_on_cpu,
     torch_norm,
+    torch_gradient_norms,
     float64_cross_entropy,
     optimizer_type_names,
     group_step_adamw,
