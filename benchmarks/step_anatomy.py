@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks.overhead import Settings, compare, parse_arguments
-from nemo_pre.planner.devices import DEVICES, Device
+from nemo_pre.planner.devices import device_of_cluster
 
 SPATIAL = ["model.attention=mixed", "model.rope=2d"]
 MASKED = ["objective.laver.mask_schedule=constant"]  # from the first step on
@@ -49,7 +49,7 @@ def throughput(result: dict[str, Any]) -> dict[str, Any]:
     kernel skips. On a GPU in the planner's table also as a share of its bf16 peak, in FP8 too."""
     settings = result["settings"]
     samples = settings["micro_batch_size"] * settings["num_microbatches"]
-    device = _device(result["machine"]["gpu"])
+    device = device_of_cluster((result["machine"]["gpu"] or "").lower().removeprefix("nvidia "))
     rates = {}
     for side in settings["sides"]:
         seconds = result["step_time"][f"{side}_median_ms"] / 1000
@@ -61,10 +61,6 @@ def throughput(result: dict[str, Any]) -> dict[str, Any]:
             **({"model_flops_utilisation": round(flops / device.bf16, 4)} if device else {}),
         }
     return {"throughput": rates}
-
-
-def _device(gpu: str | None) -> Device | None:
-    return next((device for name, device in DEVICES.items() if name in (gpu or "").lower()), None)
 
 
 def main() -> None:
