@@ -6,6 +6,10 @@ gradient would vanish. Tolerances as in :mod:`tests.parity.test_parity`, but for
 0.04 and 0.1 amplifies the rounding of logits, so that the oracle itself, computing in float32, is wrong by up to
 3.2e-5 of a gradient's norm on this data. L_MIM and L_CGA are compared to 1e-5 relative, gradients to 1e-4 (4.4e-5 was
 the most that was seen).
+
+L_CGA is a mean of squared differences of similarities. An error d in those moves it by up to 2 d sqrt(L_CGA), which is
+more than 1e-5 of it where teacher and student nearly agree: in float32 the oracle is wrong by up to 2.0e-7
+sqrt(L_CGA), and 5e-7 sqrt(L_CGA) is allowed.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from tests.reference import tiny
 from tests.reference.neva_laver import LaVerReferenceConfig, reference_laver_step
 
 SEED = 1234  # of RunConfig, which the masks follow
-LOSS, GRADIENT = 1e-5, 1e-4
+LOSS, SIMILARITY, GRADIENT = 1e-5, 5e-7, 1e-4
 
 # Fields of LaVerConfig, and what the oracle calls them
 PAPER: dict[str, Any] = {"mask_schedule": "constant", "mask_ratio": 0.4, "head_hidden_width": tiny.LAVER_HEAD}
@@ -116,7 +120,8 @@ def check(job: Job, config: LaVerReferenceConfig) -> list[dict[str, Any]]:
         for record in records:
             found = record.metrics
             assert found["laver/mim"] == pytest.approx(expected["loss_mim"].item(), rel=LOSS, abs=1e-12), step
-            assert found["laver/gram"] == pytest.approx(expected["loss_gram"].item(), rel=LOSS, abs=1e-12), step
+            gram = expected["loss_gram"].item()
+            assert found["laver/gram"] == pytest.approx(gram, rel=LOSS, abs=SIMILARITY * gram**0.5 + 1e-12), step
             assert found["laver/similarity"] == pytest.approx(float(expected["similarity"]), abs=LOSS), step
             assert found["laver/teacher_entropy"] == pytest.approx(float(expected["teacher_entropy"]), abs=1e-5), step
             if config.pre_layers:
