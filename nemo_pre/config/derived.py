@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, PReConfig
-from nemo_pre.config.vision_families import feature_width, is_native, most_visual_tokens
+from nemo_pre.config.vision_families import feature_width, merge_size, most_visual_tokens
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
 FP8_MULTIPLE = 16  # of both sides of a matrix that is multiplied in FP8 (cuBLASLt), and so of a rank's tokens
@@ -25,9 +25,9 @@ def num_visual_tokens(model: ModelConfig) -> int:
 
 
 def projector_widths(model: ModelConfig) -> tuple[int, int, int]:
-    """Inputs, inner width and outputs of the projector. Behind native resolution it is the merger's MLP."""
+    """Inputs, inner width and outputs of the projector. Where patches are merged it is the merger's MLP."""
     inputs, outputs = feature_width(model.vision), model.language.hidden_size
-    return inputs, inputs if is_native(model.vision) else outputs, outputs
+    return inputs, inputs if merge_size(model.vision) > 1 else outputs, outputs
 
 
 def fp8_recipe(precision: PrecisionConfig) -> str | None:

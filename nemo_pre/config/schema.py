@@ -18,8 +18,9 @@ class VisionConfig:
     """The vision tower: a ``transformers`` vision model, or an MLP on patches, and the resolution it is fed. Its
     weights are random, or come with ``init_from``."""
 
-    family: str = "clip"  # clip | siglip | dinov2 | aimv2 | qwen25_vl | patch_mlp (no layers, trained from scratch)
-    image_size: int = MISSING  # pixels, square; of qwen25_vl 0: an image keeps its aspect ratio
+    # clip | siglip | dinov2 | aimv2 | aimv2_native | qwen25_vl | patch_mlp (no layers, trained from scratch)
+    family: str = "clip"
+    image_size: int = MISSING  # pixels, square; with native resolution 0: an image keeps its aspect ratio
     patch_size: int = MISSING  # pixels, square
     hidden_size: int = MISSING
     intermediate_size: int = (
@@ -29,10 +30,10 @@ class VisionConfig:
     num_attention_heads: int = MISSING  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
     drop_class_token: bool = True
-    min_visual_tokens: int | None = None  # of an image, with the next three of qwen25_vl only; smaller are enlarged
-    max_visual_tokens: int | None = None  # larger are reduced; at least four times the former
-    window_size: int | None = None  # pixels, square, within which most layers attend
-    full_attention_layers: list[int] | None = None  # from 0, those that attend to the whole image
+    min_visual_tokens: int | None = None  # of an image, native resolution only; smaller are enlarged
+    max_visual_tokens: int | None = None  # likewise; larger are reduced; at least four times the former
+    window_size: int | None = None  # of qwen25_vl: pixels, square, within which most layers attend
+    full_attention_layers: list[int] | None = None  # of qwen25_vl: from 0, those that attend to the whole image
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 

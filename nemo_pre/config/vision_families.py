@@ -17,6 +17,8 @@ class VisionFamily:
     classes: ``transformers``' classes of model and configuration; None: ours, which travel with exported models.
     must: what our towers are, and nothing else: a configuration that says otherwise is refused.
     native: every image keeps its aspect ratio, and its number of visual tokens follows from its size.
+    merge: patches that become one visual token along each side. Where they are several, the features are theirs side
+        by side, and the projector is the merger's MLP.
     """
 
     title: str
@@ -25,8 +27,18 @@ class VisionFamily:
     classes: tuple[str, str] | None = None
     must: dict[str, Any] = field(default_factory=dict)
     native: bool = False
+    merge: int = 1
 
 
+AIMV2 = ("Aimv2VisionModel", "Aimv2VisionConfig")
+AIMV2_MUST: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "num_channels": 3,
+    "qkv_bias": False,
+    "mlp_bias": False,
+    "use_head": False,
+}
 FAMILIES = {
     "clip": VisionFamily(
         "CLIP",
@@ -56,20 +68,9 @@ FAMILIES = {
             "use_mask_token": True,
         },
     ),
-    "aimv2": VisionFamily(
-        "AIMv2",
-        "aimv2_vision_model",
-        0,
-        ("Aimv2VisionModel", "Aimv2VisionConfig"),
-        {
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "num_channels": 3,
-            "qkv_bias": False,
-            "mlp_bias": False,
-            "is_native": False,
-            "use_head": False,
-        },
+    "aimv2": VisionFamily("AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": False}),
+    "aimv2_native": VisionFamily(
+        "AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": True}, native=True
     ),
     "qwen25_vl": VisionFamily(
         "Qwen2.5-VL",
@@ -78,10 +79,10 @@ FAMILIES = {
         ("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig"),
         {"hidden_act": "silu", "in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2},
         native=True,
+        merge=2,
     ),
     "patch_mlp": VisionFamily("patch MLP", "patch_mlp", 0),
 }
-MERGE = 2  # patches that become one visual token along each side, with native resolution
 
 
 def is_native(vision: VisionConfig) -> bool:
@@ -89,14 +90,19 @@ def is_native(vision: VisionConfig) -> bool:
     return FAMILIES[vision.family].native
 
 
+def merge_size(vision: VisionConfig) -> int:
+    """Patches that become one visual token along each side."""
+    return FAMILIES[vision.family].merge
+
+
 def token_pixels(vision: VisionConfig) -> int:
-    """The side of the square of pixels that becomes one visual token, with native resolution."""
-    return MERGE * vision.patch_size
+    """The side of the square of pixels that becomes one visual token."""
+    return merge_size(vision) * vision.patch_size
 
 
 def feature_width(vision: VisionConfig) -> int:
-    """Of what the projector takes: with native resolution the patches of a visual token side by side."""
-    return vision.hidden_size * (MERGE**2 if is_native(vision) else 1)
+    """Of what the projector takes: the patches of a visual token side by side."""
+    return vision.hidden_size * merge_size(vision) ** 2
 
 
 def most_visual_tokens(vision: VisionConfig) -> int:
@@ -120,7 +126,7 @@ def kept_class_tokens(vision: VisionConfig) -> int:
 def encoder_tokens(vision: VisionConfig) -> int:
     """Tokens of a tile in the tower; with native resolution of the largest image."""
     if is_native(vision):
-        return MERGE**2 * most_visual_tokens(vision)
+        return merge_size(vision) ** 2 * most_visual_tokens(vision)
     return (vision.image_size // vision.patch_size) ** 2 + class_tokens(vision)
 
 
@@ -142,7 +148,7 @@ def transformers_values(vision: VisionConfig) -> dict[str, Any]:
             **FAMILIES[vision.family].must,
         }
     return {
-        "image_size": vision.image_size,
+        **({} if is_native(vision) else {"image_size": vision.image_size}),
         "patch_size": vision.patch_size,
         "hidden_size": width,
         "num_hidden_layers": vision.num_layers,

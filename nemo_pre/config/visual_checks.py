@@ -7,10 +7,18 @@ from collections.abc import Iterator
 
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import LaVerConfig, RunConfig, ScheduleConfig, VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, token_pixels
+from nemo_pre.config.vision_families import (
+    FAMILIES,
+    class_tokens,
+    is_native,
+    kept_class_tokens,
+    merge_size,
+    token_pixels,
+)
 from nemo_pre.launch import uses_gpu
 
-NATIVE_FIELDS = ("min_visual_tokens", "max_visual_tokens", "window_size", "full_attention_layers")
+LIMITS = ("min_visual_tokens", "max_visual_tokens")
+WINDOWS = ("window_size", "full_attention_layers")
 
 
 def visual_choices(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -85,8 +93,12 @@ def tower_problems(vision: VisionConfig) -> Iterator[str]:
         yield from _native_problems(vision)
     elif vision.image_size < 1:
         yield f"model.vision.image_size={vision.image_size} must be 1 or more."
-    elif any(getattr(vision, name) is not None for name in NATIVE_FIELDS):
-        yield f"model.vision.{', '.join(NATIVE_FIELDS)} are of qwen25_vl: set them to null for {vision.family}."
+    elif any(getattr(vision, name) is not None for name in LIMITS):
+        yield f"model.vision.{', '.join(LIMITS)} are of native resolution: set them to null for {vision.family}."
+    if vision.family == "qwen25_vl":
+        yield from _window_problems(vision)
+    elif any(getattr(vision, name) is not None for name in WINDOWS):
+        yield f"model.vision.{', '.join(WINDOWS)} are of qwen25_vl: set them to null for {vision.family}."
     if vision.image_size % vision.patch_size:
         yield (
             f"model.vision.image_size={vision.image_size} must be a multiple of "
@@ -112,20 +124,33 @@ def _native_problems(vision: VisionConfig) -> Iterator[str]:
     """What no tower of native resolution can look like."""
     if vision.image_size != 0:
         yield f"model.vision.family={vision.family} keeps the size of images: set model.vision.image_size=0."
-    if vision.feature_layer != -1:
-        yield f"model.vision.family={vision.family} gives its last layer's features: set feature_layer=-1."
-    for name in NATIVE_FIELDS:
+    for name in LIMITS:
         if getattr(vision, name) is None:
             yield f"model.vision.family={vision.family} needs model.vision.{name}: set it."
-    least, most, window = vision.min_visual_tokens, vision.max_visual_tokens, vision.window_size
-    layers = vision.full_attention_layers
-    assert least is not None and most is not None and window is not None and layers is not None
+    least, most = vision.min_visual_tokens, vision.max_visual_tokens
+    assert least is not None and most is not None
     if least < 1 or most < 4 * least:
         yield (
             f"model.vision.max_visual_tokens={most} must be at least four times "
             f"model.vision.min_visual_tokens={least}, which must be 1 or more: sides are rounded to "
             f"{token_pixels(vision)} pixels."
         )
+    if vision.family == "aimv2_native" and vision.hidden_size % 4:
+        yield (
+            f"model.vision.hidden_size={vision.hidden_size} must be a multiple of 4: AIMv2's positions are sines and "
+            f"cosines of rows and columns."
+        )
+
+
+def _window_problems(vision: VisionConfig) -> Iterator[str]:
+    """What cannot be Qwen2.5-VL's tower, most of whose layers attend within windows."""
+    if vision.feature_layer != -1:
+        yield f"model.vision.family={vision.family} gives its last layer's features: set feature_layer=-1."
+    for name in WINDOWS:
+        if getattr(vision, name) is None:
+            yield f"model.vision.family={vision.family} needs model.vision.{name}: set it."
+    window, layers = vision.window_size, vision.full_attention_layers
+    assert window is not None and layers is not None
     if window < 1 or window % token_pixels(vision):
         yield f"model.vision.window_size={window} must be a multiple of {token_pixels(vision)} pixels, a visual token."
     if len(set(layers)) < len(layers) or not all(0 <= layer < vision.num_layers for layer in layers):
@@ -176,7 +201,7 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
 def _native_run_problems(config: RunConfig) -> Iterator[str]:
     """What is not there for images that differ in their number of visual tokens."""
     family, pre = config.model.vision.family, config.objective.pre
-    if config.model.projector != "mlp2x_gelu":
+    if merge_size(config.model.vision) > 1 and config.model.projector != "mlp2x_gelu":
         yield f"model.vision.family={family} has its merger's MLP as projector: set model.projector=mlp2x_gelu."
     if config.data.max_tiles > 1:
         yield f"model.vision.family={family} takes images whole: set data.max_tiles=1."

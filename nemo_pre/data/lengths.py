@@ -81,7 +81,7 @@ def lengths_file(manifest: Manifest, how: Preprocessing) -> Path:
 
 
 def _native(how: Preprocessing) -> list[int]:
-    return [] if how.native is None else [how.native.patch_size, how.native.least, how.native.most]
+    return [] if how.native is None else [how.native.side, how.native.least, how.native.most]
 
 
 def sample_length(record: dict[str, object], how: Preprocessing, where: str, images: Sequence[bytes] = ()) -> int:

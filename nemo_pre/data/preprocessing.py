@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens
 from nemo_pre.config.schema import RunConfig, VisionConfig
-from nemo_pre.config.vision_families import is_native
+from nemo_pre.config.vision_families import is_native, merge_size
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
@@ -70,7 +70,7 @@ def native_resolution(vision: VisionConfig) -> NativeResolution | None:
     if not is_native(vision):
         return None
     assert vision.min_visual_tokens is not None and vision.max_visual_tokens is not None
-    return NativeResolution(vision.patch_size, vision.min_visual_tokens, vision.max_visual_tokens)
+    return NativeResolution(vision.patch_size, merge_size(vision), vision.min_visual_tokens, vision.max_visual_tokens)
 
 
 def _fewest_visual_tokens(config: RunConfig) -> int:

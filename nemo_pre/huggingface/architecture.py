@@ -10,11 +10,19 @@ import recipes
 from nemo_pre.config.derived import COLUMN, ROW, TIME, axis_of_frequency
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, transformers_values
-from nemo_pre.huggingface.qwen_vl import QWEN_VL, SPATIAL_QWEN_VL, hf_values, is_plain, text_config, tower_config
+from nemo_pre.huggingface.qwen_vl import (
+    AIMV2,
+    QWEN_VL,
+    SPATIAL_QWEN_VL,
+    hf_values,
+    is_plain,
+    text_config,
+    tower_config,
+)
 
 SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
 LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
-VISION_FAMILIES = {family.model_type: name for name, family in FAMILIES.items()}
+VISION_FAMILIES = {family.model_type: name for name, family in FAMILIES.items() if not family.native}
 WHOLE_MODELS = ("clip", "siglip")  # whose files name the vision tower's weights as the tower's own files do
 # What our layers do, and nothing else: a config that says otherwise is refused.
 LANGUAGE_MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
@@ -117,13 +125,13 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
 
 def _read_tower(vision: Path) -> VisionConfig:
     tower = _read_json(vision / "config.json")
-    if tower.get("model_type") == QWEN_VL:
+    if tower.get("model_type") == QWEN_VL or (tower.get("model_type") == AIMV2 and tower.get("is_native")):
         return _native_tower(tower, vision, f"{vision}/config.json")
     if tower.get("model_type") in WHOLE_MODELS:
         tower = tower.get("vision_config", tower)
         if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
             tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
-    if tower.get("model_type") == "aimv2_vision_model":
+    if tower.get("model_type") == AIMV2:
         tower = {**tower, "use_head": False}  # no features come from it
     described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
     described.drop_class_token = class_tokens(described) > 0

@@ -84,6 +84,11 @@ def _usage(model: ModelConfig, own_code: bool) -> str:
     warning = ""
     if FAMILIES[model.vision.family].classes is None:
         warning = "\n\nThe code beside the weights is needed: `transformers` has no such model without an encoder."
+    elif model.vision.family == "aimv2_native":
+        warning = (
+            "\n\nThe code beside the weights is needed: `transformers` has no vision-language model with AIMv2 at "
+            "native resolution."
+        )
     elif is_native(model.vision) and own_code:
         warning = (
             "\n\nThe code beside the weights is needed: loaded as a plain Qwen2.5-VL the model would not find its "

@@ -1,8 +1,8 @@
 """``nemo-pre export``: a Hugging Face directory out of a checkpoint of any layout.
 
 A plain or PRe-trained model becomes a LLaVA, with native resolution a Qwen2.5-VL, that ``transformers`` loads without
-further code. One trained with mixed attention or positions in two dimensions, or without an encoder, needs them at
-inference too, and takes the code of ``remote_code/`` with it.
+further code. One trained with mixed attention or positions in two dimensions, without an encoder, or with AIMv2 at
+native resolution, needs them at inference too, and takes the code of ``remote_code/`` with it.
 What only training needed stays behind. One output file's tensors are in memory at a time, and the directory appears
 under its name when it is complete.
 """
@@ -176,7 +176,9 @@ def write_config(directory: Path, values: dict[str, Any]) -> None:
 def copy_own_code(model_type: str, directory: Path) -> None:
     """The files of ``remote_code/`` that a model of this type is loaded with."""
     from nemo_pre.huggingface import remote_code
+    from nemo_pre.huggingface.qwen_vl import SPATIAL_QWEN_VL
 
     code = Path(remote_code.__file__).parent
-    for name in (f"configuration_{model_type}.py", f"modeling_{model_type}.py", "spatial_tokens.py"):
+    others = ("spatial_tokens.py", *(("native_aimv2.py",) if model_type == SPATIAL_QWEN_VL else ()))
+    for name in (f"configuration_{model_type}.py", f"modeling_{model_type}.py", *others):
         shutil.copyfile(code / name, directory / name)

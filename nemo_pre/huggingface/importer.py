@@ -72,8 +72,8 @@ def import_checkpoint(
         assert vision is not None and language is not None
         model = read_parts(Path(vision), Path(language), target.name)
         if is_native(model.vision) and image_size is not None:
-            raise ValueError("image_size is not for Qwen2.5-VL's tower, which takes images of any size: leave it out.")
-        if model.vision.num_layers and not is_native(model.vision):
+            raise ValueError(f"image_size is not for {vision}, whose tower takes images of any size: leave it out.")
+        if model.vision.num_layers and model.vision.family != "qwen25_vl":
             model.vision.feature_layer = feature_layer
         model.vision.image_size = image_size or model.vision.image_size
         for problem in tower_problems(model.vision):
@@ -118,7 +118,6 @@ def _stored_parts(
 
 
 def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: bool) -> Iterator[StoredTensor]:
-    from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.architecture import is_recipe
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import HF_TOWER, TOWER, resampled_positions, tower_weight
@@ -129,8 +128,8 @@ def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: boo
         yield from (_new_tensor(TOWER + name, tensor) for name, tensor in values.items())
         return
     source = TensorSource(vision, allow_pickle)
-    if is_native(model.vision):
-        yield from _stored_native_tower(model, source)
+    if model.vision.family == "qwen25_vl":
+        yield from _stored_qwen_vl_tower(model, source)
         return
     own = [name for name in source.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
     names = {HF_TOWER + name: name for name in own}
@@ -138,7 +137,7 @@ def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: boo
     yield from _stored([resampled_positions(weight, model.vision) for weight in weights], source, names, model)
 
 
-def _stored_native_tower(model: ModelConfig, source: TensorSource) -> Iterator[StoredTensor]:
+def _stored_qwen_vl_tower(model: ModelConfig, source: TensorSource) -> Iterator[StoredTensor]:
     """From the tower's own files or those of a whole Qwen2.5-VL. The MLP of its merger stays behind: it was trained
     for another language model."""
     from nemo_pre.huggingface.qwen_vl import MERGER, llava_name

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.config.vision_families import MERGE, class_tokens, is_native, token_pixels
+from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, merge_size, token_pixels
 from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer
 from nemo_pre.huggingface.architecture import ARCHITECTURES
 from nemo_pre.huggingface.importer import ORIGINAL
@@ -110,7 +110,8 @@ def _native_processor(tokenizer: Any, model: ModelConfig, data: Any, chat_templa
         "min_pixels": vision.min_visual_tokens * pixels,
         "max_pixels": vision.max_visual_tokens * pixels,
         "patch_size": vision.patch_size,
-        "merge_size": MERGE,
+        "merge_size": merge_size(vision),
+        "temporal_patch_size": FAMILIES[vision.family].must.get("temporal_patch_size", 1),
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }

@@ -1,6 +1,7 @@
 """A Qwen2.5-VL's ``config.json`` as our model configuration and back, and where the tensors of its files belong.
 
-Its merger is cut in two: the norm ends our tower, the MLP is our projector (:mod:`nemo_pre.neva.native_vision`).
+Its merger is cut in two: the norm ends our tower, the MLP is our projector (:mod:`nemo_pre.neva.native_qwen_vl`).
+AIMv2 at native resolution is exported as a Qwen2.5-VL with another tower, and its projector as the merger's MLP.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from nemo_pre.config.vision_families import FAMILIES, token_pixels, transformers
 
 SPATIAL_QWEN_VL = "spatial_qwen_vl"  # our custom code's model_type, see remote_code/
 QWEN_VL = "qwen2_5_vl"  # model_type of the whole and of its vision tower alike
+AIMV2 = FAMILIES["aimv2_native"].model_type
 MERGER = "merger.mlp."
 # In files on the hub, and in those that newer transformers write.
 HUB_NAMES = {
@@ -35,7 +37,8 @@ EXPORTED_NAMES = {
 
 def is_plain(model: ModelConfig, markers: tuple[int, int] | None) -> bool:
     """Whether ``transformers``' own Qwen2.5-VL computes what this model does: it finds images by the markers."""
-    return model.attention == "causal" and model.rope == "mrope" and markers is not None
+    same_tower = model.vision.family == "qwen25_vl"
+    return same_tower and model.attention == "causal" and model.rope == "mrope" and markers is not None
 
 
 def hf_values(
@@ -59,11 +62,7 @@ def hf_values(
     axes = axis_of_frequency(model.rope, model.rope_sections, frequencies)
     sections = [axes.count(axis) for axis in range(3)]
     values: dict[str, Any] = {
-        "vision_config": {
-            **transformers_values(model.vision),
-            "out_hidden_size": model.language.hidden_size,
-            "tokens_per_second": 2,  # the published one's, for videos
-        },
+        "vision_config": _vision_values(model),
         "text_config": {
             **text,
             "model_type": f"{QWEN_VL}_text",
@@ -82,6 +81,18 @@ def hf_values(
             "rope_axes": None if model.rope == "1d" else axes,
         }
     return values
+
+
+def _vision_values(model: ModelConfig) -> dict[str, Any]:
+    values = {**transformers_values(model.vision), "out_hidden_size": model.language.hidden_size}
+    if model.vision.family == "qwen25_vl":
+        return {**values, "tokens_per_second": 2}  # the published one's, for videos
+    return {
+        **values,
+        "model_type": AIMV2,
+        "feature_layer": model.vision.feature_layer,
+        "spatial_merge_size": 1,
+    }
 
 
 def qwen_vl_name(name: str) -> str:
@@ -106,7 +117,7 @@ def projector_name(name: str) -> str | None:
 
 
 def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) -> VisionConfig:
-    """Our configuration of a tower.
+    """Our configuration of a tower of native resolution.
 
     Args:
         values: ``config.json`` of the tower, or of a whole Qwen2.5-VL.
@@ -115,14 +126,23 @@ def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) 
     Raises:
         ValueError: it is none that we have.
     """
+    given = values.get("vision_config", values)
+    is_aimv2 = given.get("model_type") == AIMV2
+    described = _aimv2(given, where) if is_aimv2 else _qwen_vl(given, where)
+    size = {} if is_aimv2 else processor.get("size") or {}  # the published AIMv2's is of squares
+    pixels = token_pixels(described) ** 2
+    least = (16 if is_aimv2 else 4) * pixels
+    described.min_visual_tokens = (processor.get("min_pixels") or size.get("shortest_edge") or least) // pixels
+    described.max_visual_tokens = (processor.get("max_pixels") or size.get("longest_edge") or 1280 * pixels) // pixels
+    return described
+
+
+def _qwen_vl(values: dict[str, Any], where: str) -> VisionConfig:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-    given = values.get("vision_config", values)
-    tower = Qwen2_5_VLVisionConfig.from_dict({**given, "in_channels": given.get("in_chans", 3)})
-    for name, value in FAMILIES["qwen25_vl"].must.items():
-        if getattr(tower, name) != value:
-            raise ValueError(f"{where} has {name}={getattr(tower, name)}: only {name}={value} is imported.")
-    described = VisionConfig(
+    tower = Qwen2_5_VLVisionConfig.from_dict({**values, "in_channels": values.get("in_chans", 3)})
+    _require("qwen25_vl", tower, where)
+    return VisionConfig(
         family="qwen25_vl",
         image_size=0,
         patch_size=tower.patch_size,
@@ -135,11 +155,30 @@ def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) 
         window_size=tower.window_size,
         full_attention_layers=list(tower.fullatt_block_indexes),
     )
-    size = processor.get("size") or {}
-    pixels = token_pixels(described) ** 2
-    described.min_visual_tokens = (processor.get("min_pixels") or size.get("shortest_edge") or 4 * pixels) // pixels
-    described.max_visual_tokens = (processor.get("max_pixels") or size.get("longest_edge") or 1280 * pixels) // pixels
-    return described
+
+
+def _aimv2(values: dict[str, Any], where: str) -> VisionConfig:
+    from transformers import Aimv2VisionConfig
+
+    tower = Aimv2VisionConfig.from_dict({**values, "use_head": False})  # no features come from its head
+    _require("aimv2_native", tower, where)
+    return VisionConfig(
+        family="aimv2_native",
+        image_size=0,
+        patch_size=tower.patch_size,
+        hidden_size=tower.hidden_size,
+        intermediate_size=tower.intermediate_size,
+        num_layers=tower.num_hidden_layers,
+        num_attention_heads=tower.num_attention_heads,
+        feature_layer=values.get("feature_layer", -2),
+        drop_class_token=False,
+    )
+
+
+def _require(family: str, tower: Any, where: str) -> None:
+    for name, value in FAMILIES[family].must.items():
+        if getattr(tower, name) != value:
+            raise ValueError(f"{where} has {name}={getattr(tower, name)}: only {name}={value} is imported.")
 
 
 def text_config(values: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:

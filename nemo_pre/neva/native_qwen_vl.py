@@ -18,10 +18,10 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from nemo_pre.config.schema import VisionConfig
-from nemo_pre.config.vision_families import MERGE, transformers_values
+from nemo_pre.config.vision_families import transformers_values
 
 
-class NativeVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
+class NativeQwenVLTower(Qwen2_5_VisionTransformerPretrainedModel):
     """``transformers``' tower with its parameters' names, but for the merger's MLP, which it does not have."""
 
     def __init__(self, config: Qwen2_5_VLVisionConfig) -> None:
@@ -40,15 +40,16 @@ class NativeVisionTower(Qwen2_5_VisionTransformerPretrainedModel):
             grids: rows and columns of visual tokens of each image.
         """
         frame = patches.reshape(-1, 3, 1, self.patch_size**2)
+        merge = self.spatial_merge_size
         # A picture is a film of two equal frames.
         frames = frame.expand(-1, -1, self.config.temporal_patch_size, -1).flatten(1)
-        sizes = torch.tensor([[1, MERGE * rows, MERGE * columns] for rows, columns in grids])
+        sizes = torch.tensor([[1, merge * rows, merge * columns] for rows, columns in grids])
         features: Tensor = super().forward(frames, sizes)
         return features
 
 
-def build_native_tower(vision: VisionConfig) -> NativeVisionTower:
-    return NativeVisionTower(Qwen2_5_VLVisionConfig(**transformers_values(vision)))
+def build_native_qwen_vl(vision: VisionConfig) -> NativeQwenVLTower:
+    return NativeQwenVLTower(Qwen2_5_VLVisionConfig(**transformers_values(vision)))
 
 
 class _Angles(nn.Module):

@@ -112,10 +112,14 @@ def _tower(vision: VisionConfig) -> nn.Module:
     classes = FAMILIES[vision.family].classes
     if classes is None:
         return PatchMLP(vision.patch_size, vision.intermediate_size, vision.hidden_size)
-    if is_native(vision):
-        from nemo_pre.neva.native_vision import build_native_tower
+    if vision.family == "qwen25_vl":
+        from nemo_pre.neva.native_qwen_vl import build_native_qwen_vl
 
-        return build_native_tower(vision)
+        return build_native_qwen_vl(vision)
+    if vision.family == "aimv2_native":
+        from nemo_pre.neva.native_aimv2 import build_native_aimv2
+
+        return build_native_aimv2(vision)
     model_class, config_class = (getattr(transformers, name) for name in classes)
     model: nn.Module = model_class(config_class(**transformers_values(vision)))
     return model

@@ -7,18 +7,19 @@ With native resolution every image is taken to have the most visual tokens it ma
 from __future__ import annotations
 
 from nemo_pre.config.schema import VisionConfig
-from nemo_pre.config.vision_families import MERGE, class_tokens, encoder_tokens, is_native
+from nemo_pre.config.vision_families import class_tokens, encoder_tokens, is_native, merge_size
 
 FLOAT, INDEX = 4, 8  # bytes
+AIMV2 = ("aimv2", "aimv2_native")
 
 
 def num_patches(vision: VisionConfig) -> int:
-    return (vision.image_size // vision.patch_size) ** 2
+    return encoder_tokens(vision) - class_tokens(vision)
 
 
 def unused_layers(vision: VisionConfig) -> int:
-    """Behind the layer whose features are taken: they run, and are frozen."""
-    if is_native(vision):
+    """Behind the layer whose features are taken: they are frozen, and run in a tower of fixed resolution."""
+    if vision.family == "qwen25_vl":
         return 0
     last_used = vision.feature_layer if vision.feature_layer >= 0 else vision.num_layers + 1 + vision.feature_layer
     return vision.num_layers - last_used
@@ -29,21 +30,22 @@ def unused_layers(vision: VisionConfig) -> int:
 
 def tower_parameters(vision: VisionConfig) -> int:
     width, pixels = vision.hidden_size, 3 * vision.patch_size**2
-    if is_native(vision):  # two frames, no biases, no positions; the norm before the projector
+    if vision.family == "qwen25_vl":  # two frames, no biases, no positions; the norm before the projector
         return 2 * pixels * width + vision.num_layers * layer_parameters(vision) + width
     if vision.family == "patch_mlp":
         return vision.intermediate_size * (pixels + 1) + width * (vision.intermediate_size + 1)
-    positions = num_patches(vision) + class_tokens(vision)
+    positions = 0 if vision.family == "aimv2_native" else encoder_tokens(vision)
     embeddings = (pixels + positions + class_tokens(vision)) * width
-    embeddings += {"clip": 2, "aimv2": 2}.get(vision.family, 1) * width  # a norm; a bias and a norm's weight; a bias
+    # A norm; a bias and a norm's weight; a bias.
+    embeddings += (2 if vision.family in ("clip", *AIMV2) else 1) * width
     return embeddings + vision.num_layers * layer_parameters(vision) + _beside_layers(vision)
 
 
 def layer_parameters(vision: VisionConfig) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
-    if vision.family == "aimv2":  # gated MLP, no biases
+    if vision.family in AIMV2:  # gated MLP, no biases
         return 4 * width**2 + 3 * width * inner + 2 * width
-    if is_native(vision):  # gated MLP
+    if vision.family == "qwen25_vl":  # gated MLP
         return 4 * width * (width + 1) + 2 * inner * (width + 1) + width * (inner + 1) + 2 * width
     scales = 2 * width if vision.family == "dinov2" else 0
     return 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width + scales
@@ -58,9 +60,8 @@ def _beside_layers(vision: VisionConfig) -> int:
     """The last norm; SigLIP's pooling: a probe that attends to all patches, a norm, an MLP; DINOv2's mask token."""
     width = vision.hidden_size
     pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
-    return {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width, "aimv2": width}.get(
-        vision.family, 0
-    )
+    norm_and_others = {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width}
+    return width if vision.family in AIMV2 else norm_and_others.get(vision.family, 0)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -68,22 +69,23 @@ def _beside_layers(vision: VisionConfig) -> int:
 
 def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
     """Of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
-    if is_native(vision):
-        return _native_flops(vision, tiles)
+    if vision.family == "qwen25_vl":
+        return _qwen_vl_flops(vision, tiles)
     width, inner, tokens = vision.hidden_size, vision.intermediate_size, encoder_tokens(vision)
     first_width = inner if vision.family == "patch_mlp" else width
     patches = 2.0 * tiles * num_patches(vision) * 3 * vision.patch_size**2 * first_width
     if vision.family == "patch_mlp":
         output = 2.0 * tiles * tokens * inner * width
         return patches + output, patches + 2 * output  # pixels need no gradient
-    matrices = 4 * width**2 + (3 if vision.family == "aimv2" else 2) * width * inner
+    matrices = 4 * width**2 + (3 if vision.family in AIMV2 else 2) * width * inner
     layer = tiles * (2.0 * tokens * matrices + 4.0 * tokens**2 * width)
     used = vision.num_layers - unused_layers(vision)
+    run = used if is_native(vision) else vision.num_layers
     pooling = tiles * _pooling_flops(vision) if vision.family == "siglip" else 0.0
-    return patches + vision.num_layers * layer + pooling, patches + 2 * used * layer
+    return patches + run * layer + pooling, patches + 2 * used * layer
 
 
-def _native_flops(vision: VisionConfig, images: int) -> tuple[float, float]:
+def _qwen_vl_flops(vision: VisionConfig, images: int) -> tuple[float, float]:
     width, tokens = vision.hidden_size, encoder_tokens(vision)
     patches = 2.0 * images * tokens * 2 * 3 * vision.patch_size**2 * width
     products = vision.num_layers * 2.0 * tokens * (4 * width**2 + 3 * width * vision.intermediate_size)
@@ -111,17 +113,17 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
         size: bytes of an element.
     """
     inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
-    if is_native(vision):
+    if vision.family == "qwen25_vl":
         pixels = tokens * 2 * 3 * vision.patch_size**2 * size
         angles = 2 * vision.hidden_size // vision.num_attention_heads * FLOAT
-        order = 2 * INDEX // MERGE**2  # of visual tokens, into windows and back
+        order = 2 * INDEX // merge_size(vision) ** 2  # of visual tokens, into windows and back
         before_and_behind = angles + _norm(vision, size) + order
-        return tokens * (vision.num_layers * _native_layer_bytes(vision, size) + before_and_behind) + pixels
-    pixels = tiles * 3 * vision.image_size**2 * size
+        return tokens * (vision.num_layers * _qwen_vl_layer_bytes(vision, size) + before_and_behind) + pixels
+    pixels = tiles * num_patches(vision) * 3 * vision.patch_size**2 * size
     if vision.family == "patch_mlp":
         return 2 * tokens * inner * size + pixels  # the GELU's input and output
     used = vision.num_layers - unused_layers(vision)
-    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", "aimv2") else 0
+    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", *AIMV2) else 0
     return used * tokens * _layer_bytes(vision, size) + before_layers + pixels
 
 
@@ -130,13 +132,14 @@ def _layer_bytes(vision: VisionConfig, size: int) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
     copies = 5 if vision.family == "aimv2" else 2  # its patches lie transposed: each linear layer makes a copy
     inputs = (copies * width + inner) * size
-    activation = {"clip": 2 * inner, "aimv2": 3 * inner}.get(vision.family, inner) * size  # x and sigmoid(1.702 x)
+    # CLIP keeps x and sigmoid(1.702 x), a gated MLP both factors and the activated one.
+    activation = (3 if vision.family in AIMV2 else 2 if vision.family == "clip" else 1) * inner * size
     attention = 4 * width * size + vision.num_attention_heads * FLOAT
     scaled = 2 * width * size if vision.family == "dinov2" else 0
     return 2 * _norm(vision, size) + inputs + activation + attention + scaled
 
 
-def _native_layer_bytes(vision: VisionConfig, size: int) -> int:
+def _qwen_vl_layer_bytes(vision: VisionConfig, size: int) -> int:
     """Of a token in a layer: queries and keys are rotated in float32, and the windows' outputs put together again."""
     width, inner = vision.hidden_size, vision.intermediate_size
     attention = 7 * width * size + vision.num_attention_heads * FLOAT
@@ -145,5 +148,5 @@ def _native_layer_bytes(vision: VisionConfig, size: int) -> int:
 
 def _norm(vision: VisionConfig, size: int) -> int:
     """Of a token: the input and its statistics; an RMSNorm has a float32 copy, and the normalised input."""
-    width, of_root_mean_square = vision.hidden_size, vision.family == "aimv2" or is_native(vision)
+    width, of_root_mean_square = vision.hidden_size, vision.family in (*AIMV2, "qwen25_vl")
     return width * (FLOAT + size) + FLOAT if of_root_mean_square else (width + 2) * size

@@ -19,6 +19,11 @@ NATIVE = [
     "model.vision.window_size=32", "model.vision.full_attention_layers=[1]",
 ]  # fmt: skip
 
+AIMV2 = [
+    "model.vision.family=aimv2_native", "model.vision.image_size=0", "model.vision.drop_class_token=false",
+    "model.vision.min_visual_tokens=1", "model.vision.max_visual_tokens=16",
+]  # fmt: skip
+
 REFUSED = [
     (["objective=laver/paper"], "LaVer's masked images must see themselves both ways and nothing else: set model.att"),
     (["model.attention=prefix"], "model.attention=prefix is unknown: choose one of causal, mixed."),
@@ -54,7 +59,7 @@ REFUSED = [
     (["trainer.log_grad_norms_every=0"], "trainer.log_grad_norms_every=0 must be 1 or more."),
     (
         ["model.vision.family=vit"],
-        "model.vision.family=vit is unknown: choose one of clip, siglip, dinov2, aimv2, qwe",
+        "model.vision.family=vit is unknown: choose one of clip, siglip, dinov2, aimv2, aim",
     ),
     (["model.vision.family=aimv2"], "model.vision.family=aimv2 has no class token: set model.vision.drop_class_token"),
     (["model.vision.family=patch_mlp"], "model.vision.family=patch_mlp has no layers: set model.vision.num_layers=0"),
@@ -64,9 +69,30 @@ REFUSED = [
         "model.vision.intermediate_size=100 must be a multiple of model.vision.hidden_size=96",
     ),
     (["model.vision.image_size=0"], "model.vision.image_size=0 must be 1 or more."),
+    (["model.vision.window_size=56"], "model.vision.window_size, full_attention_layers are of qwen25_vl: set them to"),
     (
-        ["model.vision.window_size=56"],
-        "model.vision.min_visual_tokens, max_visual_tokens, window_size, full_attention_",
+        ["model.vision.max_visual_tokens=56"],
+        "model.vision.min_visual_tokens, max_visual_tokens are of native resolution: set them to null for clip.",
+    ),
+    (
+        [*AIMV2, "model.vision.image_size=28"],
+        "model.vision.family=aimv2_native keeps the size of images: set model.vi",
+    ),
+    (
+        [*AIMV2, "model.vision.window_size=28"],
+        "model.vision.window_size, full_attention_layers are of qwen25_vl: set ",
+    ),
+    (
+        [*AIMV2, "model.vision.max_visual_tokens=null"],
+        "model.vision.family=aimv2_native needs model.vision.max_visual",
+    ),
+    (
+        [*AIMV2, "model.vision.hidden_size=98"],
+        "model.vision.hidden_size=98 must be a multiple of 4: AIMv2's positions",
+    ),
+    (
+        [*AIMV2, "data.max_tiles=5", "trainer.val_samples=0"],
+        "model.vision.family=aimv2_native takes images whole: set",
     ),
     ([*NATIVE, "model.vision.image_size=28"], "model.vision.family=qwen25_vl keeps the size of images: set model.vis"),
     ([*NATIVE, "model.vision.feature_layer=-2"], "model.vision.family=qwen25_vl gives its last layer's features: set"),

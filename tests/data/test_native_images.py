@@ -32,16 +32,18 @@ def picture(width: int, height: int, seed: int = 0) -> bytes:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("least, most", [(4, 1280), (16, 64)])
-def test_sizes_and_pixels_are_those_of_transformers(size, least, most):
+@pytest.mark.parametrize("merge", [2, 1])
+def test_sizes_and_pixels_are_those_of_transformers(size, least, most, merge):
     source = picture(*size)
-    native = NativeResolution(14, least, most)
-    processor = Qwen2VLImageProcessor(min_pixels=least * 28**2, max_pixels=most * 28**2)
+    native = NativeResolution(14, merge, least, most)
+    limits = {"min_pixels": least * native.side**2, "max_pixels": most * native.side**2}
+    processor = Qwen2VLImageProcessor(merge_size=merge, **limits)
     expected = processor(Image.open(io.BytesIO(source)), return_tensors="pt")
     found = native.patches(source, *CLIP, "here", "bicubic")
     rows, columns = native.grid_of(source, "here")
-    assert expected["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
-    assert found.shape == (rows, columns, 4, 3 * 14**2) and least <= rows * columns <= most
-    frames = expected["pixel_values"].view(rows * columns, 4, 3, 2, 14**2)
+    assert expected["image_grid_thw"].tolist() == [[1, merge * rows, merge * columns]]
+    assert found.shape == (rows, columns, merge**2, 3 * 14**2) and least <= rows * columns <= most
+    frames = expected["pixel_values"].view(rows * columns, merge**2, 3, 2, 14**2)
     assert torch.equal(frames[:, :, :, 0], frames[:, :, :, 1]), "both frames of a picture are equal"
     torch.testing.assert_close(found.flatten(0, 1), frames[:, :, :, 0].flatten(2), atol=1e-6, rtol=1e-6)
 
@@ -49,22 +51,22 @@ def test_sizes_and_pixels_are_those_of_transformers(size, least, most):
 def test_a_token_is_the_square_of_pixels_at_its_place():
     pixels = np.zeros((8, 12, 3), dtype=np.uint8)
     pixels[4:8, 8:12] = 255  # row 1 and column 2 of 2 x 3 tokens of 4 x 4 pixels, four patches each
-    found = NativeResolution(2, 1, 6).patches(Image.fromarray(pixels), (0.0,) * 3, (1.0,) * 3, "here", "bicubic")
+    found = NativeResolution(2, 2, 1, 6).patches(Image.fromarray(pixels), (0.0,) * 3, (1.0,) * 3, "here", "bicubic")
     assert found.shape == (2, 3, 4, 12)
     assert (found[1, 2] == 1).all() and found.sum() == found[1, 2].sum()
     pixels[4:6, 10:12] = 0  # its upper right patch
-    found = NativeResolution(2, 1, 6).patches(Image.fromarray(pixels), (0.0,) * 3, (1.0,) * 3, "here", "bicubic")
+    found = NativeResolution(2, 2, 1, 6).patches(Image.fromarray(pixels), (0.0,) * 3, (1.0,) * 3, "here", "bicubic")
     assert found[1, 2].mean(-1).tolist() == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("size, problem", [((5000, 20), "aspect ratio"), ((1400, 20), "too thin")])
 def test_an_image_too_thin_for_the_limits_is_refused_by_name(size, problem):
     with pytest.raises(SampleError, match=f"sample 3 has an image of {size[0]} x 20 pixels.*{problem}"):
-        NativeResolution(14, 4, 16).grid_of(picture(*size), "sample 3")
+        NativeResolution(14, 2, 4, 16).grid_of(picture(*size), "sample 3")
 
 
 def test_a_broken_image_is_refused():
-    native = NativeResolution(14, 4, 16)
+    native = NativeResolution(14, 2, 4, 16)
     with pytest.raises(SampleError, match="here has an image that cannot be opened"):
         native.grid_of(b"nonsense", "here")
     with pytest.raises(SampleError, match="here has an image that cannot be decoded"):
@@ -72,7 +74,7 @@ def test_a_broken_image_is_refused():
 
 
 def preprocessing(sequence_length: int = 120, least: int = 1, most: int = 36) -> Preprocessing:
-    native = NativeResolution(2, least, most)
+    native = NativeResolution(2, 2, least, most)
     return Preprocessing(
         qwen_like(), "chatml", sequence_length - least + 1, least, 0, (0.0,) * 3, (1.0,) * 3, native=native
     )

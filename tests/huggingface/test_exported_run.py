@@ -34,36 +34,42 @@ SMALL = [
     "trainer.val_samples=8",
     "objective.pre.layers=[2]",
 ]
-NATIVE = [
-    "model.vision.family=qwen25_vl",
+ANY_SIZE = [
     "model.vision.image_size=0",
     "model.vision.patch_size=7",
-    "model.vision.feature_layer=-1",
     "model.vision.drop_class_token=false",
     "model.vision.min_visual_tokens=1",
-    "model.vision.max_visual_tokens=16",
-    "model.vision.window_size=28",
-    "model.vision.full_attention_layers=[1]",
-    "model.rope=mrope",
     "data.image_resize=whole",
-    "data.chat_template=qwen_vl",
     "model.language.family=qwen2",
     "model.language.vocab_size=300",
     "data.sequence_length=256",
 ]
+NATIVE = [
+    *ANY_SIZE,
+    "model.vision.family=qwen25_vl",
+    "model.vision.feature_layer=-1",
+    "model.vision.max_visual_tokens=16",
+    "model.vision.window_size=28",
+    "model.vision.full_attention_layers=[1]",
+    "model.rope=mrope",
+    "data.chat_template=qwen_vl",
+]
+AIMV2 = [*ANY_SIZE, "model.vision.family=aimv2_native", "model.vision.max_visual_tokens=64"]
 RUNS = {
     "plain": (["experiment=digits_tiny_pre", "parallel=tp2_sp"], 2),
     "spatial": (["experiment=digits-pre-laver", "objective.laver.head_hidden_width=32", "parallel=pp2"], 2),
     "native": (["experiment=digits_tiny_pre", *NATIVE, "parallel=tp2_sp"], 2),
+    "aimv2": (["experiment=digits-pre-laver", "objective.laver.head_hidden_width=32", *AIMV2, "parallel=tp2_sp"], 2),
 }
-MODEL_TYPES = {"plain": "llava", "spatial": "spatial_llava", "native": "qwen2_5_vl"}
+MODEL_TYPES = {"plain": "llava", "spatial": "spatial_llava", "native": "qwen2_5_vl", "aimv2": "spatial_qwen_vl"}
+LAVER = ("spatial", "aimv2")
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def trained(request, tmp_path_factory, digits) -> tuple[str, Path]:
     output = tmp_path_factory.mktemp(request.param)
     overrides, ranks = RUNS[request.param]
-    if request.param == "native":  # digits' own tokenizer has no markers for images
+    if request.param in ("native", "aimv2"):  # digits' own tokenizer has no markers for images
         tiny_tokenizer().save_pretrained(output / "tokenizer")
         overrides = [*overrides, f"model.tokenizer={output / 'tokenizer'}"]
     run_ranks(run, ranks, [*overrides, *SMALL, f"output_dir={output / 'run'}", f"data.path={digits}"], timeout=200)
@@ -77,7 +83,7 @@ def loaded(directory: Path) -> tuple[Any, Any]:
     from nemo_pre.huggingface.loading import load_processor
 
     model = AutoModelForImageTextToText.from_pretrained(
-        directory, trust_remote_code=(directory / "modeling_spatial_llava.py").exists()
+        directory, trust_remote_code=any(directory.glob("modeling_*.py"))
     )
     return model.eval(), load_processor(directory)
 
@@ -100,7 +106,7 @@ def test_transformers_says_what_the_trained_model_says(trained, digits):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
-    native = kind == "native"
+    native = kind in ("native", "aimv2")
     image_id = model.config.image_token_id if native else model.config.image_token_index
     ids = inputs["input_ids"][0].tolist()
     first, count = ids.index(image_id), ids.count(image_id)
@@ -109,11 +115,14 @@ def test_transformers_says_what_the_trained_model_says(trained, digits):
     checkpoint = next((output / "run" / "checkpoints").glob("step=*"))
     pixels, grids = inputs["pixel_values"], None
     if native:
-        assert model.__class__.__name__ == "Qwen2_5_VLForConditionalGeneration"
-        pixels = pixels.view(-1, 4, 3, 2, 7**2)[:, :, :, 0].flatten(2)  # of two equal frames
-        grids = [(int(height) // 2, int(width) // 2) for _, height, width in inputs["image_grid_thw"]]
+        name = "SpatialQwenVL" if kind == "aimv2" else "Qwen2_5_VL"
+        assert model.__class__.__name__ == f"{name}ForConditionalGeneration"
+        merge, frames, most = (1, 1, 64) if kind == "aimv2" else (2, 2, 16)
+        pixels = pixels.view(-1, merge**2, 3, frames, 7**2)[:, :, :, 0].flatten(2)  # all frames are equal
+        grids = [(int(height) // merge, int(width) // merge) for _, height, width in inputs["image_grid_thw"]]
         vision = saved_model(next((output / "run" / "checkpoints").glob("step=*"))).vision
-        trained_on = NativeResolution(7, 1, 16).patches(image, vision.image_mean, vision.image_std, "here", "bicubic")
+        how = (vision.image_mean, vision.image_std, "here", "bicubic")
+        trained_on = NativeResolution(7, merge, 1, most).patches(image, *how)
         torch.testing.assert_close(pixels, trained_on.flatten(0, 1), rtol=0, atol=1e-6)
     (told,) = run_ranks(ask, 1, str(checkpoint), {}, [Question(tokens, pixels, grids)], 5, vocabulary)
     with torch.no_grad():
@@ -129,7 +138,9 @@ def test_what_only_training_needed_stays_behind(trained):
     kind, output = trained
     names = TensorSource(output / "hf").names()
     parts = ("language_model.", "vision_tower.", "multi_modal_projector.")
-    assert all(name.startswith(("model.", "visual.", "lm_head.") if kind == "native" else parts) for name in names)
+    if kind in ("native", "aimv2"):
+        parts = ("model.", "visual.", "lm_head.")
+    assert all(name.startswith(parts) for name in names)
     assert (output / "hf" / "modeling_spatial_llava.py").exists() == (kind == "spatial")
     config = json.loads((output / "hf" / "config.json").read_text())
     assert config["model_type"] == MODEL_TYPES[kind]
@@ -138,7 +149,7 @@ def test_what_only_training_needed_stays_behind(trained):
 def test_the_card_tells_recipe_data_metrics_and_provenance(trained):
     kind, output = trained
     card = (output / "hf" / "README.md").read_text()
-    experiment = "digits-pre-laver" if kind == "spatial" else "digits_tiny_pre"
+    experiment = "digits-pre-laver" if kind in LAVER else "digits_tiny_pre"
     for expected in (
         experiment,
         "arXiv 2603.20808",
@@ -148,7 +159,7 @@ def test_the_card_tells_recipe_data_metrics_and_provenance(trained):
         "transformers ",
     ):
         assert expected in card, expected
-    assert ("2512.06281" in card) == (kind == "spatial") == ("trust_remote_code" in card)
+    assert ("2512.06281" in card) == (kind in LAVER) == ("trust_remote_code" in card)
 
 
 def test_a_plain_load_of_a_spatial_model_is_refused_or_warned_of(trained, caplog):
@@ -163,7 +174,10 @@ def test_a_plain_load_of_a_spatial_model_is_refused_or_warned_of(trained, caplog
     assert "of type spatial_llava to instantiate a model of type llava" in caplog.text
 
 
-@pytest.mark.parametrize("vision, tag, per_image", [([], "<image>", (48 // 8) ** 2), (NATIVE, "<|image_pad|>", 9)])
+@pytest.mark.parametrize(
+    "vision, tag, per_image",
+    [([], "<image>", (48 // 8) ** 2), (NATIVE, "<|image_pad|>", 9), (AIMV2, "<|image_pad|>", 36)],
+)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_chat_template_gives_the_tokens_of_training(template, vision, tag, per_image, tmp_path):
     """With one image, two, and none; several turns; and up to where the answer starts."""
@@ -220,7 +234,7 @@ def test_generate_answers_on_the_command_line(trained, digits, tmp_path, capfd):
 
     kind, output = trained
     if kind == "plain":
-        pytest.skip("one of the two is enough")
+        pytest.skip("the others are enough")
     image, question = picture(digits)
     image.save(tmp_path / "x.png")
     (tmp_path / "asked.jsonl").write_text(

@@ -35,18 +35,25 @@ TEXT = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
 }  # fmt: skip
-SPATIAL = {  # visual_attention, visual_rope
+SPATIAL = {  # visual_attention, visual_rope; of AIMv2 at native resolution or of Qwen2.5-VL's own tower
     "mixed 2d": ("mixed", "2d"),
     "mixed mrope": ("mixed", "mrope"),
     "mixed 1d": ("mixed", "1d"),
     "causal 2d": ("causal", "2d"),
     "causal 1d": ("causal", "1d"),
     "causal mrope": ("causal", "mrope"),  # without markers around its images
+    "aimv2 mixed 2d": ("mixed", "2d"),
+    "aimv2 causal mrope": ("causal", "mrope"),
 }
 PATCH = 4
 VISION = {
     "depth": 3, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": PATCH, "window_size": 16,
     "fullatt_block_indexes": [1], "out_hidden_size": 64, "in_chans": 3,
+}  # fmt: skip
+AIMV2 = {
+    "model_type": "aimv2_vision_model", "num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24,
+    "num_attention_heads": 2, "patch_size": PATCH, "is_native": True, "use_head": False, "feature_layer": -2,
+    "out_hidden_size": 64,
 }  # fmt: skip
 
 
@@ -85,8 +92,10 @@ def write_spatial(kind: str, directory: Path) -> Path:
     attention, rope = SPATIAL[kind]
     axes = None if rope == "1d" else axis_of_frequency(rope, None, 8)
     how = {"visual_attention": attention, "visual_rope": rope, "rope_axes": axes}
-    markers = dict.fromkeys(("vision_start_token_id", "vision_end_token_id"))
-    config = SpatialQwenVLConfig(**values() | markers, **how)
+    others: dict[str, Any] = dict.fromkeys(("vision_start_token_id", "vision_end_token_id"))
+    if kind.startswith("aimv2"):
+        others["vision_config"] = dict(AIMV2)
+    config = SpatialQwenVLConfig(**values() | others, **how)
     return write_random(config, SpatialQwenVLForConditionalGeneration, directory)
 
 
@@ -95,12 +104,13 @@ def spatial(request, tmp_path_factory) -> Path:
     return write_spatial(request.param, tmp_path_factory.mktemp("spatial") / "hf")
 
 
-def questions() -> list[Question]:
+def questions(directory: Path) -> list[Question]:
     """One without an image, one with one, one with two; grids that are not square."""
     generator = torch.Generator().manual_seed(1)
+    merge = json.loads((directory / "config.json").read_text())["vision_config"].get("spatial_merge_size", 2)
 
     def pixels(*grids: tuple[int, int]) -> torch.Tensor:
-        return torch.randn(sum(r * c for r, c in grids), 4, 3 * PATCH**2, generator=generator)
+        return torch.randn(sum(r * c for r, c in grids), merge**2, 3 * PATCH**2, generator=generator)
 
     one, two = [(2, 5)], [(3, 1), (2, 2)]
     return [
@@ -118,9 +128,10 @@ def hf_inputs(question: Question) -> dict[str, torch.Tensor]:
         ids += [IMAGE_PAD] * next(sizes) if token == IMAGE else [token]
     given = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
     if question.pixels is not None:
-        frames = question.pixels.view(-1, 3, 1, PATCH**2).expand(-1, 3, 2, -1).reshape(-1, 6 * PATCH**2)
-        grids = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in question.grids])
-        given |= {"pixel_values": frames, "image_grid_thw": grids}
+        side, frames = (2, 2) if question.pixels.shape[1] == 4 else (1, 1)  # Qwen2.5-VL's tower, and AIMv2
+        pixels = question.pixels.view(-1, 3, 1, PATCH**2).expand(-1, 3, frames, -1).flatten(1)
+        grids = torch.tensor([[1, side * rows, side * columns] for rows, columns in question.grids])
+        given |= {"pixel_values": pixels, "image_grid_thw": grids}
     return given
 
 
@@ -128,7 +139,7 @@ def hf_inputs(question: Question) -> dict[str, torch.Tensor]:
 def check_same(model: Any, directory: Path, layout: dict[str, int], imported: Path) -> None:
     """Logits and greedy answers of ``transformers``' model and of the training model that is made of its files."""
     out = import_checkpoint(str(directory), str(imported))
-    asked, ranks = questions(), layout.get("tensor", 1) * layout.get("pipeline", 1)
+    asked, ranks = questions(directory), layout.get("tensor", 1) * layout.get("pipeline", 1)
     told = run_ranks(ask, ranks, str(out), layout, asked, NEW, VOCABULARY)[-1]
     assert told.cached == told.uncached
     for question, found, answer in zip(asked, told.logits, told.cached, strict=True):
@@ -154,7 +165,7 @@ def test_logits_and_answers_of_our_custom_code_are_those_of_the_training_model(s
 @torch.no_grad()
 def test_a_batch_of_our_custom_code_is_its_rows_padded_on_either_side_and_with_beams(spatial):
     model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
-    rows = [hf_inputs(question) for question in questions()]
+    rows = [hf_inputs(question) for question in questions(spatial)]
     longest = max(row["input_ids"].shape[1] for row in rows)
     together = {
         name: torch.cat([row[name] for row in rows if name in row]) for name in ("pixel_values", "image_grid_thw")
@@ -177,7 +188,7 @@ def test_a_batch_of_our_custom_code_is_its_rows_padded_on_either_side_and_with_b
 @torch.no_grad()
 def test_a_second_turn_with_an_image_of_its_own_continues_the_cache(spatial):
     model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
-    first, second = hf_inputs(questions()[1]), hf_inputs(questions()[2])
+    first, second = hf_inputs(questions(spatial)[1]), hf_inputs(questions(spatial)[2])
     ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
     grids = torch.cat([first["image_grid_thw"], second["image_grid_thw"]])
     whole = model(
@@ -201,7 +212,7 @@ def test_our_custom_code_as_plain_as_qwens_is_qwens(qwen_vl):
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl).eval()
     ours.load_state_dict(plain.state_dict())
     with torch.no_grad():
-        for question in questions():
+        for question in questions(qwen_vl):
             given = hf_inputs(question)
             assert torch.equal(ours(**given).logits, plain(**given).logits)
 
@@ -222,10 +233,10 @@ def test_our_custom_code_as_plain_as_qwens_is_qwens(qwen_vl):
 def test_what_our_custom_code_cannot_compute_it_refuses(changed, sentence, spatial):
     model = SpatialQwenVLForConditionalGeneration.from_pretrained(spatial).eval()
     with pytest.raises(ValueError, match=sentence):
-        model(**hf_inputs(questions()[1]) | changed)
+        model(**hf_inputs(questions(spatial)[1]) | changed)
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied", "mixed 2d", "causal 1d", "causal mrope"])
+@pytest.mark.parametrize("kind", ["plain", "tied", "mixed 2d", "causal 1d", "causal mrope", "aimv2 mixed 2d"])
 def test_an_exported_directory_is_what_was_imported(kind, qwen_vl, tmp_path):
     """Weights bit for bit under the hub's names, the model's description, and logits."""
     from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -252,7 +263,7 @@ def test_an_exported_directory_is_what_was_imported(kind, qwen_vl, tmp_path):
     assert [saved["vision_start_token_id"], saved["vision_end_token_id"]] == ([START, END] if plain else [None, None])
     if plain:
         assert type(AutoConfig.from_pretrained(out)).__name__ == "Qwen2_5_VLConfig"
-    given = hf_inputs(questions()[2])
+    given = hf_inputs(questions(source)[2])
     with torch.no_grad():
         assert torch.equal(before.eval()(**given).logits, after.eval()(**given).logits)
     again, first = saved_model(import_checkpoint(str(out), str(tmp_path / "again"))), saved_model(imported)
@@ -283,7 +294,7 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
     )  # fmt: skip
     Qwen2ForCausalLM(language).save_pretrained(tmp_path / "qwen2")
     vision = str(qwen_vl if source == "whole" else tmp_path / "tower")
-    with pytest.raises(ValueError, match="image_size is not for Qwen2.5-VL's tower"):
+    with pytest.raises(ValueError, match="whose tower takes images of any size: leave it out"):
         import_checkpoint(vision=vision, language=str(tmp_path / "qwen2"), out=str(tmp_path / "no"), image_size=28)
     out = import_checkpoint(vision=vision, language=str(tmp_path / "qwen2"), out=str(tmp_path / "imported"))
     reader = CheckpointReader(out)
@@ -305,13 +316,14 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
         check_same_weights(model, out)
 
 
-def test_an_exported_directory_alone_gives_the_same_logits_and_carries_its_code_on(tmp_path):
+@pytest.mark.parametrize("kind", ["mixed 2d", "aimv2 causal mrope"])
+def test_an_exported_directory_alone_gives_the_same_logits_and_carries_its_code_on(kind, tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    source = write_spatial("mixed 2d", tmp_path / "source")
+    source = write_spatial(kind, tmp_path / "source")
     imported = import_checkpoint(str(source), str(tmp_path / "imported"))
     out = export_checkpoint(str(imported), str(tmp_path / "hf"))
-    given = hf_inputs(questions()[2])
+    given = hf_inputs(questions(source)[2])
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=False)
     with torch.no_grad():

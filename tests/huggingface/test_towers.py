@@ -98,6 +98,26 @@ def test_the_head_of_an_aimv2_stays_behind(language, tmp_path):
     assert not saved_model(tmp_path / "fresh").vision.drop_class_token
 
 
+def test_an_aimv2_of_native_resolution_goes_over_with_its_limits_and_a_layer_of_choice(language, tmp_path):
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    original = Aimv2VisionModel(Aimv2VisionConfig(intermediate_size=40, is_native=True, **{**SHAPE, "image_size": 16}))
+    original.save_pretrained(tmp_path / "tower")
+    described = {"do_resize": False, "size": {"shortest_edge": 224}, "image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(described))  # as the published one's
+    asked = {"vision": str(tmp_path / "tower"), "language": str(language), "feature_layer": -1}
+    with pytest.raises(ValueError, match="tower takes images of any size: leave it out"):
+        import_checkpoint(**asked, out=str(tmp_path / "no"), image_size=28)
+    out = import_checkpoint(**asked, out=str(tmp_path / "fresh"))
+    vision, reader = saved_model(out).vision, CheckpointReader(out)
+    assert (vision.family, vision.image_size, vision.feature_layer) == ("aimv2_native", 0, -1)
+    assert (vision.min_visual_tokens, vision.max_visual_tokens, vision.image_mean) == (16, 1280, [0.1] * 3)
+    kept = {name: tensor for name, tensor in original.state_dict().items() if not name.startswith("head.")}
+    found = {key for key in reader.tensors() if key.startswith("module.vision_model.")}
+    assert found == {f"module.vision_model.{name}" for name in kept}
+    assert all(torch.equal(reader.read(f"module.vision_model.{name}"), tensor) for name, tensor in kept.items())
+
+
 @pytest.fixture(scope="module")
 def encoder_free(language: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return import_checkpoint(

@@ -1,5 +1,6 @@
 """Vision towers and external anchors on tiny random models made with transformers' own classes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -177,6 +178,52 @@ def test_tower_and_projector_are_transformers_tower_and_its_merger():
     torch.testing.assert_close(features[:6], first, atol=1e-6, rtol=1e-5, msg="images see each other")
 
 
+AIMV2 = VisionConfig(
+    family="aimv2_native", image_size=0, patch_size=4, hidden_size=32, intermediate_size=48, num_layers=3,
+    num_attention_heads=2, feature_layer=-2, drop_class_token=False, min_visual_tokens=1, max_visual_tokens=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2, 0, 1])
+def test_aimv2_gives_every_image_the_features_that_transformers_gives_it_alone(feature_layer):
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    tower = VisionTowerConfig(replace(AIMV2, feature_layer=feature_layer), 7).configure_model()
+    theirs = Aimv2VisionModel(Aimv2VisionConfig(**transformers_values(AIMV2))).eval()
+    theirs.load_state_dict(tower.state_dict())
+    patches = torch.randn(sum(rows * columns for rows, columns in GRIDS), 1, 3 * 4**2)
+    features, first = tower(patches, GRIDS), 0
+    for rows, columns in GRIDS:
+        own = slice(first, first := first + rows * columns)
+        image = patches[own].view(rows, columns, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(1, 3, 4 * rows, 4 * columns)
+        expected = theirs(image, output_hidden_states=True).hidden_states[feature_layer][0]
+        torch.testing.assert_close(features[own], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_what_aimv2s_features_do_not_depend_on_is_frozen_and_nothing_else(feature_layer):
+    tower = VisionTowerConfig(replace(AIMV2, feature_layer=feature_layer), 7).configure_model()
+    freeze_unused_layers(tower, feature_layer)
+    tower(torch.randn(6, 1, 48), GRIDS[:1]).square().sum().backward()
+    for name, parameter in tower.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_aimv2s_positions_are_its_own_whatever_the_weights_are():
+    """Their rounding to bf16 is all that a bf16 tower adds: transformers' angles are bf16 themselves."""
+    from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionEmbeddings
+
+    build = Aimv2VisionEmbeddings.build_2d_sincos_position_embedding
+    exact = build(40, 71, embed_dim=32, dtype=torch.float64)[0]
+    tower = VisionTowerConfig(replace(AIMV2, feature_layer=0), 7).configure_model()
+    torch.nn.init.zeros_(tower.embeddings.rms_norm.weight)  # leaves the positions
+    nothing = torch.zeros(40 * 71, 1, 48)
+    torch.testing.assert_close(tower(nothing, [(40, 71)]).double(), exact, rtol=0, atol=1e-5)
+    found = tower.bfloat16()(nothing.bfloat16(), [(40, 71)])
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2**-8)
+    assert (build(40, 71, embed_dim=32, dtype=torch.bfloat16)[0].double() - exact).abs().max() > 0.05
+
+
 def test_every_parameter_of_a_native_tower_is_trained_and_its_config_promises_its_limit():
     config = VisionTowerConfig(NATIVE, 7)
     tower = config.configure_model()
@@ -184,6 +231,15 @@ def test_every_parameter_of_a_native_tower_is_trained_and_its_config_promises_it
     tower(torch.randn(6, 4, 48), GRIDS[:1]).square().sum().backward()
     assert all(parameter.grad is not None for parameter in tower.parameters())
     assert config.num_image_embeddings_per_tile == 64 and config.class_token_len == 0
+
+
+def test_aimv2_is_the_same_after_the_meta_device():
+    tower = VisionTowerConfig(AIMV2, 7).configure_model()
+    with torch.device("meta"):
+        built = VisionTowerConfig(AIMV2, 7).configure_model()
+    built.to_empty(device="cpu").load_state_dict(tower.state_dict())
+    patches = torch.randn(24, 1, 48)
+    assert torch.equal(built(patches, GRIDS[3:]), tower(patches, GRIDS[3:]))
 
 
 def test_a_native_towers_positions_stay_exact_in_bf16_and_are_there_after_the_meta_device():

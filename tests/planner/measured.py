@@ -160,6 +160,7 @@ def build_data(config: RunConfig, images_per_row: int) -> Any:
     from torch.utils.data import DataLoader
 
     from nemo_pre.config.derived import num_visual_tokens
+    from nemo_pre.config.vision_families import is_native, merge_size
     from nemo_pre.data.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
     rows, size = config.trainer.micro_batch_size, config.model.vision.image_size
@@ -179,9 +180,9 @@ def build_data(config: RunConfig, images_per_row: int) -> Any:
         "media": torch.randn(rows * images_per_row, *seen),
         "num_media_tiles": [1] * rows * images_per_row,
     }
-    if config.model.vision.family == "qwen25_vl":  # images of the most visual tokens there may be, two rows of them
+    if is_native(config.model.vision):  # images of the most visual tokens there may be, two rows of them
         most, pixels = num_visual_tokens(config.model), 3 * config.model.vision.patch_size**2
-        batch["media"] = torch.randn(rows * images_per_row * most, 4, pixels)
+        batch["media"] = torch.randn(rows * images_per_row * most, merge_size(config.model.vision) ** 2, pixels)
         batch["media_grids"] = [(2, most // 2)] * rows * images_per_row
     if config.data.packing:  # a sample begins with its image
         batch["segments"] = (tokens == IMAGE_TOKEN_INDEX).cumsum(dim=1) - 1

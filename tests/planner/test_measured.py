@@ -43,7 +43,13 @@ RUNS: dict[str, dict[str, Any]] = {
             "model.vision.drop_class_token": False,
         }
     },
-    "native resolution, bf16": {"vision": NATIVE, "precision": "bf16", "pre": {"anchor": "pre_projector"}},
+    "native resolution, bf16": {
+        "vision": NATIVE["qwen25_vl"],
+        "precision": "bf16",
+        "pre": {"anchor": "pre_projector"},
+    },
+    "AIMv2 at native resolution": {"vision": NATIVE["aimv2_native"], "pre": {"anchor": "pre_projector"}},
+    "AIMv2 at native resolution, bf16": {"vision": NATIVE["aimv2_native"], "precision": "bf16"},
     "packed": {"changes": {"data.packing": True}, "images": 3, "pre": {}},
     "packed, TP2+SP, selective": {
         "changes": {"data.packing": True},

@@ -148,13 +148,39 @@ def test_aimv2_fills_the_published_file_of_float32():
     assert round(model_parameters(with_parts("aimv2_l14_336", "qwen25_3b"))["vision"] * 4 / 1e9, 2) == 1.24
 
 
+def test_aimv2_at_native_resolution_is_the_published_one_and_has_no_stored_positions():
+    """https://huggingface.co/apple/aimv2-large-patch14-native: its shape and its processor, in
+    transformers' names, and 1.24 GB of float32 too."""
+    from nemo_pre.huggingface.qwen_vl import tower_config
+
+    published = {
+        "model_type": "aimv2_vision_model", "is_native": True, "use_head": False, "hidden_act": "silu",
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 8,
+        "image_size": 224, "patch_size": 14, "num_channels": 3, "rms_norm_eps": 1e-05, "qkv_bias": False,
+        "mlp_bias": False, "attention_dropout": 0.0,
+    }  # fmt: skip
+    processor = {"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}}
+    config = with_parts("aimv2_l14_native", "qwen25_3b")
+    assert tower_config(published, processor, "here") == config.model.vision
+    positions = 576 * 1024
+    planned = model_parameters(config)["vision"]
+    assert planned == model_parameters(with_parts("aimv2_l14_336", "qwen25_3b"))["vision"] - positions
+    assert round(planned * 4 / 1e9, 2) == 1.24
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_named_after_its_parts_and_its_projector_fits_both(name):
     model: ModelConfig = compose_run([f"model={name}", "stage=stage2_full"]).model
     choices = compose_config([f"model={name}"])
     assert model.name == choices.model.name == name
     tower, language = name.replace("llava15", "clip_vicuna").split("_", 1)
-    families = {"siglip2": "siglip", "clip672": "clip", "patch": "patch_mlp", "qwen25vl": "qwen25_vl"}
+    families = {
+        "siglip2": "siglip",
+        "clip672": "clip",
+        "patch": "patch_mlp",
+        "qwen25vl": "qwen25_vl",
+        "aimv2native": "aimv2_native",
+    }
     assert model.vision.family == families.get(tower, tower)
     published = PUBLISHED[language.removeprefix("mlp_")]
     assert (model.language.num_layers, model.language.vocab_size) == published[1:3]
@@ -177,6 +203,7 @@ def test_pixels_are_normalised_and_resized_as_the_encoders_own_processor_does(na
         "siglip": (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD, ("whole", "bilinear")),
         "dinov2": (image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD, ("crop", "bicubic")),
         "aimv2": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD, ("crop", "bicubic")),
+        "aimv2_native": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD, ("whole", "bicubic")),
         "qwen25_vl": (image_utils.OPENAI_CLIP_MEAN, image_utils.OPENAI_CLIP_STD, ("whole", "bicubic")),
         "patch_mlp": (image_utils.IMAGENET_STANDARD_MEAN, image_utils.IMAGENET_STANDARD_STD, ("whole", "bicubic")),
     }[vision.family]
@@ -185,4 +212,5 @@ def test_pixels_are_normalised_and_resized_as_the_encoders_own_processor_does(na
         ["model=llava15_7b", f"model/vision={name}", "stage=stage1_align", "data.sequence_length=2560"]
     )
     assert (aligned.data.image_resize, aligned.data.image_filter) == how
-    assert num_visual_tokens(config.model) == {"clip_l14_672": 2304, "qwen25_vl_vit": 1280}.get(name, 576)
+    others = {"clip_l14_672": 2304, "qwen25_vl_vit": 1280, "aimv2_l14_native": 1280}
+    assert num_visual_tokens(config.model) == others.get(name, 576)

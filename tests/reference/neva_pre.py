@@ -149,14 +149,18 @@ def decode(x_sd: Tensor, state: dict[str, Tensor], config: ReferenceConfig) -> t
 
 def vision_tower(config: ReferenceConfig) -> torch.nn.Module:
     """The ``transformers`` tower in the given shape, on the meta device: weights come from the state dict."""
-    from transformers import CLIPVisionModel, SiglipVisionModel
+    from transformers import Aimv2VisionModel, CLIPVisionModel, SiglipVisionModel
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     if config.vision.model_type == "qwen2_5_vl":
         tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision).eval()
         tower.merger.mlp = torch.nn.Identity()  # it is the projector
         return tower
-    family = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+    family = {
+        "clip_vision_model": CLIPVisionModel,
+        "siglip_vision_model": SiglipVisionModel,
+        "aimv2_vision_model": Aimv2VisionModel,
+    }
     return family[config.vision.model_type](config.vision).eval()
 
 
@@ -165,6 +169,11 @@ def encode_image(image: Any, tower: torch.nn.Module, state: dict[str, Tensor], c
     their aspect ratio."""
     weights = _below(state, "vision_model.")
     dtype = next(iter(weights.values())).dtype
+    if isinstance(image, tuple) and config.vision.model_type == "aimv2_vision_model":
+        patches, (rows, columns) = image
+        side = config.vision.patch_size
+        places = patches.reshape(rows, columns, 3, side, side).permute(2, 0, 3, 1, 4)
+        image = places.reshape(3, rows * side, columns * side)
     if isinstance(image, tuple):
         patches, (rows, columns) = image
         channels = patches.to(dtype).reshape(4 * rows * columns, 3, 1, -1)

@@ -136,41 +136,54 @@ def random_batch(
 
 # --- native resolution ----------------------------------------------------------------------------------------------
 
-NATIVE = {  # fields of VisionConfig
-    "family": "qwen25_vl",
+NATIVE_SIZES = {
     "image_size": 0,
     "patch_size": 2,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_layers": 3,
     "num_attention_heads": 2,
-    "feature_layer": -1,
     "drop_class_token": False,
     "min_visual_tokens": 1,
     "max_visual_tokens": 8,
-    "window_size": 8,
-    "full_attention_layers": [1],
+}
+NATIVE: dict[str, dict[str, Any]] = {  # fields of VisionConfig
+    "qwen25_vl": {
+        "family": "qwen25_vl",
+        **NATIVE_SIZES,
+        "feature_layer": -1,
+        "window_size": 8,
+        "full_attention_layers": [1],
+    },
+    "aimv2_native": {"family": "aimv2_native", **NATIVE_SIZES, "feature_layer": -2},
 }
 GRIDS = [(1, 3), (3, 2), (2, 2), (1, 1), (4, 1), (2, 4), (3, 1)]
 
 
-def native_vision() -> Any:
-    """``transformers``' configuration of the tower in :data:`NATIVE`."""
+def native_vision(family: str) -> Any:
+    """``transformers``' configuration of a tower in :data:`NATIVE`."""
+    from transformers import Aimv2VisionConfig
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+    if family == "aimv2_native":
+        return Aimv2VisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, patch_size=2,
+            is_native=True, use_head=False,
+        )  # fmt: skip
     return Qwen2_5_VLVisionConfig(
         depth=3, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=2, window_size=8,
         fullatt_block_indexes=[1], out_hidden_size=WIDTH,
     )  # fmt: skip
 
 
-def with_native_images(batch: dict[str, Any], seed: int) -> dict[str, Any]:
+def with_native_images(batch: dict[str, Any], seed: int, family: str) -> dict[str, Any]:
     """A batch of :func:`random_batch` with images of several sizes in the place of its own."""
+    patches_per_token = {"qwen25_vl": 4, "aimv2_native": 1}[family]
     generator = torch.Generator().manual_seed(seed)
     count = len(batch["num_media_tiles"])
     grids = [GRIDS[int(torch.randint(len(GRIDS), (), generator=generator))] for _ in range(count)]
     tokens = sum(rows * columns for rows, columns in grids)
-    patches = torch.randn(tokens, 4, 3 * 2**2, generator=generator) if count else None
+    patches = torch.randn(tokens, patches_per_token, 3 * 2**2, generator=generator) if count else None
     return {**batch, "media": patches, "media_grids": grids}
 
 

@@ -1,8 +1,9 @@
-"""A Qwen2.5-VL whose visual tokens see each other both ways, or have other rotary positions than M-RoPE's.
+"""A Qwen2.5-VL whose visual tokens see each other both ways, have other rotary positions than M-RoPE's, or come from
+AIMv2.
 
-Source: LaVer, arXiv 2512.06281. Only the attention mask and the positions differ from transformers'
-Qwen2_5_VLForConditionalGeneration; weights and their names are the same. It takes pictures, no videos, and knows them
-by their tokens alone: markers around them are text.
+Source: LaVer, arXiv 2512.06281. Only the attention mask, the positions and the tower differ from transformers'
+Qwen2_5_VLForConditionalGeneration; the other weights and their names are the same. It takes pictures, no videos, and
+knows them by their tokens alone: markers around them are text.
 
 Shape suffixes as in spatial_tokens.py.
 """
@@ -12,11 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from torch import Tensor, nn
+from transformers import Aimv2VisionConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLPreTrainedModel as PreTrained
+from transformers import Qwen2_5_VLTextModel as TextModel
 from transformers.generation import GenerationMixin
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
 
 from .configuration_spatial_qwen_vl import SpatialQwenVLConfig
+from .native_aimv2 import NativeAimv2
 from .spatial_tokens import (
     Grid,
     SpatialRotaryEmbedding,
@@ -33,6 +38,20 @@ HUB_NAMES = {
 }
 
 
+class SpatialQwenVLModel(Qwen2_5_VLModel):
+    """Qwen2_5_VLModel with the tower that the configuration is of."""
+
+    config_class = SpatialQwenVLConfig
+
+    def __init__(self, config: SpatialQwenVLConfig) -> None:
+        PreTrained.__init__(self, config)
+        tower = NativeAimv2 if isinstance(config.vision_config, Aimv2VisionConfig) else Tower
+        self.visual = tower._from_config(config.vision_config)
+        self.language_model = TextModel._from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()
+
+
 class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     """Qwen2_5_VLForConditionalGeneration with the mask and the positions of its :class:`SpatialQwenVLConfig`."""
 
@@ -46,7 +65,10 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
 
     def __init__(self, config: SpatialQwenVLConfig) -> None:
         check_attention(config, config.text_config)
-        super().__init__(config)
+        PreTrained.__init__(self, config)
+        self.model = SpatialQwenVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
         text_model = self.model.language_model
         axes = config.rope_axes or [0] * config.num_frequencies
         text_model.rotary_emb = SpatialRotaryEmbedding(text_model.rotary_emb, axes, three=True)
