@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 import recipes
 from nemo_pre.config.checks import check_options
-from nemo_pre.config.compose import compose_run
+from nemo_pre.config.compose import compose_config, compose_run
 from nemo_pre.config.derived import num_visual_tokens, target_layers, world_size
 from nemo_pre.config.memory import estimate_memory
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.schema import PrecisionConfig, RunConfig
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.step_time import step_time
@@ -45,6 +46,13 @@ DATA = {
 # PRe's layer (main text, section 4): the middle one.
 MIDDLE = {"vicuna_7b": 16, "llava15_7b": 16, "qwen25_7b": 14, "qwen25_3b": 18}
 TEMPLATE = {"llava15": "vicuna_v1", "llama3": "llama3", "qwen25vl": "qwen_vl", "qwen25": "chatml"}
+
+HALVED = {  # the micro-batch, with FP8
+    "siglip2_qwen25_7b_laver_stage2_released_code",
+    "siglip2_qwen25_7b_stage2_full",
+    "siglip2_qwen25_7b_stage2_full_pre",
+    "siglip2_qwen25_14b_stage1_align",
+}
 
 
 @cache
@@ -108,6 +116,23 @@ def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, 
     time = step_time(config, largest_load(config), DEVICES["h100"], Efficiency())
     assert time.balance > 0.9
     assert time.bubble < 0.06
+
+
+@pytest.mark.parametrize("precision", [name for name in recipes.choices("precision") if name.startswith("fp8")])
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_it_is_legal_in_fp8_and_fits_some_with_half_the_micro_batch(name, precision, monkeypatch):
+    """FP8 copies of the weights take what bf16 left free in four of them."""
+    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    chosen = compose_config([f"precision={precision}"]).precision
+    in_fp8 = PrecisionConfig(name=chosen.name, bf16_layers=chosen.bf16_layers)
+    config = replace(run(name), platform="gpu", dry_run=True, precision=in_fp8)
+    assert check_options(config) == []
+    fits = estimate_memory(config).problem() is None
+    assert fits == (name not in HALVED) or (fits and precision != "fp8_delayed")  # which has FP8 in all layers
+    if not fits:
+        half = replace(config.trainer, micro_batch_size=config.trainer.micro_batch_size // 2)
+        assert check_options(replace(config, trainer=half)) == []
+        assert estimate_memory(replace(config, trainer=half)).problem() is None
 
 
 def test_a_stage_starts_from_the_stage_before_it_or_from_imported_weights():
