@@ -13,7 +13,7 @@ from nemo_pre.diagnostics.huggingface import HuggingFaceModel
 from nemo_pre.diagnostics.samples import DiagnosticSample
 from tests.diagnostics.tiny_models import written
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "internvl")
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "aimv2", "internvl")
 QUESTIONS = ("<image>\nhow many?", "<image>\nis there a dog to the left of the cat?")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ ROLES = (
 
 
 def written(family: str, directory: Path) -> Path:
-    """``llava`` | ``llava_next`` | ``qwen2_5_vl`` | ``internvl``, with a processor and a chat template."""
-    return {"llava": tiny_llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen, "internvl": _internvl}[family](
-        directory
-    )
+    """``llava`` | ``llava_next`` | ``qwen2_5_vl`` | ``aimv2`` (our code, at native resolution) | ``internvl``, with a
+    processor and a chat template."""
+    write = {
+        "llava": tiny_llava,
+        "llava_next": _llava_next,
+        "qwen2_5_vl": _qwen,
+        "aimv2": _aimv2,
+        "internvl": _internvl,
+    }[family]
+    return write(directory)
 
 
 def _save(directory: Path, model_class: Any, config: Any, processor: Any) -> Path:
@@ -83,27 +90,28 @@ def _llava_next(directory: Path) -> Path:
     return _save(directory, LlavaNextForConditionalGeneration, config, processor)
 
 
-def _qwen(directory: Path) -> Path:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+QWEN_NAMES = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def _qwen_processor(merge: int, frames: int, max_side: int) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = _tokenizer(Qwen2TokenizerFast)
-    names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
-    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
-    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 24 * 24, "max_pixels": 64 * 64}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
+    tokenizer.add_special_tokens({"additional_special_tokens": QWEN_NAMES})
+    sizes = {"merge_size": merge, "temporal_patch_size": frames, "min_pixels": 24 * 24, "max_pixels": max_side**2}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=4, **sizes),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=ROLES.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
+
+
+def _qwen(directory: Path) -> Path:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    processor = _qwen_processor(merge=2, frames=2, max_side=64)
+    ids = dict(zip(QWEN_NAMES, processor.tokenizer.convert_tokens_to_ids(QWEN_NAMES), strict=True))
     config = Qwen2_5_VLConfig(
         text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
         vision_config={
@@ -122,6 +130,42 @@ def _qwen(directory: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
     )
     return _save(directory, Qwen2_5_VLForConditionalGeneration, config, processor)
+
+
+def _aimv2(directory: Path) -> Path:
+    from nemo_pre.huggingface.exporter import copy_own_code
+    from nemo_pre.huggingface.remote_code.configuration_spatial_qwen_vl import SpatialQwenVLConfig
+    from nemo_pre.huggingface.remote_code.modeling_spatial_qwen_vl import SpatialQwenVLForConditionalGeneration
+
+    processor = _qwen_processor(merge=1, frames=1, max_side=32)
+    config = SpatialQwenVLConfig(
+        text_config={**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [0, 2, 2]}},
+        vision_config={
+            "model_type": "aimv2_vision_model",
+            "is_native": True,
+            "use_head": False,
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_attention_heads": 2,
+            "patch_size": 4,
+            "feature_layer": -2,
+            "out_hidden_size": 32,
+        },
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        visual_attention="mixed",
+        visual_rope="2d",
+        rope_axes=[1, 2, 1, 2],
+    )
+    _save(directory, SpatialQwenVLForConditionalGeneration, config, processor)
+    copy_own_code("spatial_qwen_vl", directory)
+    values = json.loads((directory / "config.json").read_text())
+    values["auto_map"] = {
+        "AutoConfig": "configuration_spatial_qwen_vl.SpatialQwenVLConfig",
+        "AutoModelForImageTextToText": "modeling_spatial_qwen_vl.SpatialQwenVLForConditionalGeneration",
+    }
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
 
 
 def _internvl(directory: Path) -> Path:
