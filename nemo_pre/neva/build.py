@@ -62,6 +62,8 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         freeze_vision_projection=config.optim.freeze_projector,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
+        # A work-around for old versions of torch. It would have the first stage wait for PRe's anchors to be read.
+        batch_p2p_sync=False,
         **interleaved,
         **backend,
     )

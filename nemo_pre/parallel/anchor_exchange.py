@@ -3,7 +3,8 @@
 The anchor travels in process groups of its own, so it neither changes the activations' shape nor the order of the
 schedule's own messages. Why this cannot deadlock, under 1F1B and interleaved 1F1B alike:
 
-- Sends are asynchronous, and the first stage never waits for one before the step's end.
+- Sends are asynchronous, and the first stage never waits for one before the step's end. NCCL makes the communicator
+  of a pair of ranks at its first message, and both wait meanwhile: hence :meth:`AnchorExchange.connect`.
 - A stage asks for micro-batch i's anchor only while it runs micro-batch i, whose activations left the first stage
   after the anchor was sent.
 - Model chunks run their micro-batches in ascending order, and a stage's first tapped chunk gets micro-batch i
@@ -44,6 +45,16 @@ class AnchorExchange:
     readers: Sequence[int]
     _incoming: dict[int, _Incoming] = field(default_factory=dict)
     _outgoing: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+
+    def connect(self, device: torch.device) -> None:
+        """A first message to every stage with a reader, before the schedule starts. Every rank must call this."""
+        message = torch.zeros(1, device=device)
+        if self.stage == FIRST_STAGE:
+            for stage, readers in enumerate(self.readers):
+                if readers and stage != FIRST_STAGE:
+                    dist.send(message, group=self.group, group_dst=stage)
+        elif self.readers[self.stage]:
+            dist.recv(message, group=self.group, group_src=FIRST_STAGE)
 
     def publish(self, micro_batch: int, anchor: Tensor) -> None:
         """On the first stage: hand micro-batch ``micro_batch``'s anchor, ``[n, d]``, to every stage with a reader."""
