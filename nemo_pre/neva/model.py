@@ -154,6 +154,9 @@ class VisualNevaConfig(NevaConfig):
             language.position_embedding_type, language.mrope_section = "mrope", []
             language.apply_rope_fusion = False  # the fused kernel knows one sequence of positions for all rows
         language.scatter_embedding_sequence_parallel = False
+        # At a step's first micro-batch Megatron has FP8 copies of the weights made anew if this configuration, the
+        # whole model's, says fp8. NeMo sets it back before it builds the model. Layers look at their own.
+        self.fp8 = language.fp8
         self.vision_projection_config.tensor_model_parallel_size = self.tensor_model_parallel_size
 
         # Lightning configures the first chunk without saying which virtual stage it is.

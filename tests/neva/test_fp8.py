@@ -12,6 +12,8 @@ from nemo_pre.config.compose import compose_run
 from nemo_pre.neva.build import build_neva_config
 from nemo_pre.neva.fp8 import without_fp8
 from nemo_pre.neva.model import MCoreVisualNevaModel
+from tests.neva.fp8_ranks import asks_for_new_copies
+from tests.ranks import run_ranks
 
 
 def neva_config(*overrides):
@@ -40,6 +42,12 @@ def test_the_number_of_bf16_layers_is_an_option():
     config = neva_config("precision=fp8_tensorwise", "precision.bf16_layers=2", "model.language.num_layers=6")
     decoder = config.language_transformer_config
     assert [layer for layer in range(6) if is_first_last_bf16_layer(decoder, layer)] == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(("precision", "asks"), [("fp8_tensorwise", True), ("fp8_delayed", True), ("bf16", False)])
+def test_every_step_begins_with_new_fp8_copies_of_the_weights(precision, asks):
+    """Transformer Engine keeps them over a step's micro-batches; told of no new step, it keeps the first ones."""
+    assert run_ranks(asks_for_new_copies, 1, precision) == [asks]
 
 
 def test_bf16_and_fp32_know_nothing_of_fp8():
