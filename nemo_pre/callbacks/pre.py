@@ -95,7 +95,11 @@ class PReCallback(Callback):
         return neva.language_transformer_config.hidden_size
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights of ``init_from`` are there, those of a checkpoint that is resumed come later."""
         self._install(trainer)
+        for chunk in self._chunks:
+            if hasattr(chunk, "ema_projection"):
+                chunk.ema_projection.load_state_dict(chunk.vision_projection.state_dict())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._exchange is None:
@@ -136,6 +140,7 @@ class PReCallback(Callback):
         readers: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(readers, len(self._taps), group=group)
         self._exchange = AnchorExchange(group, stage, readers)
+        self._exchange.connect(next(chunks[0].parameters()).device)
 
     def _prepare_anchor(self, chunk: MCoreVisualNevaModel) -> None:
         """On the first stage: what computes the anchor beside the live model."""

@@ -16,7 +16,7 @@ from tests.training.job import run
 from tests.training.test_resume import losses, overrides
 
 
-def pre_losses(output: Path, digits: Path, momentum: str) -> list[float]:
+def pre_losses(output: Path, digits: Path, momentum: str, *others: str) -> list[float]:
     settings = [
         "parallel=single",
         "trainer.max_steps=3",
@@ -24,6 +24,7 @@ def pre_losses(output: Path, digits: Path, momentum: str) -> list[float]:
         "resume=false",
         "optim.warmup_ratio=0",
         f"objective.pre.ema_momentum={momentum}",
+        *others,
     ]
     run_ranks(run, 1, overrides(output, digits, *settings), timeout=120)
     return [pre for _, pre in losses(output).values()]
@@ -37,6 +38,15 @@ def test_the_moving_anchor_follows_the_projector_at_the_pace_of_its_momentum(dig
     assert follows == pytest.approx(live, abs=1e-6)
     assert stands[0] == pytest.approx(live[0], abs=1e-6)
     assert abs(stands[2] - live[2]) > 1e-4
+
+
+def test_the_moving_anchor_starts_from_the_projector_of_the_stage_before(digits, tmp_path):
+    former = ["parallel=single", "trainer.max_steps=1", "trainer.checkpoint_every=1", "optim.warmup_ratio=0"]
+    first = tmp_path / "first"
+    run_ranks(run, 1, overrides(first, digits, *former, "seed=7", "optim.lr=0.1"), timeout=120)
+    start = f"init_from={first / 'checkpoints'}"
+    live, stands = (pre_losses(tmp_path / name, digits, name, start) for name in ("null", "1.0"))
+    assert stands[0] == pytest.approx(live[0], abs=1e-6)
 
 
 def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
