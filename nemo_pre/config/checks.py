@@ -138,6 +138,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _sequence(config)
     yield from _batch(config)
     yield from _objective(config)
+    yield from _roll_backs(config)
     yield from visual_problems(config)
     yield from _features(config)
     yield from precision_problems(config)
@@ -426,6 +427,11 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
     yield from ignored_precision_options(config)
     yield from _ignored_pre_options(pre)
     yield from ignored_visual_options(config)
+    if config.trainer.rank_timeout <= config.trainer.hang_timeout:
+        yield (
+            f"trainer.hang_timeout={config.trainer.hang_timeout} has no effect where trainer.rank_timeout="
+            f"{config.trainer.rank_timeout} ends waiting ranks before."
+        )
     if optim.lr_heads is not None and not (pre.enabled or config.objective.laver.enabled):
         yield "optim.lr_heads has no effect without objective.pre or objective.laver."
 

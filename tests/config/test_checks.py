@@ -15,6 +15,15 @@ def run_with(*overrides, experiment="digits_tiny"):
 
 # Every case breaks exactly one rule of a run that is otherwise accepted (test_compose shows that it is).
 REFUSED = [
+    (["trainer.spike_action=stop", "trainer.spike_factor=0.5"], "trainer.spike_factor=0.5 must be more than 1."),
+    (
+        ["trainer.nan_action=roll_back", "resume=false"],
+        "A roll-back continues from a checkpoint, which resume=false forbids: leave resume=true.",
+    ),
+    (
+        ["trainer.nan_action=roll_back", "optim.clip_grad=0"],
+        "trainer.nan_action=roll_back looks at the gradient's norm, which needs optim.clip_grad above 0.",
+    ),
     (["platform=tpu"], "platform=tpu is unknown: choose one of auto, cpu, gpu."),
     (["precision.name=fp64"], "precision.name=fp64 is unknown"),
     (["model.vision.family=dino"], "model.vision.family=dino is unknown"),
@@ -142,6 +151,10 @@ WARNED = [
         "optim.lr_vision has no effect with optim.freeze_vision=true.",
     ),
     (["objective.pre.weight=0.7"], "objective.pre.weight have no effect with objective.pre.enabled=false."),
+    (
+        ["trainer.rank_timeout=600"],
+        "trainer.hang_timeout=1800 has no effect where trainer.rank_timeout=600 ends waiting ranks before.",
+    ),
     (["optim.lr_heads=1e-4"], "optim.lr_heads has no effect without objective.pre or objective.laver."),
     (
         ["objective=pre", "objective.pre.external_path=x"],
