@@ -27,13 +27,14 @@ def run_rank(config: RunConfig) -> None:
 
 def prepare_process(config: RunConfig) -> bool:
     """Apply the patches this run needs; returns whether it runs on a GPU. Once per process, before building."""
-    from nemo_pre.compat import checkpoints, cpu_backend, learning_rates, progress, telemetry
+    from nemo_pre.compat import checkpoints, cpu_backend, distributed_setup, learning_rates, progress, telemetry
 
     on_gpu = not cpu_backend.use_cpu(config.platform)
     if not on_gpu:
         cpu_backend.apply()
     for patches in (checkpoints, learning_rates, progress, telemetry):
         patches.apply()
+    distributed_setup.apply(config.seed, timedelta(seconds=config.trainer.rank_timeout))
 
     from nemo.utils import logging
 
@@ -108,7 +109,6 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
             check_for_nan_in_grad=config.trainer.nan_action == "stop",  # on one rank; a roll-back needs them all
         ),
         process_group_backend="nccl" if on_gpu else "gloo",
-        timeout=timedelta(seconds=config.trainer.rank_timeout),
         ckpt_async_save=config.trainer.async_checkpoint,
         ckpt_optim_fully_reshardable=layout.distributed_optimizer,
         ckpt_load_strictness=StrictHandling.LOG_ALL,

@@ -239,7 +239,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     async_checkpoint: bool = False
     ignore_memory_estimate: bool = False  # train although nemo-pre plan's count says that a rank's memory is too small
-    rank_timeout: int = 600  # seconds a collective may wait before the job is ended
+    rank_timeout: int = 3600  # seconds a collective may wait before the job is ended; more than hang_timeout
     hang_timeout: int = 1800  # seconds without a finished step after which every rank prints its stacks and ends
     nan_action: str = "stop"  # stop | roll_back: at a loss or gradient that is not finite
     spike_action: str = "none"  # none | stop | roll_back (to the last checkpoint, leaving out the batches since)

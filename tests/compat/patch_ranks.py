@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+from datetime import timedelta
 from typing import Any
 
-from nemo_pre.compat import cpu_backend, learning_rates, progress
+from nemo_pre.compat import cpu_backend, distributed_setup, learning_rates, progress
 from nemo_pre.compat.registry import Change
 from tests.compat import tiny_gpt
 from tests.compat.tiny_gpt import Layout
@@ -16,7 +17,8 @@ def apply_and_revert() -> list[str]:
     """Apply and revert every patch alone, then all together, and look at every attribute; returns the names."""
     import torch
 
-    patches = [*cpu_backend.patches(), *learning_rates.PATCHES, *progress.PATCHES]
+    own = [distributed_setup.seed_of_the_run(7), distributed_setup.timeout_of_the_run(timedelta(seconds=77))]
+    patches = [*cpu_backend.patches(), *learning_rates.PATCHES, *progress.PATCHES, *own]
     changes = [change for patch in patches for change in patch._effects() if isinstance(change, Change)]
     targets = {(id(change.owner), change.attribute): change.owner for change in changes}
 
@@ -50,11 +52,13 @@ def apply_and_revert() -> list[str]:
         cpu_backend.apply()
         learning_rates.apply()
         progress.apply()
+        distributed_setup.apply(7, timedelta(seconds=77))
         changed = [key[1] for key, value in snapshot().items() if value is before[key]]
         # Where neither Apex nor Transformer Engine is installed, these are what they are replaced with.
         norms = {"LNImpl", "LayerNormImpl", "l2_norm_impl", "multi_tensor_applier", "multi_tensor_scale_impl"}
         assert set(changed) <= {*norms, "SGD"}, changed
         assert cpu_backend.use_cpu("auto")
+        distributed_setup.revert()
         progress.revert()
         learning_rates.revert()
         cpu_backend.revert()
@@ -155,6 +159,26 @@ def nemo_seeds() -> bool:
         torch.rand(1)
     torch.manual_seed(3)
     return first.equal(torch.rand(1))
+
+
+def seed_and_timeouts() -> dict[str, Any]:
+    """Set up as NeMo's strategy does it, in a run of seed 7 whose collectives wait 77 seconds."""
+    cpu_backend.apply()
+    distributed_setup.apply(7, timedelta(seconds=77))
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from nemo.lightning import _strategy_lib
+
+    _strategy_lib.init_parallel_ranks(1, 0, 0, ModelParallelConfig())
+    dist.init_process_group("gloo", timeout=None)
+    _strategy_lib.init_model_parallel()
+    groups = [dist.group.WORLD, parallel_state.get_data_parallel_group(), dist.new_group(backend="gloo")]
+    waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    found = {"seed": torch.initial_seed(), "seconds": [wait.total_seconds() for wait in waits]}
+    distributed_setup.revert()
+    return found
 
 
 def dropout_is_replayed() -> float:

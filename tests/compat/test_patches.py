@@ -27,6 +27,11 @@ def test_nemo_seeds_the_model_parallel_generators():
     assert run_ranks(patch_ranks.nemo_seeds, 2) == [True, True]
 
 
+def test_the_runs_seed_and_timeout_reach_the_ranks():
+    (found,) = run_ranks(patch_ranks.seed_and_timeouts, 1)
+    assert found == {"seed": 7, "seconds": [77.0, 77.0, 77.0]}
+
+
 def test_recomputation_replays_dropout():
     assert max(run_ranks(patch_ranks.dropout_is_replayed, 2)) < 1e-14
 
