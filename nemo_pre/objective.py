@@ -52,11 +52,27 @@ def gradient_divisor(plan: StepPlan, per_token_loss: bool, data_context_ranks: i
     return float(data_context_ranks)
 
 
+def term_scale(plan: StepPlan, term: str, global_count: int, model_config: Any, parts: int = 1) -> float:
+    """Factor for the ``loss_sum`` of one of the step's terms: :func:`auxiliary_loss_scale` on this run's ranks.
+
+    Args:
+        term: its name in ``plan.weights``.
+        global_count: what the term is averaged over, summed over the global batch (see :class:`StepPlan`).
+        model_config: Megatron's configuration of the whole model.
+        parts: layers that share the term's weight.
+    """
+    from megatron.core import parallel_state as ps
+
+    ranks = ps.get_data_parallel_world_size(with_context_parallel=True)
+    divisor = gradient_divisor(plan, model_config.calculate_per_token_loss, ranks)
+    return auxiliary_loss_scale(plan.weights[term] / parts, global_count, divisor, model_config.grad_scale_func)
+
+
 def auxiliary_loss_scale(
     weight: float,
     global_count: int,
     divisor: float,
-    grad_scale_func: Callable[[float], float] | None = None,
+    grad_scale_func: Callable[[float], float] | None,
 ) -> float:
     """Factor for an auxiliary ``loss_sum`` so that, after all of Megatron's reductions, the gradient is that of
     ``weight * loss_sum_over_the_global_batch / global_count``.

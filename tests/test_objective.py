@@ -17,7 +17,7 @@ def test_divisor_is_what_megatron_divides_by_afterwards(per_token, ranks, expect
 
 def test_injected_gradient_survives_megatrons_division_as_weight_over_count():
     # Megatron sums and divides by 100 loss tokens; what must be left of a term over 40 tokens is 0.5 / 40.
-    scale = auxiliary_loss_scale(0.5, 40, gradient_divisor(plan(), True, 8))
+    scale = auxiliary_loss_scale(0.5, 40, gradient_divisor(plan(), True, 8), None)
     assert scale / 100 == pytest.approx(0.5 / 40)
 
 
@@ -31,7 +31,7 @@ def test_the_reported_value_is_the_global_mean_and_zero_of_nothing():
 
 
 def test_no_visual_tokens_give_a_zero_scale():
-    assert auxiliary_loss_scale(0.5, 0, 100.0) == 0.0
+    assert auxiliary_loss_scale(0.5, 0, 100.0, None) == 0.0
 
 
 def test_fp16_loss_scaling_multiplies_the_injected_gradient():

@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from nemo_pre.callbacks.step_planner import BranchPlanner, Weight, step_planner
-from nemo_pre.config.schema import LaVerConfig, ScheduleConfig
+from nemo_pre.callbacks.step_planner import BranchPlanner, step_planner
+from nemo_pre.config.schema import LaVerConfig
 from nemo_pre.losses import gram_anchoring_loss, masked_prediction_loss
 from nemo_pre.neva.heads import ReconstructionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
@@ -30,13 +30,13 @@ from nemo_pre.neva.model import (
     VisualNevaConfig,
     model_chunks,
 )
-from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
+from nemo_pre.objective import StepPlan, global_mean, term_scale
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms, whole_images
 from nemo_pre.parallel.masking import visual_token_masks
 from nemo_pre.parallel.sequence_layout import SequenceLayout
 from nemo_pre.parallel.token_streams import VisualBranch, image_rows, image_sizes, packed_images, packed_length
-from nemo_pre.schedules import mask_ratio, ramp, teacher_momentum, update_interval, updates_teacher
+from nemo_pre.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class LaVerCallback(Callback, BranchPlanner):
         neva = pl_module.config
         neva.laver = self.spec(neva)
         planner = step_planner(trainer)
-        planner.terms["mim"] = _weight(self.config.mim_weight, self.config.mim_schedule)
-        planner.terms["gram"] = _weight(self.config.gram_weight, self.config.gram_schedule)
+        planner.add_term(self, "mim", self.config.mim_weight, self.config.mim_schedule)
+        planner.add_term(self, "gram", self.config.gram_weight, self.config.gram_schedule)
         planner.branch_planner = self
 
     def spec(self, neva: VisualNevaConfig) -> ReconstructionSpec:
@@ -234,13 +234,8 @@ class LaVerCallback(Callback, BranchPlanner):
         return plan.num_microbatches * ps.get_data_parallel_world_size()
 
     def _scale(self, term: str, micro_batch: MicroBatch) -> float:
-        from megatron.core import parallel_state as ps
-
         plan = micro_batch.plan
-        ranks = ps.get_data_parallel_world_size(with_context_parallel=True)
-        divisor = gradient_divisor(plan, self._neva.calculate_per_token_loss, ranks)
-        count = self._count(term, plan)
-        return auxiliary_loss_scale(plan.weights[term], count, divisor, self._neva.grad_scale_func)
+        return term_scale(plan, term, self._count(term, plan), self._neva)
 
     # --- after the step -----------------------------------------------------------------------------------------
 
@@ -294,10 +289,6 @@ class LaVerCallback(Callback, BranchPlanner):
         self._momentum = teacher_momentum(self.config.momentum_schedule, done, trainer.max_steps, self.config.momentum)
         for chunk in self._chunks:
             chunk.laver_teacher.update(self._momentum)
-
-
-def _weight(weight: float, schedule: ScheduleConfig) -> Weight:
-    return lambda step: weight * ramp(schedule.kind, step, schedule.start, schedule.steps)
 
 
 def _entropy(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:

@@ -25,11 +25,10 @@ from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens, model_chunks
-from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
+from nemo_pre.objective import StepPlan, global_mean, term_scale
 from nemo_pre.parallel.anchor_exchange import AnchorExchange, anchor_group
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.image_pooling import mean_per_image, share_of_replicated_sum
-from nemo_pre.schedules import ramp
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +62,7 @@ class PReCallback(Callback):
         neva.pre_heads = self.head_spec(neva)
         neva.ema_projector = self.config.ema_momentum is not None
         self.layers, self.anchor_width = neva.pre_heads.layers, neva.pre_heads.output_width
-        schedule, weight = self.config.schedule, self.config.weight
-        step_planner(trainer).terms["pre"] = lambda step: (
-            weight * ramp(schedule.kind, step, schedule.start, schedule.steps)
-        )
+        step_planner(trainer).add_term(self, "pre", self.config.weight, self.config.schedule)
 
     def head_spec(self, neva: VisualNevaConfig) -> PredictionHeadSpec:
         """The heads this objective adds to a model.
@@ -232,18 +228,12 @@ class PReCallback(Callback):
         self._losses[number][micro_batch.index] = loss_sum.detach()
         if not torch.is_grad_enabled():
             return hidden_states
-        return backpropagate_with(hidden_states, loss_sum * self._scale(micro_batch.plan))
+        plan = micro_batch.plan
+        scale = term_scale(plan, "pre", self._count(plan), self._neva, parts=len(self.layers))
+        return backpropagate_with(hidden_states, loss_sum * scale)
 
     def _count(self, plan: StepPlan) -> int:
         return plan.images if self.config.variant == "global" else plan.visual_tokens
-
-    def _scale(self, plan: StepPlan) -> float:
-        from megatron.core import parallel_state as ps
-
-        ranks = ps.get_data_parallel_world_size(with_context_parallel=True)
-        divisor = gradient_divisor(plan, self._neva.calculate_per_token_loss, ranks)
-        weight = plan.weights["pre"] / len(self.layers)
-        return auxiliary_loss_scale(weight, self._count(plan), divisor, self._neva.grad_scale_func)
 
     # --- after the step -----------------------------------------------------------------------------------------
 

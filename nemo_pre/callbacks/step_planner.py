@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from nemo_pre.config.schema import ScheduleConfig
 from nemo_pre.objective import StepPlan
+from nemo_pre.schedules import ramp
 
 if TYPE_CHECKING:
     from nemo_pre.parallel.sequence_layout import SequenceLayout
@@ -39,15 +41,26 @@ class StepPlanner(Callback):
     no kernel waits for it. The micro-batches of a step are held in host memory until they have run.
 
     Attributes:
-        terms: weight of each loss term over the optimizer steps; objectives add theirs.
+        terms: weight of each loss term over the optimizer steps; objectives add theirs (:meth:`add_term`).
         branch_planner: lays a second sequence out beside the samples; None without one.
         items: the step's micro-batches as the loader gave them, planned.
     """
 
     def __init__(self, lm_weight: float = 1.0) -> None:
         self.terms: dict[str, Weight] = {"lm": lambda _: lm_weight}
+        self._objectives: dict[str, object] = {"lm": self}
         self.branch_planner: BranchPlanner | None = None
         self.items: list[Any] = []
+
+    def add_term(self, objective: object, name: str, weight: float, schedule: ScheduleConfig) -> None:
+        """Let every step's plan have ``weights[name]``, the schedule applied.
+
+        Raises:
+            ValueError: another objective's term has this name.
+        """
+        if self._objectives.setdefault(name, objective) is not objective:
+            raise ValueError(f"Two objectives have a loss term '{name}': give each a name of its own.")
+        self.terms[name] = lambda step: weight * ramp(schedule.kind, step, schedule.start, schedule.steps)
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
         from nemo.collections.vlm.neva.data.multimodal_tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX

@@ -79,6 +79,9 @@ class AnchorExchange:
 
     def take(self, micro_batch: int) -> Tensor:
         """The anchor; forgotten once every reader of this stage has taken it."""
+        assert micro_batch in self._incoming, (
+            f"micro-batch {micro_batch}'s anchor was never asked for: expect() belongs to on_micro_batch of a chunk"
+        )
         incoming = self._incoming[micro_batch]
         if incoming.work is not None:
             incoming.work.wait()

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_pre.config.schema import ScheduleConfig
 from tests.parity.job import Job, StepRecord, train
 from tests.ranks import run_ranks
 from tests.ranks.sharded import assemble
@@ -120,8 +122,10 @@ def disagreements(step: list[StepRecord], expected: dict[str, Any], tolerance: f
     return wrong
 
 
-def check(job: Job, config: ReferenceConfig) -> None:
+def check(job: Job, config: ReferenceConfig, weights: Sequence[float] | None = None) -> None:
+    """``weights``: of PRe at every step, where a schedule moves it."""
     for step, (records, data) in enumerate(zip(run(job), job.steps, strict=True)):
+        config = config if weights is None else replace(config, pre_weight=weights[step])
         expected = oracle(job.state, config, data)
         loss_lm = records[0].metrics["reduced_train_loss"]
         assert loss_lm == pytest.approx(expected["loss_lm"].item(), rel=LOSS_LM), f"L_LM of step {step}"
@@ -191,6 +195,13 @@ def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(sh
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
 def test_the_global_variant_pools_each_image_over_the_ranks_that_hold_it(layout):
     check(*case(layout, (3,), pre={"variant": "global"}))
+
+
+@pytest.mark.parametrize("layout", ["one-rank", "PP2"])
+def test_a_weight_and_its_schedule_scale_the_gradient(layout):
+    """From a quarter of 0.3 to all of it in four steps: 0.25, 0.4375 and 0.625 of it in the first three."""
+    pre = {"weight": 0.3, "schedule": ScheduleConfig(kind="linear", start=0.25, steps=4)}
+    check(*case(layout, (3,), pre=pre), weights=[0.075, 0.13125, 0.1875])
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP4", "PP2-VPP2"])
