@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_pre.callbacks.checkpoint_files import start_checkpoint
-from nemo_pre.config.saved import check_same_weights
+from nemo_pre.config.saved import changed_options, check_same_weights
 from nemo_pre.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
     if newest is None:
         log.info("Starting from the weights of %s.", source)
         return StartPoint(weights_from=source)
+    if changed := changed_options(config, source):
+        log.warning("%s was written with other options: %s.", source, "; ".join(changed))
     if missing or unused:
         log.warning("Only the weights of %s are taken over; optimizer and step start anew.", source)
         return StartPoint(weights_from=source)

@@ -6,9 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.config.schema import ModelConfig
+from nemo_pre.config.schema import ModelConfig, RunConfig
 
 FILE = "config.yaml"
+# Where and how a run is run, which may change while it stays the same run; of the trainer, all but SAME_RUN.
+ELSEWHERE = (
+    *("name", "experiment", "platform", "output_dir", "dry_run", "init_from", "resume"),
+    *("parallel.", "cluster.", "trainer."),
+    *("objective.name", "model.name", "model.tokenizer", "model.attention_backend"),
+    *("data.path", "data.num_workers", "data.features", "data.record_samples"),
+)
+SAME_RUN = ("trainer.max_steps", "trainer.global_batch_size")
 # Fields of the model that say how it is run or named, and not which weights it has.
 FREE = (
     "name",
@@ -38,8 +46,6 @@ def read_saved(checkpoint: str | Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from nemo_pre.config.schema import RunConfig
-
     path = Path(checkpoint) / FILE
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {FILE}: name a checkpoint that a run or nemo-pre import wrote.")
@@ -56,6 +62,20 @@ def saved_model(checkpoint: str | Path) -> ModelConfig:
     model = OmegaConf.to_object(read_saved(checkpoint).model)
     assert isinstance(model, ModelConfig)
     return model
+
+
+def changed_options(config: RunConfig, checkpoint: str | Path) -> list[str]:
+    """What the run does otherwise than the one that wrote the checkpoint, each as ``option=before, now after``."""
+    from omegaconf import OmegaConf
+
+    saved = OmegaConf.to_object(read_saved(checkpoint))
+    assert isinstance(saved, RunConfig)
+    found = _flat(asdict(saved))
+    return [
+        f"{name}={found[name]}, now {value}"
+        for name, value in _flat(asdict(config)).items()
+        if found[name] != value and (name in SAME_RUN or not name.startswith(ELSEWHERE))
+    ]
 
 
 def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
