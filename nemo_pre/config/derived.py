@@ -7,6 +7,7 @@ from nemo_pre.config.vision_families import feature_width, merge_size, most_visu
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
 FP8_MULTIPLE = 16  # of both sides of a matrix that is multiplied in FP8 (cuBLASLt), and so of a rank's tokens
+FP8_BLOCK = 128  # side of the blocks that share a scale in blockwise FP8
 VOCAB_MULTIPLE = 128  # divisible by every tensor-parallel size in use, so that padding never depends on the layout
 
 
@@ -34,6 +35,14 @@ def fp8_recipe(precision: PrecisionConfig) -> str | None:
     """Megatron's name for how FP8 is scaled: ``delayed``, ``tensorwise`` or ``blockwise``; None without FP8."""
     kind, _, recipe = precision.name.partition("_")
     return recipe if kind == "fp8" else None
+
+
+def fp8_multiple(recipe: str | None, sequence_parallel: bool) -> int:
+    """What a rank's tokens, and the decoder's width, must be a multiple of. Transformer Engine gathers the shards of
+    sequence parallelism in FP8, where blockwise scaling wants whole blocks."""
+    if recipe is None:
+        return 1
+    return FP8_BLOCK if recipe == "blockwise" and sequence_parallel else FP8_MULTIPLE
 
 
 def bf16_layers(precision: PrecisionConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from nemo_pre.config.derived import FP8_MULTIPLE, bf16_layers, fp8_recipe
+from nemo_pre.config.derived import FP8_MULTIPLE, bf16_layers, fp8_multiple, fp8_recipe
 from nemo_pre.config.schema import PrecisionConfig, RunConfig
 from nemo_pre.launch import uses_gpu
 
@@ -28,22 +28,23 @@ def precision_problems(config: RunConfig) -> Iterator[str]:
     if bf16_layers(precision) > in_a_stage:
         yield f"precision.bf16_layers={bf16_layers(precision)} must be at most {in_a_stage}, the layers of a stage."
     head = language.hidden_size // language.num_attention_heads
-    for name, size in (
-        ("hidden_size", language.hidden_size),
-        ("ffn_hidden_size / parallel.tensor", language.ffn_hidden_size // layout.tensor),
-        ("query width / parallel.tensor", language.hidden_size // layout.tensor),
-        ("key and value width / parallel.tensor", 2 * head * language.num_query_groups // layout.tensor),
+    multiple = fp8_multiple(recipe, layout.sequence and layout.tensor > 1)
+    for name, size, factor in (
+        ("hidden_size", language.hidden_size, multiple),
+        ("ffn_hidden_size / parallel.tensor", language.ffn_hidden_size // layout.tensor, FP8_MULTIPLE),
+        ("query width / parallel.tensor", language.hidden_size // layout.tensor, FP8_MULTIPLE),
+        ("key and value width / parallel.tensor", 2 * head * language.num_query_groups // layout.tensor, FP8_MULTIPLE),
     ):
-        if size % FP8_MULTIPLE:
+        if size % factor:
             yield (
-                f"precision={precision.name} needs {name} divisible by {FP8_MULTIPLE}, not {size}: "
+                f"precision={precision.name} needs {name} divisible by {factor}, not {size}: "
                 f"choose precision=bf16, or a smaller parallel.tensor."
             )
     shards = (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
-    if config.data.sequence_length % (shards * FP8_MULTIPLE):
+    if config.data.sequence_length % (shards * multiple):
         yield (
-            f"data.sequence_length={config.data.sequence_length} must be a multiple of {shards * FP8_MULTIPLE} with "
-            f"precision={precision.name} ({FP8_MULTIPLE} tokens x {shards} shards)."
+            f"data.sequence_length={config.data.sequence_length} must be a multiple of {shards * multiple} with "
+            f"precision={precision.name} ({multiple} tokens x {shards} shards)."
         )
 
 

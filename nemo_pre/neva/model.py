@@ -23,7 +23,7 @@ from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, Nev
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
-from nemo_pre.config.derived import FP8_MULTIPLE
+from nemo_pre.config.derived import fp8_multiple
 from nemo_pre.config.schema import RopeScalingConfig
 from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
 from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
@@ -452,7 +452,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     def _length_factor(self) -> int:
         """What a length is a multiple of, so that all ranks have the same share and FP8 can multiply it."""
         factor, _ = self._get_shard_factor(None)
-        return factor * (FP8_MULTIPLE if self.config.language_transformer_config.fp8 else 1)
+        language = self.config.language_transformer_config
+        return factor * fp8_multiple(language.fp8_recipe if language.fp8 else None, self.sequence_parallel_lm)
 
     def _embed(
         self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch

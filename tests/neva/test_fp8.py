@@ -69,10 +69,11 @@ def test_nothing_is_computed_in_fp8_inside_an_evaluation_even_if_it_fails():
 
 
 def test_with_fp8_a_rank_has_a_multiple_of_sixteen_tokens_of_every_sequence():
-    def lengths(fp8, longest):
+    def lengths(fp8, longest, recipe="tensorwise"):
         chunk = SimpleNamespace(
-            config=SimpleNamespace(language_transformer_config=SimpleNamespace(fp8=fp8)),
+            config=SimpleNamespace(language_transformer_config=SimpleNamespace(fp8=fp8, fp8_recipe=recipe)),
             tp_comm_overlap_lm=False,
+            sequence_parallel_lm=True,
             _language_max_sequence_length=2048,
             _get_shard_factor=lambda _: (8, 1),  # TP2 with sequence parallelism x CP2
         )
@@ -86,3 +87,4 @@ def test_with_fp8_a_rank_has_a_multiple_of_sixteen_tokens_of_every_sequence():
     assert lengths("hybrid", 9) == (128, 128)
     assert lengths("hybrid", 129) == (256, 256)
     assert lengths("hybrid", 5000)[0] == 2048
+    assert lengths("e4m3", 9, "blockwise") == (1024, 1024), "a rank's shard is gathered in whole blocks"
