@@ -154,7 +154,8 @@ def _attend_flex(
 
     def build() -> Any:
         rule = mask_rule(structure_BK3, first_query)
-        return create_block_mask(rule, batch, None, num_queries, num_keys, device=query.device)
+        with torch.no_grad():  # one compilation for training and evaluation
+            return create_block_mask(rule, batch, None, num_queries, num_keys, device=query.device)
 
     block_mask = _MASKS.get("flex", structure_BK3, build)
     return flex_attention(
@@ -183,8 +184,12 @@ def mask_rule(structure_BK3: Tensor, first_query: int) -> Callable[..., Tensor]:
 def _compiled_flex() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Steps differ in length: the second compilation is for any length, as torch.compile decides by itself.
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    # Past its limit of compilations (8) torch would run FlexAttention uncompiled, with all scores in memory, and only
+    # log it. Training, teacher, recomputation and evaluation, one row or several, need about a dozen.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 64)
+    # Steps differ in length; and what cannot be compiled as a whole is an error, not another kernel.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True), torch.compile(create_block_mask, dynamic=True)
 
 
 class _MaskMemory:
