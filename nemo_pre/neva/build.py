@@ -31,8 +31,12 @@ class ProjectorConfig(MultimodalProjectorConfig):
     seed: int = 0
 
     def configure_model(self) -> torch.nn.Module:
-        with seeded(self.seed, "vision_projection"):
-            return super().configure_model()
+        kind, spec = self.projector_type, self.layer_spec  # type: ignore[has-type]
+        try:
+            with seeded(self.seed, "vision_projection"):
+                return super().configure_model()
+        finally:  # NeMo writes into them what a second call does not understand
+            self.projector_type, self.layer_spec = kind, spec
 
 
 def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
@@ -85,7 +89,8 @@ def build_projector_config(model: ModelConfig, seed: int, on_gpu: bool) -> Proje
         ffn_hidden_size=inner,
         seed=seed,
         params_dtype=torch.float32,
-        **({} if _fused(on_gpu) else TRANSFORMER_CONFIG),
+        # Fused, its GELU would be the tanh approximation: another function than on a CPU and in an export.
+        **({"bias_activation_fusion": False} if _fused(on_gpu) else TRANSFORMER_CONFIG),
     )
 
 
@@ -112,7 +117,7 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
         # Megatron then divides the summed loss by the global number of loss tokens, whatever the layout.
         calculate_per_token_loss=True,
         params_dtype=torch.float32,
-        transformer_layer_spec=_layer_spec(config, fused, on_gpu),
+        transformer_layer_spec=layer_spec(config, fused, on_gpu),
         **_recompute_options(config),
         **fp8_options(config.precision),
         **({} if fused else TRANSFORMER_CONFIG),
@@ -130,15 +135,14 @@ def _uneven_layout(layout: ParallelConfig) -> PipelineParallelLayerLayout | None
     return PipelineParallelLayerLayout.from_str(f"E{chunks}L", layout.pipeline)
 
 
-def _layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:
+def layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:
     plain = default_layer_spec if fused else local_layer_spec
     if config.model.attention == "mixed" or config.data.packing:
         return partial(_mixed_attention_layer_spec, plain=plain, backend=attention_backend(config, on_gpu))
-    if fused:
-        return default_layer_spec
-    if config.parallel.context > 1:
-        return _gathered_attention_layer_spec
-    return local_layer_spec
+    # Transformer Engine has no attention for float32 under context parallelism.
+    if config.parallel.context > 1 and (not fused or config.precision.name == "fp32"):
+        return partial(_gathered_attention_layer_spec, plain=plain)
+    return plain
 
 
 def attention_backend(config: RunConfig, on_gpu: bool) -> str:
@@ -153,10 +157,10 @@ def _mixed_attention_layer_spec(config: GPTConfig, plain: Any, backend: str) -> 
     return with_mixed_attention(plain(config), backend)
 
 
-def _gathered_attention_layer_spec(config: GPTConfig) -> Any:
+def _gathered_attention_layer_spec(config: GPTConfig, plain: Any) -> Any:
     from nemo_pre.compat.context_attention import with_gathered_attention
 
-    return with_gathered_attention(local_layer_spec(config))
+    return with_gathered_attention(plain(config))
 
 
 def _recompute_options(config: RunConfig) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class Teacher(nn.Module):
             raise ValueError(f"objective.laver.teacher_memory is '{memory}': choose one of {', '.join(MEMORIES)}.")
         self.memory = memory
         config = copy.copy(language_model.config)
+        # Transformer Engine would keep FP8 copies of all layers' weights.
+        config.disable_parameter_transpose_cache |= memory == "gathered"
         config.perform_initialization = False  # the student's values come; no random number may be drawn for it
         self.decoder = TransformerBlock(
             config=config,
