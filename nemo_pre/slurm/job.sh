@@ -105,6 +105,11 @@ on_warning() { # at the time limit or a preemption; a second signal changes noth
 trap on_warning USR1
 trap on_warning TERM
 
+case "${SRUN[*]}" in *--container-image=*) # imported before anybody is judged: it may take longer than a check may
+  timeout 1800 srun "${SRUN[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 true \
+    || say "the container did not start on every node" ;;
+esac
+
 if ((${#HEALTH[@]})); then
   timeout 300 srun "${SRUN[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     "$PYTHON" -m nemo_pre.slurm.health "${HEALTH[@]}" > "$attempt.health" 2>&1
