@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,21 @@ def main() -> None:
         "settings": vars(arguments),
         "experiments": {},
     }
+    RESULTS.mkdir(exist_ok=True)
+    out = RESULTS / f"fp8_convergence_{arguments.platform}.json"
     with tempfile.TemporaryDirectory(prefix="fp8-") as scratch:
         for experiment in EXPERIMENTS:
             runs = {"bf16": ["precision=bf16"], "bf16, other data order": ["precision=bf16", "data.shuffle_seed=1"]}
             runs |= {name: [f"precision={name}"] for name in others}
-            curves = {
-                name: train(Path(scratch) / f"{experiment}-{number}", experiment, words, arguments)
-                for number, (name, words) in enumerate(runs.items())
-            }
+            # Nothing is timed, and the runs are so small that a GPU has room for all: side by side there.
+            with ThreadPoolExecutor(len(runs) if arguments.platform == "gpu" else 1) as pool:
+                jobs = {
+                    name: pool.submit(train, Path(scratch) / f"{experiment}-{number}", experiment, words, arguments)
+                    for number, (name, words) in enumerate(runs.items())
+                }
+                curves = {name: job.result() for name, job in jobs.items()}
             result["experiments"][experiment] = {"ends": ends(curves), "curves": curves}
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"fp8_convergence_{arguments.platform}.json"
-    out.write_text(json.dumps(result) + "\n")
+            out.write_text(json.dumps(result) + "\n")  # what is done is not lost to a time limit
     print(json.dumps({name: found["ends"] for name, found in result["experiments"].items()}, indent=1))
     print(f"written to {out}")
 

@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ def run_timed(pipe: Any, settings: Settings, side: str, scratch: str) -> None:
 
 
 def run_counted(pipe: Any, settings: Settings, side: str, scratch: str) -> None:
+    import torch
     from lightning.pytorch.callbacks import Callback
     from torch.profiler import ProfilerActivity, profile
     from torch.utils.flop_counter import FlopCounterMode
@@ -189,14 +190,14 @@ def run_counted(pipe: Any, settings: Settings, side: str, scratch: str) -> None:
     counts: dict[str, Any] = {}
 
     class Count(Callback):
-        """FLOPs of one step, memory of the next."""
+        """FLOPs of one step, and on a CPU memory of the next: a GPU's peak is the timed run's."""
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step + 1 == COUNTED_STEP:
                 self.attention = count_attention()
                 self.counter = FlopCounterMode(display=False)
                 self.counter.__enter__()
-            if trainer.global_step + 1 == PROFILED_STEP:
+            if trainer.global_step + 1 == PROFILED_STEP and not torch.cuda.is_available():
                 counts["held_bytes"] = held_memory()
                 self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self.profiler.__enter__()
@@ -212,7 +213,7 @@ def run_counted(pipe: Any, settings: Settings, side: str, scratch: str) -> None:
                 counts["flops"] = sum(by_operation.values())
                 counts["attention_flops"] = self.attention()
                 counts["flops_by_operation"] = {str(name): int(n) for name, n in by_operation.items()}
-            if trainer.global_step == PROFILED_STEP:
+            if trainer.global_step == PROFILED_STEP and not torch.cuda.is_available():
                 self.profiler.__exit__(None, None, None)
                 counts["step_bytes"] = peak_of_profile(self.profiler)
 
@@ -241,11 +242,13 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
     trainer = build_trainer(config, on_gpu, callbacks=[*objective_callbacks(config), measure()])
     model = build_model(config, on_gpu)
     if megatron_layers and on_gpu:
-        from nemo.collections.llm.gpt.model.base import local_layer_spec
+        from nemo_pre.neva.build import layer_spec
 
         language = model.config.language_transformer_config
-        language.transformer_layer_spec = local_layer_spec
-        language.gradient_accumulation_fusion = False  # a kernel the counter does not see either
+        countable = replace(config, model=replace(config.model, attention_backend="dense"))
+        language.transformer_layer_spec = layer_spec(countable, fused=False, on_gpu=True)
+        language.gradient_accumulation_fusion = False  # kernels the counter does not see, or that nobody has built
+        language.masked_softmax_fusion = language.persist_layer_norm = False
     if settings.prepared_data:
         from nemo_pre.data.module import build_data_module
 

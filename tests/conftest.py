@@ -14,7 +14,8 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nemo-pre-tests-")
 
 from nemo_pre.launch import prepare_environment
 
-prepare_environment(platform="cpu", local_ranks=2)
+# tests/gpu asks for its GPU by this variable.
+prepare_environment(platform=os.environ.get("NEMO_PRE_TEST_PLATFORM", "cpu"), local_ranks=2)
 
 
 def pytest_unconfigure() -> None:
