@@ -3,11 +3,11 @@
     python -m benchmarks.step_shares                                          # digits_tiny, on what the machine has
     python -m benchmarks.step_shares --model llava15_7b --layers 2 --precision bf16 --micro-batch-size 4
 
-The sides are those of ``benchmarks.step_anatomy parts``, one after another. Clocks (events on a GPU) stand before and
-after every module of a part; what lies between them is the part's, with the gaps in which a GPU waits for its host.
-The rest is what no clock saw: losses, residuals, embeddings, masks, clipping, data, and norms that are no part of
-Transformer Engine's matrices. The masked branch runs through the decoder and is counted there. Clocks slow a step down
-a little: how long one takes is ``benchmarks.step_anatomy``'s to say.
+The sides are those of ``benchmarks.step_anatomy parts`` and ``spatial``, one after another. Clocks (events on a GPU)
+stand before and after every module of a part; what lies between them is the part's, with the gaps in which a GPU waits
+for its host. The rest is what no clock saw: losses, residuals, embeddings, masks, clipping, data, and norms that are
+no part of Transformer Engine's matrices. The masked branch runs through the decoder and is counted there. Clocks slow
+a step down a little: how long one takes is ``benchmarks.step_anatomy``'s to say.
 """
 
 from __future__ import annotations

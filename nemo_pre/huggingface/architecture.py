@@ -16,6 +16,7 @@ from nemo_pre.huggingface.qwen_vl import (
     SPATIAL_QWEN_VL,
     hf_values,
     is_plain,
+    require,
     text_config,
     tower_config,
 )
@@ -81,7 +82,7 @@ def read_llava(directory: Path) -> ModelConfig:
             f"{where} has model_type={values.get('model_type')}: only {', '.join(ARCHITECTURES)} are imported."
         )
     config = _config_class(values["model_type"]).from_dict(values)
-    _require(where, config, LLAVA_MUST)
+    require(where, config, LLAVA_MUST)
     vision = _vision(config.vision_config, directory, where)
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
@@ -270,7 +271,7 @@ def _language(text: Any, where: str) -> LanguageConfig:
             f"{where} has a language model of type {text.model_type}: only {', '.join(LANGUAGE_FAMILIES)} can be "
             f"imported."
         )
-    _require(where, text, LANGUAGE_MUST)
+    require(where, text, LANGUAGE_MUST)
     width = text.hidden_size // text.num_attention_heads
     if (getattr(text, "head_dim", None) or width) != width:
         raise ValueError(f"{where} has head_dim={text.head_dim}: only hidden_size / num_attention_heads is imported.")
@@ -314,7 +315,7 @@ def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
             f"imported."
         )
     family = VISION_FAMILIES[tower.model_type]
-    _require(where, tower, FAMILIES[family].must)
+    require(where, tower, FAMILIES[family].must)
     width = tower.hidden_size
     described = VisionConfig(
         family=family,
@@ -346,13 +347,6 @@ def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:
     if axis_of_frequency(model.rope, sections, frequencies) != axes:
         raise ValueError(f"rope_axes={axes} of {model.name} are no consecutive sections: only such are imported.")
     return sections
-
-
-def _require(where: str, config: Any, expected: dict[str, Any]) -> None:
-    for name, value in expected.items():
-        found = getattr(config, name, value)
-        if found != value:
-            raise ValueError(f"{where} has {name}={found}: only {name}={value} is imported.")
 
 
 def _config_class(model_type: str) -> Any:

@@ -141,7 +141,7 @@ def _qwen_vl(values: dict[str, Any], where: str) -> VisionConfig:
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
     tower = Qwen2_5_VLVisionConfig.from_dict({**values, "in_channels": values.get("in_chans", 3)})
-    _require("qwen25_vl", tower, where)
+    require(where, tower, FAMILIES["qwen25_vl"].must)
     return VisionConfig(
         family="qwen25_vl",
         image_size=0,
@@ -161,7 +161,7 @@ def _aimv2(values: dict[str, Any], where: str) -> VisionConfig:
     from transformers import Aimv2VisionConfig
 
     tower = Aimv2VisionConfig.from_dict({**values, "use_head": False})  # no features come from its head
-    _require("aimv2_native", tower, where)
+    require(where, tower, FAMILIES["aimv2_native"].must)
     return VisionConfig(
         family="aimv2_native",
         image_size=0,
@@ -175,10 +175,12 @@ def _aimv2(values: dict[str, Any], where: str) -> VisionConfig:
     )
 
 
-def _require(family: str, tower: Any, where: str) -> None:
-    for name, value in FAMILIES[family].must.items():
-        if getattr(tower, name) != value:
-            raise ValueError(f"{where} has {name}={getattr(tower, name)}: only {name}={value} is imported.")
+def require(where: str, config: Any, expected: dict[str, Any]) -> None:
+    """Refuse a configuration that says otherwise than what our modules do."""
+    for name, value in expected.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise ValueError(f"{where} has {name}={found}: only {name}={value} is imported.")
 
 
 def text_config(values: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
