@@ -22,7 +22,7 @@ Number = TypeVar("Number", bound=Any)  # float or tensor
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What is known of an optimizer step (or validation step) before its first micro-batch runs.
+    """What is known of an optimizer step before its first micro-batch runs.
 
     Attributes:
         num_microbatches: micro-batches on this rank.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["LaVerCallback", "PReCallback", "StepPlanner"]
+__all__ = ["LaVerCallback", "LayerObjective", "PReCallback", "StepPlanner"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,6 +11,10 @@ def __getattr__(name: str) -> Any:
         from nemo_pre.callbacks.laver import LaVerCallback
 
         return LaVerCallback
+    if name == "LayerObjective":
+        from nemo_pre.callbacks.layer_objective import LayerObjective
+
+        return LayerObjective
     if name == "PReCallback":
         from nemo_pre.callbacks.pre import PReCallback
 

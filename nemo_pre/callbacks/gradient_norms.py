@@ -26,7 +26,7 @@ class GradientNormsCallback(Callback):
         self._norms: dict[str, float] = {}
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
-        if step.forward_only or (step.trainer.global_step + 1) % self.every:
+        if (step.trainer.global_step + 1) % self.every:
             return
         items = step_planner(step.trainer).items
         batches = [raw_batch(item) for item in items]

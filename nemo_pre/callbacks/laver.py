@@ -34,6 +34,7 @@ from nemo_pre.objective import StepPlan, global_mean, term_scale
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms, whole_images
 from nemo_pre.parallel.masking import visual_token_masks
+from nemo_pre.parallel.sequence_cut import groups_that_cut, reports_its_tokens
 from nemo_pre.parallel.sequence_layout import SequenceLayout
 from nemo_pre.parallel.token_streams import VisualBranch, image_rows, image_sizes, packed_images, packed_length
 from nemo_pre.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
@@ -85,13 +86,6 @@ class LaVerCallback(Callback, BranchPlanner):
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._chunks:
-            self._install(trainer)
-
-    def _install(self, trainer: Trainer) -> None:
         from megatron.core import parallel_state as ps
 
         self._chunks = model_chunks(trainer)
@@ -102,17 +96,8 @@ class LaVerCallback(Callback, BranchPlanner):
             chunk.laver_teacher.install(chunk.language_model, getattr(chunk, "laver_head", None), replicas)
             if chunk.post_process:
                 chunk.on_branch.append(self._visit)
-        self._tp_cuts = tp_cuts = self._neva.sequence_parallel and ps.get_tensor_model_parallel_world_size() > 1
-        # Without sequence parallelism tensor-parallel ranks hold, and report, the same tokens.
-        self._counts_here = tp_cuts or ps.get_tensor_model_parallel_rank() == 0
-        self._cut_over = [
-            group
-            for group, cuts in (
-                (ps.get_tensor_model_parallel_group(), tp_cuts),
-                (ps.get_context_parallel_group(), ps.get_context_parallel_world_size() > 1),
-            )
-            if cuts
-        ]
+        self._counts_here = reports_its_tokens(self._neva.sequence_parallel)
+        self._cut_over = groups_that_cut(self._neva.sequence_parallel)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for chunk in self._chunks:
@@ -248,19 +233,18 @@ class LaVerCallback(Callback, BranchPlanner):
             sums += torch.stack(list(self._sums.values())).sum(0)
         dist.all_reduce(sums)
         mim, gram, similarity, pairs, entropy = sums
-        prefix = "" if not step.forward_only else "val/"
+        self._move_center(plan)
         logged: dict[str, Any] = {
-            f"{prefix}laver/mim": global_mean(mim, self._count("mim", plan)),
-            f"{prefix}laver/gram": global_mean(gram, plan.gram_entries),
-            f"{prefix}laver/similarity": similarity / pairs.clamp(min=1),
-            f"{prefix}laver/teacher_entropy": global_mean(entropy, plan.masked_tokens),
+            "laver/mim": global_mean(mim, self._count("mim", plan)),
+            "laver/gram": global_mean(gram, plan.gram_entries),
+            "laver/similarity": similarity / pairs.clamp(min=1),
+            "laver/teacher_entropy": global_mean(entropy, plan.masked_tokens),
+            "laver/mask_ratio": self._mask_ratio,
+            "laver/mim_weight": plan.weights["mim"],
+            "laver/gram_weight": plan.weights["gram"],
         }
-        if not step.forward_only:
-            self._move_center(plan)
-            logged["laver/mask_ratio"] = self._mask_ratio
-            logged["laver/mim_weight"], logged["laver/gram_weight"] = plan.weights["mim"], plan.weights["gram"]
-            if self._momentum is not None:
-                logged["laver/momentum"] = self._momentum
+        if self._momentum is not None:
+            logged["laver/momentum"] = self._momentum
         for name, value in logged.items():
             step.trainer.lightning_module.log(name, torch.as_tensor(value, dtype=torch.float64), batch_size=1)
 
@@ -277,7 +261,7 @@ class LaVerCallback(Callback, BranchPlanner):
                 assert center is not None
                 total = torch.stack(list(self._center_sums.values())).sum(0)
                 dist.all_reduce(total, group=ps.get_data_parallel_group(with_context_parallel=True))
-                if self._tp_cuts:
+                if self._neva.sequence_parallel:
                     dist.all_reduce(total, group=ps.get_tensor_model_parallel_group())
                 center.lerp_(total / plan.visual_tokens, 1.0 - self.config.center_momentum)
 

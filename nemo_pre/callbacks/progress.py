@@ -14,15 +14,14 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from nemo_pre.term_metrics import TERM_METRICS
+
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
 READABLE = {"reduced_train_loss": "lm/loss", "val_loss": "val/lm_loss"}
 COUNTERS = {"step", "global_step"}  # NeMo logs them as metrics
 SHOWN = {
     "lm/loss": "loss",
-    "pre/cosine": "pre/cosine",
-    "laver/mim": "mim",
-    "laver/gram": "gram",
-    "laver/similarity": "similarity",
+    **{metric.name: metric.progress for metric in TERM_METRICS if metric.progress is not None},
     "grad_norm": "grad_norm",
 }
 
@@ -63,7 +62,7 @@ class StepClock:
 
 
 class ProgressCallback(Callback):
-    """Reports every ``log_every`` steps, and at the last: step, loss, PRe's cosine, gradient norm, speed, ETA.
+    """Reports every ``log_every`` steps, and at the last: step, losses, gradient norm, speed, ETA.
 
     It writes to standard output; on a terminal one line is rewritten.
 

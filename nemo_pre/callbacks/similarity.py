@@ -16,6 +16,7 @@ from nemo_pre.callbacks.metrics import record_metrics
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualTokens, model_chunks
 from nemo_pre.parallel.image_pooling import mean_per_image
+from nemo_pre.parallel.sequence_cut import groups_that_cut
 
 
 class VisualSimilarityCallback(Callback):
@@ -47,15 +48,7 @@ class VisualSimilarityCallback(Callback):
                 self._taps.append(LayerTap(chunk, layer.layer_number, layer, self._visit))
             if chunk.add_encoder:
                 chunk.on_visual_tokens.append(self._visit_input)
-        cut = language.sequence_parallel and ps.get_tensor_model_parallel_world_size() > 1
-        self._groups = [
-            group
-            for group, over in (
-                (ps.get_tensor_model_parallel_group(), cut),
-                (ps.get_context_parallel_group(), ps.get_context_parallel_world_size() > 1),
-            )
-            if over
-        ]
+        self._groups = groups_that_cut(language.sequence_parallel)
         # What is pooled over these ranks, or held by all of them, is counted on one.
         self._counts_here = ps.get_tensor_model_parallel_rank() == ps.get_context_parallel_rank() == 0
 
@@ -67,7 +60,7 @@ class VisualSimilarityCallback(Callback):
         self._taps, self._chunks = [], []
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
-        self._active = not step.forward_only and (step.trainer.global_step + 1) % self.every == 0
+        self._active = (step.trainer.global_step + 1) % self.every == 0
         self._sums = {}
         for tap in self._taps:
             tap.start_step()

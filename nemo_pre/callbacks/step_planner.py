@@ -63,6 +63,16 @@ class StepPlanner(Callback):
         self.terms[name] = lambda step: weight * ramp(schedule.kind, step, schedule.start, schedule.steps)
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
+        """Plan the step.
+
+        Raises:
+            ValueError: it is one of Lightning's validation.
+        """
+        if step.forward_only:
+            raise ValueError(
+                "Lightning's validation is not planned, and its values would be recorded as training's: set "
+                "limit_val_batches=0 and validate with nemo_pre.callbacks.exact_match."
+            )
         from nemo.collections.vlm.neva.data.multimodal_tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
         from nemo_pre.neva.micro_batch import MicroBatch, raw_batch

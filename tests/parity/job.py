@@ -6,6 +6,7 @@ It is the product's own run (its trainer, strategy, model and callbacks); only t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ class Job:
         vision: fields of VisionConfig that differ from the tiny model's.
         packing: the rows of the data hold several samples, as their ``segments`` tell.
         settings: attributes of NeVA's and the language model's config, over what the product sets.
+        objective: a module's function that makes a further objective's callback.
         gradient_factor: multiplies injected gradients: what the tests must notice.
     """
 
@@ -49,6 +51,7 @@ class Job:
     laver: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    objective: Callable[[], Any] | None = None
 
     @property
     def world_size(self) -> int:
@@ -96,7 +99,8 @@ def train(job: Job) -> list[StepRecord]:
         run.data.sequence_length = job.max_length
     run.data.packing = job.packing
     recorder = build_recorder(job.state, job.teacher)
-    callbacks = [*objective_callbacks(run), recorder]
+    further = [] if job.objective is None else [job.objective()]
+    callbacks = [*objective_callbacks(run), *further, recorder]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
     model = build_model(run, on_gpu=False)
     for name, value in job.settings.items():
