@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.term_metrics import COMPARED
+
 CURVES = "curves.png"
 EXACT_MATCH = "val/exact_match"
+LAYER = "similarity/layer_"
 # Okabe and Ito's palette: told apart with colour-blind eyes and on paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -17,7 +21,7 @@ Points = tuple[list[int], list[float]]
 
 
 def plot_run(run_dir: str | Path) -> Path:
-    """Draw ``run_dir/curves.png`` over steps: loss, PRe's cosine, LaVer's terms, similarity and exact match.
+    """Draw ``run_dir/curves.png`` over steps: loss, the regularizers' terms, similarity and exact match.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -37,18 +41,20 @@ def plot_runs(runs: Mapping[str, str | Path], out: str | Path) -> Path:
     from matplotlib import pyplot
 
     series = {label: _series(directory) for label, directory in runs.items()}
-    known = (_loss, _cosine, _masked_prediction, _gram, _similarity, _exact_match)
-    panels = [panel for panel in known if panel(None, series)]
+    recorded = {name for run in series.values() for name in run}
+    panels = [panel for panel in _panels(recorded) if any(name in recorded for name, _ in panel.shown)]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), sharex=True, squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
-        panel(axis, series)
+        axis.set_title(panel.title)
+        _lines(axis, series, panel.shown, marker="o" if panel.rare else None)
+        axis.set_ylim(bottom=panel.bottom, top=panel.top)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
         if axis.get_legend_handles_labels()[0]:
-            beside = panel is _exact_match  # too many entries to lie on the curves
-            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
+            # Of a kind of question each: too many entries to lie on the curves.
+            place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if panel.rare else {"loc": "best"}
             axis.legend(fontsize=8, frameon=False, **place)
     figure.tight_layout()
     path = Path(out)
@@ -75,66 +81,42 @@ def _series(run_dir: str | Path) -> dict[str, Points]:
     return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in by_name.items()}
 
 
-# A panel draws itself on ``axis`` and tells whether there is something to draw; with None it only tells.
+@dataclass(frozen=True)
+class _Panel:
+    """Metrics with their labels, and where the axis ends; ``rare``: so few points that each is marked."""
+
+    title: str
+    shown: list[tuple[str, str]]
+    bottom: float | None = None
+    top: float | None = None
+    rare: bool = False
 
 
-def _loss(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    shown = [("lm/loss", "train"), ("val/lm_loss", "validation")]
-    if axis is not None:
-        axis.set_title("language-model loss")
-        _lines(axis, series, shown)
-        axis.set_ylim(bottom=0)
-    return any(name in run for run in series.values() for name, _ in shown)
-
-
-def _cosine(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    if axis is not None:
-        axis.set_title("PRe: cosine of prediction and anchor")
-        _lines(axis, series, [("pre/cosine", "")])
-        axis.set_ylim(top=1)
-    return any("pre/cosine" in run for run in series.values())
-
-
-def _masked_prediction(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    if axis is not None:
-        axis.set_title("LaVer: masked prediction (nats)")
-        _lines(axis, series, [("laver/mim", "")])
-        axis.set_ylim(bottom=0)
-    return any("laver/mim" in run for run in series.values())
-
-
-def _gram(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    if axis is not None:
-        axis.set_title("LaVer: Gram-anchoring")
-        _lines(axis, series, [("laver/gram", "")])
-        axis.set_ylim(bottom=0)
-    return any("laver/gram" in run for run in series.values())
-
-
-def _similarity(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    """By layer where that is recorded, else the student's head alone."""
-    layers = sorted(
-        {name for run in series.values() for name in run if name.startswith("similarity/layer_")},
-        key=lambda name: int(name.rsplit("_", 1)[1]),
+def _panels(recorded: set[str]) -> list[_Panel]:
+    by_layer = sorted(
+        (name for name in recorded if name.startswith(LAYER)), key=lambda name: int(name.removeprefix(LAYER))
     )
-    shown = [(name, name.removeprefix("similarity/").replace("_", " ")) for name in layers]
-    shown = shown or [("laver/similarity", "")]
-    if axis is not None:
-        axis.set_title("mean cosine of an image's visual tokens")
-        _lines(axis, series, shown)
-        axis.set_ylim(top=1)
-    return any(name in run for run in series.values() for name, _ in shown)
-
-
-def _exact_match(axis: Any, series: Mapping[str, dict[str, Points]]) -> bool:
-    kinds = sorted({name for run in series.values() for name in run if name.startswith(EXACT_MATCH)})
-    if axis is not None:
-        axis.set_title("exact match of validation answers")
-        _lines(
-            axis, series, [(name, name.removeprefix(EXACT_MATCH).lstrip("/") or "all") for name in kinds], marker="o"
-        )
-        axis.set_ylim(-0.02, 1.02)
-    return bool(kinds)
+    kinds = sorted(name for name in recorded if name.startswith(EXACT_MATCH))
+    return [
+        _Panel("language-model loss", [("lm/loss", "train"), ("val/lm_loss", "validation")], bottom=0),
+        *(
+            _Panel(metric.title, [(metric.name, "")], 0 if metric.zero else None, metric.at_most)
+            for metric in COMPARED
+            if not (metric.name == "laver/similarity" and by_layer)  # of the head's output; the layers say more
+        ),
+        _Panel(
+            "mean cosine of an image's visual tokens",
+            [(name, f"layer {name.removeprefix(LAYER)}") for name in by_layer],
+            top=1,
+        ),
+        _Panel(
+            "exact match of validation answers",
+            [(name, name.removeprefix(EXACT_MATCH).lstrip("/") or "all") for name in kinds],
+            -0.02,
+            1.02,
+            rare=True,
+        ),
+    ]
 
 
 def _lines(

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, is_native
 from nemo_pre.huggingface.qwen_vl import QWEN_VL
+from nemo_pre.term_metrics import TERMS
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
 PRE = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
@@ -52,7 +53,7 @@ def last_metrics(file: Path, step: int | None) -> dict[str, float]:
             last |= {
                 name: float(value)
                 for name, value in line.items()
-                if name.startswith(("val/", "lm/", "pre/", "laver/")) and isinstance(value, (int, float))
+                if name.startswith(("val/", "lm/", *TERMS)) and isinstance(value, (int, float))
             }
     return last
 

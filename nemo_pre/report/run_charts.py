@@ -10,6 +10,7 @@ from nemo_pre.plots import EXACT_MATCH
 from nemo_pre.report.answers import question_metrics
 from nemo_pre.report.charts import Line, line_chart
 from nemo_pre.report.runs import Run, natural, smooth
+from nemo_pre.term_metrics import TERM_METRICS
 
 
 def training_charts(run: Run) -> list[str]:
@@ -30,15 +31,12 @@ def exact_match_charts(run: Run) -> list[str]:
 
 
 def regularizer_charts(run: Run) -> list[str]:
-    return [
-        *_chart(run, "PRe: cosine of prediction and anchor", {"pre/cosine": ""}),
-        *_chart(run, "PRe: its weight", {"pre/weight": ""}, zero=True, smoothed=False),
-        *_chart(run, "LaVer: masked prediction (nats)", {"laver/mim": ""}, zero=True),
-        *_chart(run, "LaVer: Gram-anchoring", {"laver/gram": ""}, zero=True),
-        *_chart(run, "LaVer: mean cosine of visual tokens, head's output", {"laver/similarity": ""}),
-        *_chart(run, "LaVer: entropy of the teacher (nats)", {"laver/teacher_entropy": ""}, zero=True),
-        *_similarity_by_layer(run),
+    terms = [
+        chart
+        for metric in TERM_METRICS
+        for chart in _chart(run, metric.title, {metric.name: ""}, zero=metric.zero, smoothed=metric.smoothed)
     ]
+    return [*terms, *_similarity_by_layer(run)]
 
 
 def _chart(

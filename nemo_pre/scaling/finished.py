@@ -10,10 +10,11 @@ from statistics import median
 from nemo_pre.callbacks.metrics_file import METRICS
 from nemo_pre.report.runs import Run, read_run
 from nemo_pre.scaling.results import Result
+from nemo_pre.term_metrics import COMPARED
 
 STEP_TIME = "step_time"
 WARM_UP = 0.1  # of the recorded steps, whose times do not count
-QUALITY = ("val/", "lm/loss", "pre/cosine", "laver/similarity")
+QUALITY = ("val/", "lm/loss", *(metric.name for metric in COMPARED))
 
 
 def measured(planned: Result, run_dir: Path) -> Result | None:
