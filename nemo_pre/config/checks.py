@@ -413,6 +413,8 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
     layout, optim, pre, cluster = config.parallel, config.optim, config.objective.pre, config.cluster
     if layout.sequence and layout.tensor == 1:
         yield "parallel.sequence has no effect with parallel.tensor=1."
+    if layout.overlap_grad_reduce and layout.data * layout.context == 1:
+        yield "parallel.overlap_grad_reduce has no effect with parallel.data=1 and parallel.context=1."
     if layout.recompute != "full" and layout.recompute_num_layers != 1:
         yield f"parallel.recompute_num_layers has no effect with parallel.recompute={layout.recompute}."
     for module in ("vision", "projector", "language"):

@@ -144,6 +144,10 @@ def test_a_run_that_cannot_work_is_refused(overrides, sentence):
 
 
 WARNED = [
+    (
+        ["parallel.overlap_grad_reduce=true"],
+        "parallel.overlap_grad_reduce has no effect with parallel.data=1 and parallel.context=1.",
+    ),
     (["parallel.sequence=true"], "parallel.sequence has no effect with parallel.tensor=1."),
     (["parallel.recompute_num_layers=2"], "parallel.recompute_num_layers has no effect with parallel.recompute=none."),
     (

@@ -22,7 +22,17 @@ import torch
 
 from nemo_pre.parallel.masking import visual_token_masks
 from tests.parity.job import Job
-from tests.parity.test_parity import EVERY_LAYOUT, IMAGES, LAYOUTS, LOSS_LM, LOSS_PRE, batches, disagreements, run
+from tests.parity.test_parity import (
+    EVERY_LAYOUT,
+    IMAGES,
+    LAYOUTS,
+    LOSS_LM,
+    LOSS_PRE,
+    OVERLAPPED,
+    batches,
+    disagreements,
+    run,
+)
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
 from tests.reference.neva_laver import LaVerReferenceConfig, reference_laver_step
@@ -187,6 +197,11 @@ def test_activation_recompute_changes_nothing(layout, recompute):
 @pytest.mark.parametrize("layout", ["one-rank", "DP2-sharded-optimizer", "PP2"])
 def test_a_teacher_gathered_layer_by_layer_computes_the_same(layout):
     check(*case(layout, {**PAPER, "teacher_memory": "gathered"}, parallel={"overlap_grad_reduce": layout[0] == "D"}))
+
+
+@pytest.mark.parametrize("layout", OVERLAPPED)
+def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(layout):
+    check(*case(layout, parallel={"overlap_grad_reduce": True}))
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "CP2"])

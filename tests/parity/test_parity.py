@@ -59,7 +59,17 @@ PRODUCTS: dict[str, dict[str, Any]] = {
     "TP4-SP-PP4": {"tensor": 4, "sequence": True, "pipeline": 4},
     "TP2-SP-PP2-CP2-DP2": {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2, "data": 2},
 }
-EVERY_LAYOUT = LAYOUTS | PRODUCTS
+# As most recipes are, where gradients are reduced while later ones are computed.
+OVERLAPPED: dict[str, dict[str, Any]] = {
+    "TP2-SP-DP2-sharded-optimizer": {"tensor": 2, "sequence": True, "data": 2, "distributed_optimizer": True},
+    "PP2-VPP2-DP2-sharded-optimizer": {
+        "pipeline": 2,
+        "virtual_pipeline": 2,
+        "data": 2,
+        "distributed_optimizer": True,
+    },
+}
+EVERY_LAYOUT = LAYOUTS | PRODUCTS | OVERLAPPED
 
 # Images per sample, by micro-batch. The first has a micro-batch of text among others, the second is text alone; a
 # data-parallel rank starts one further than its neighbour, so that one rank is all text while another is not.
@@ -187,9 +197,9 @@ def test_activation_recompute_changes_nothing(layout, recompute):
     check(*case(layout, (1, 3), parallel={"recompute": recompute}))
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded-optimizer"])
-def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(sharded):
-    check(*case("DP2", (3,), parallel={"overlap_grad_reduce": True, "distributed_optimizer": sharded}))
+@pytest.mark.parametrize("layout", ["DP2", "DP2-sharded-optimizer", "CP2", *OVERLAPPED])
+def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(layout):
+    check(*case(layout, (1, 3), parallel={"overlap_grad_reduce": True}))
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
