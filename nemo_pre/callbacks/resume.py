@@ -13,18 +13,9 @@ from dataclasses import dataclass
 from nemo_pre.callbacks.checkpoint_files import start_checkpoint
 from nemo_pre.config.saved import changed_options, check_same_weights
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.training_only import COMPARED_ON_RESUME
 
 log = logging.getLogger(__name__)
-
-# Of LaVer's teacher the head stands for the rest, which has the names and shapes of the language model's layers.
-TRAINING_ONLY = (
-    "pre_heads.",
-    "ema_projection.",
-    "laver_head.",
-    "laver_mask_token",
-    "laver_teacher.head.",
-    "laver_teacher.center",
-)
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
     found = {}
     for key, tensor in metadata.items():
         name = key.removeprefix("module.")
-        if name.startswith(TRAINING_ONLY):
+        if name.startswith(COMPARED_ON_RESUME):
             found[name] = tuple(tensor.global_shape)
     return found
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
+from nemo_pre.training_only import TRAINING_ONLY
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.weights import Weight
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Of a checkpoint's tensors; the optimizer's begin with its own name.
-TRAINING_ONLY = ("pre_heads.", "ema_projection.", "laver_head.", "laver_mask_token", "laver_teacher.")
 
 
 def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_gb: float = 4.0) -> Path:
@@ -111,6 +110,7 @@ def model_weights(model: ModelConfig, reader: CheckpointReader) -> Iterator[Weig
     known = {weight.key for weight in weights}
     for key in found:
         name = key.removeprefix("module.")
+        # The optimizer's tensors begin with its own name.
         if key.startswith("module.") and key not in known and not name.startswith(TRAINING_ONLY):
             raise ValueError(f"{reader.directory} has {key}, which has no place in the exported model.")
 

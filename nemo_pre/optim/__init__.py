@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pre.config.schema import OptimConfig, RunConfig
+from nemo_pre.training_only import TRAINED
 
 # Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes.
 MODULE_RATES = {
     "vision_model.": "lr_vision",
     "vision_projection.": "lr_projector",
     "language_model.": "lr_language",
-    "pre_heads.": "lr_heads",
-    "laver_head.": "lr_heads",
-    "laver_mask_token": "lr_heads",
+    **dict.fromkeys(TRAINED, "lr_heads"),
 }
 
 

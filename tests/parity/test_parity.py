@@ -219,6 +219,14 @@ def test_the_anchor_before_the_projector_has_another_width(layout):
     check(*case(layout, (3,), pre={"anchor": "pre_projector"}))
 
 
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2"])
+def test_the_moving_anchor_is_the_averages_projection_and_gets_no_gradient(layout):
+    job, config = case(layout, (3,), pre={"ema_momentum": 0.9})
+    other = tiny.random_state(config, seed=9)  # far from the live projector
+    average = {f"ema_{name.removeprefix('vision_')}": w for name, w in other.items() if "vision_projection" in name}
+    check(replace(job, state={**job.state, **average}), replace(config, pre_anchor="average"))
+
+
 @pytest.mark.parametrize("layout", ["one-rank", "TP2", "PP2"])
 def test_qwen2_with_tied_embeddings_and_a_head_with_norm(layout):
     job, config = case(layout, (3,), pre={"head_norm": True})

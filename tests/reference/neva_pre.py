@@ -48,7 +48,7 @@ class ReferenceConfig:
     pre_layers: tuple[int, ...] = ()  # 1-based; empty: no PRe
     pre_weight: float = 0.5
     pre_variant: str = "patch"  # patch | global
-    pre_anchor: str = "pre_llm"  # pre_llm | pre_projector
+    pre_anchor: str = "pre_llm"  # pre_llm | pre_projector | average (of the projector, "ema_projection." in the state)
     head_activation: str = "gelu"
     literal_algorithm_1: bool = False  # the supplement's typo: the anchor is the target layer itself
 
@@ -186,10 +186,10 @@ def encode_image(image: Any, tower: torch.nn.Module, state: dict[str, Tensor], c
     return features_nv[1:] if config.drop_class_token else features_nv
 
 
-def project(features_nv: Tensor, state: dict[str, Tensor]) -> Tensor:
+def project(features_nv: Tensor, state: dict[str, Tensor], projector: str = "vision_projection.") -> Tensor:
     """The mlp2x_gelu projector: ``[n, v]`` to ``[n, d]``."""
-    inner = F.gelu(F.linear(features_nv, state["vision_projection.0.weight"], state["vision_projection.0.bias"]))
-    return F.linear(inner, state["vision_projection.2.weight"], state["vision_projection.2.bias"])
+    w = _below(state, projector)
+    return F.linear(F.gelu(F.linear(features_nv, w["0.weight"], w["0.bias"])), w["2.weight"], w["2.bias"])
 
 
 def prediction_head(x_nd: Tensor, layer: int, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
@@ -214,6 +214,9 @@ def sample_sums(
     per_image = [len(tokens) for tokens in visual]
     image_of = [image for image, size in enumerate(per_image) for _ in range(size)]
     visual_nd, features_nv = (torch.cat(x) if x else torch.empty(0) for x in (visual, features))
+    anchors = features_nv if config.pre_anchor == "pre_projector" else visual_nd
+    if config.pre_anchor == "average" and features:
+        anchors = project(features_nv, state, "ema_projection.")
     source, labels, mask = expand_sample(
         sample["tokens"], sample["labels"], sample["loss_mask"], per_image, config.max_sequence_length
     )
@@ -243,7 +246,7 @@ def sample_sums(
             for group in groups:
                 positions, indices = [p for p, _ in group], [i for _, i in group]
                 context = hidden[layer][positions].mean(0)  # the mean of one token is that token
-                anchor = (features_nv if config.pre_anchor == "pre_projector" else visual_nd)[indices].mean(0)
+                anchor = anchors[indices].mean(0)
                 if config.literal_algorithm_1:
                     anchor = context
                 prediction = prediction_head(context, layer, state, config)
