@@ -101,6 +101,7 @@ class LaVerCallback(Callback, BranchPlanner):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for chunk in self._chunks:
+            chunk.laver_teacher.wait()
             chunk.on_branch = [listener for listener in chunk.on_branch if listener != self._visit]
         self._chunks = []
 

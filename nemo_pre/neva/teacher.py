@@ -3,7 +3,8 @@
 The average is float32 and sharded over the data-parallel ranks (:mod:`nemo_pre.parallel.sharded_average`); what the
 forward pass computes with is a copy of it in the parameters' dtype, either kept (``resident``: 2 bytes per parameter
 in bf16) or gathered layer by layer into one buffer just before use (``gathered``: the largest layer's size, and an
-all-gather per layer and micro-batch).
+all-gather per layer and micro-batch). A kept copy is gathered anew after every update, while the next step begins: a
+layer waits for its own weights only.
 
 The teacher has modules of its own, so neither random state nor FP8 history of the student changes, and no parameter
 of it requires a gradient, so neither Megatron's gradient buffers nor the optimizer know of it.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
@@ -32,19 +34,28 @@ class _Unit:
 
     Attributes:
         flat: what the module's parameters are views of; one buffer for all units where they are gathered before use.
+        under_way: the gather of ``flat`` that nobody has waited for yet.
     """
 
     module: nn.Module
     student: nn.Module
     average: ShardedAverage
     flat: Tensor
+    under_way: dist.Work | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
-    def gather(self) -> None:
-        self.average.gather(self.flat.dtype, out=self.flat[: self.average.padded])
+    def start_gather(self) -> None:
+        self.wait()
+        self.under_way = self.average.start_gather(self.flat[: self.average.padded])
+
+    def wait(self) -> None:
+        """Let what is computed from now on find the weights: on a GPU the stream waits, not the host."""
+        if self.under_way is not None:
+            self.under_way.wait()
+            self.under_way = None
 
 
 class Teacher(nn.Module):
@@ -119,19 +130,24 @@ class Teacher(nn.Module):
             for parameter, value in zip(module.parameters(), average.split(flat), strict=True):
                 assert parameter.dtype == dtype, "the teacher's parameters have one dtype"
                 parameter.data = value
-            if not resident:
-                module.register_forward_pre_hook(_gather_before_use(self._units[-1]))
+            module.register_forward_pre_hook(_before_use(self._units[-1], gathers=not resident))
         self._refresh()
 
     def update(self, momentum: float) -> None:
         """One step of the average towards the student, and the working copy after it."""
+        self.wait()
         move_averages([(unit.average, list(unit.student.parameters())) for unit in self._units], momentum)
         self._refresh()
+
+    def wait(self) -> None:
+        """Until then a parameter may be half old and half new; a forward pass waits by itself."""
+        for unit in self._units:
+            unit.wait()
 
     def _refresh(self) -> None:
         if self.memory == "resident":
             for unit in self._units:
-                unit.gather()
+                unit.start_gather()
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -174,6 +190,7 @@ class Teacher(nn.Module):
             self._load(found)
 
     def _load(self, values: dict[str, Tensor]) -> None:
+        self.wait()
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         for unit in self._units:
             whole = unit.average.split(unit.average.gather(torch.float32))
@@ -181,14 +198,17 @@ class Teacher(nn.Module):
                 [values.get(names[id(p)], old).to(old) for p, old in zip(unit.parameters, whole, strict=True)]
             )
         self._refresh()
+        self.wait()  # PyTorch writes into the working copy next
 
 
 def _on_host(unit: _Unit) -> list[Tensor]:
     return [value.cpu() for value in unit.average.split(unit.average.gather(torch.float32))]
 
 
-def _gather_before_use(unit: _Unit) -> Any:
-    def gather(*_: Any) -> None:
-        unit.gather()
+def _before_use(unit: _Unit, gathers: bool) -> Any:
+    def hook(*_: Any) -> None:
+        if gathers:
+            unit.start_gather()
+        unit.wait()
 
-    return gather
+    return hook

@@ -50,12 +50,17 @@ class ShardedAverage:
         return found
 
     @torch.no_grad()
-    def gather(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The whole average, flat, in ``dtype``; rounded before it is sent. ``out`` has :attr:`padded` elements."""
-        if out is None:
-            out = torch.empty(self.padded, dtype=dtype, device=self.shard.device)
-        dist.all_gather_into_tensor(out, self.shard.to(dtype), group=self.group)
+    def gather(self, dtype: torch.dtype) -> Tensor:
+        """The whole average, flat, in ``dtype``; rounded before it is sent."""
+        out = torch.empty(self.padded, dtype=dtype, device=self.shard.device)
+        self.start_gather(out).wait()
         return out
+
+    @torch.no_grad()
+    def start_gather(self, out: Tensor) -> dist.Work:
+        """:meth:`gather` into ``out`` of :attr:`padded` elements, while other things are computed. Until the work is
+        waited for nobody may read ``out`` or move the average."""
+        return dist.all_gather_into_tensor(out, self.shard.to(out.dtype), group=self.group, async_op=True)
 
     @property
     def padded(self) -> int:

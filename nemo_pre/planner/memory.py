@@ -125,13 +125,20 @@ def teacher_memory(config: RunConfig, stage: int, parameters: dict[str, int]) ->
     laver, layout = config.objective.laver, config.parallel
     if not laver.enabled:
         return 0
-    last = stage == layout.pipeline - 1
-    mask_token = config.model.language.hidden_size if laver.mask_token == "learned" and stage == 0 else 0
-    averaged = parameters["decoder"] + parameters["laver"] - mask_token
-    largest = max(layer_parameters(config, layout.tensor), (parameters["laver"] - mask_token) * last)
-    copied = averaged if laver.teacher_memory == "resident" else largest
+    averaged = averaged_parameters(config, stage, parameters)
+    head = averaged - parameters["decoder"]
+    copied = averaged if laver.teacher_memory == "resident" else max(layer_parameters(config, layout.tensor), head)
     bytes_of_copy = 2 if config.precision.name != "fp32" else FLOAT
     return averaged * FLOAT // (layout.data * layout.context) + copied * bytes_of_copy
+
+
+def averaged_parameters(config: RunConfig, stage: int, parameters: dict[str, int]) -> int:
+    """Of a rank, those LaVer's teacher is an average of: the decoder's, and on the last stage the visual head's."""
+    laver = config.objective.laver
+    if not laver.enabled:
+        return 0
+    mask_token = config.model.language.hidden_size if laver.mask_token == "learned" and stage == 0 else 0
+    return parameters["decoder"] + parameters["laver"] - mask_token
 
 
 # --- activations ----------------------------------------------------------------------------------------------------

@@ -243,6 +243,7 @@ def time_json(time: StepTime, device: Device, steps: int) -> dict[str, float]:
         "pipeline_seconds": time.pipeline,
         "gradient_seconds": time.gradients,
         "optimizer_seconds": time.optimizer,
+        "teacher_seconds": time.teacher,
         "bubble": time.bubble,
         "balance": time.balance,
         "tokens_per_second": time.tokens_per_second,

@@ -16,9 +16,10 @@ from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops, stage_flops
 from nemo_pre.planner.load import Load
-from nemo_pre.planner.memory import FLOAT, stages_that_differ, state_memory
+from nemo_pre.planner.memory import FLOAT, averaged_parameters, stages_that_differ, state_memory
 from nemo_pre.planner.parameters import chunks_of_stages, fp8_layers_among, rank_parameters, trainable_parameters
 from nemo_pre.planner.schedule import bubble_fraction, simulate
+from nemo_pre.schedules import update_interval
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StepTime:
         pipeline: seconds of all micro-batches' passes, waiting included.
         gradients: of the reduction over replicas that backward passes do not hide.
         optimizer: of the optimizer's step and of the gather of new weights.
+        teacher: of LaVer's teacher, beside its forward pass: its average's move and the gather of its weights.
         bubble: part of ``pipeline`` in which the busiest stage waits.
         stages: seconds each stage computes.
         flops: of the step's model, without recomputation.
@@ -39,6 +41,7 @@ class StepTime:
     pipeline: float
     gradients: float
     optimizer: float
+    teacher: float
     bubble: float
     stages: list[float]
     flops: float
@@ -47,7 +50,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        return self.pipeline + self.gradients + self.optimizer
+        return self.pipeline + self.gradients + self.optimizer + self.teacher
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,6 +96,7 @@ def step_time(
         pipeline=pipeline,
         gradients=gradients,
         optimizer=optimizer,
+        teacher=_teacher_seconds(config, micro_batches, device, efficiency),
         bubble=bubble,
         stages=stages,
         flops=sum(model_flops(config, load).values()),
@@ -165,9 +169,7 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
     replicas = layout.data * layout.context
     stage = max(stages_that_differ(config), key=lambda number: sum(rank_parameters(config, number).values()))
     trained = sum(trainable_parameters(config, rank_parameters(config, stage)).values())
-    together = max(min(replicas, device.per_node // layout.tensor), 1)  # in a server, sharing its adapters
-    link = device.nvlink if together == replicas else min(device.nvlink, together * device.network)
-    link *= efficiency.bandwidth
+    link = _link_between_replicas(config, device, efficiency)
     share = (replicas - 1) / replicas
     passes = 1 if layout.distributed_optimizer else 2  # reduce-scatter alone, or all-reduce
     gradients = passes * trained * FLOAT * share / link
@@ -178,6 +180,32 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
     gather = trained * (2 if config.precision.name != "fp32" else FLOAT) * share / link
     optimizer = touched / (device.bandwidth * efficiency.bandwidth)
     return gradients, optimizer + (gather if layout.distributed_optimizer else 0.0)
+
+
+def _link_between_replicas(config: RunConfig, device: Device, efficiency: Efficiency) -> float:
+    """Bytes a second of a collective over replicas."""
+    layout = config.parallel
+    replicas = layout.data * layout.context
+    together = max(min(replicas, device.per_node // layout.tensor), 1)  # in a server, sharing its adapters
+    link = device.nvlink if together == replicas else min(device.nvlink, together * device.network)
+    return link * efficiency.bandwidth
+
+
+def _teacher_seconds(config: RunConfig, micro_batches: int, device: Device, efficiency: Efficiency) -> float:
+    """The average reads the student and itself and is written; its weights are gathered once an update, or layer by
+    layer in every micro-batch. Nothing of it is taken to be hidden, though the first layers' gather can be."""
+    laver, layout = config.objective.laver, config.parallel
+    if not laver.enabled:
+        return 0.0
+    replicas = layout.data * layout.context
+    averaged = max(
+        averaged_parameters(config, stage, rank_parameters(config, stage)) for stage in stages_that_differ(config)
+    )
+    size = 2 if config.precision.name != "fp32" else FLOAT
+    move = averaged / replicas * (size + 2 * FLOAT) / (device.bandwidth * efficiency.bandwidth)
+    gather = averaged * size * (replicas - 1) / replicas / _link_between_replicas(config, device, efficiency)
+    updates = 1 / update_interval(laver.update_every, laver.update_fraction, config.trainer.max_steps)
+    return updates * move + gather * (updates if laver.teacher_memory == "resident" else micro_batches)
 
 
 def calibrated(

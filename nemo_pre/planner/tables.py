@@ -72,6 +72,7 @@ def describe_times(plan: Plan, device: Device, efficiency: Efficiency, price: fl
         ["  pipeline", f"{time.pipeline:.3g} s, bubble {100 * time.bubble:.1f}%, balance {time.balance:.2f}"],
         ["  gradients", f"{time.gradients:.3g} s"],
         ["  optimizer", f"{time.optimizer:.3g} s"],
+        *([["  teacher's weights", f"{time.teacher:.3g} s"]] if time.teacher else []),
         ["tokens a second", f"{time.tokens_per_second:,.0f}"],
         ["model FLOPs utilization", f"{100 * time.utilization(device):.1f}% of {time.ranks} x {device.bf16 / 1e12:g}"],
         [f"{steps} steps", f"{time.seconds * steps / 86400:.3g} days, {plan.gpu_hours:,.0f} GPU hours"],

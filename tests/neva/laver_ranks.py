@@ -47,6 +47,7 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
     chunk = config.configure_model(tokenizer=None)
     if laver:
         chunk.laver_teacher.install(chunk.language_model, chunk.laver_head, dist.group.WORLD)
+        chunk.laver_teacher.wait()
     return chunk
 
 
@@ -113,6 +114,7 @@ def teacher_side_effects() -> dict[str, Any]:
     for parameter in chunk.language_model.parameters():
         parameter.data.add_(0.5)
     chunk.laver_teacher.update(0.75)
+    chunk.laver_teacher.wait()
     same_state = torch.equal(state, torch.random.get_rng_state())
     same_tracked = all(torch.equal(a, get_cuda_rng_tracker().get_states()[n]) for n, a in tracked.items())
     moved = [
@@ -128,6 +130,36 @@ def teacher_side_effects() -> dict[str, Any]:
         "trains": [p.requires_grad for p in chunk.laver_teacher.parameters()],
         "in training mode": chunk.laver_teacher.decoder.training,
     }
+
+
+def late_weights() -> dict[str, list[Tensor]]:
+    """The teacher's branch after two updates, where its weights are there at once and where they come when waited for;
+    and the first of its weights just after the second update."""
+    import torch.distributed as dist
+
+    from nemo_pre.parallel.sharded_average import ShardedAverage
+
+    class Late:
+        def __init__(self, average: ShardedAverage, out: Tensor) -> None:
+            self.average, self.out = average, out
+
+        def wait(self) -> None:
+            dist.all_gather_into_tensor(self.out, self.average.shard, group=self.average.group)
+
+    on_time = ShardedAverage.start_gather
+    found: dict[str, list[Tensor]] = {"states": [], "after": []}
+    for start_gather in (on_time, lambda average, out: Late(average, out)):
+        ShardedAverage.start_gather = start_gather  # type: ignore[assignment, method-assign]
+        chunk = build()
+        for _ in range(2):
+            for parameter in chunk.language_model.parameters():
+                parameter.data.mul_(1.5)
+            chunk.laver_teacher.update(0.5)
+        weight = next(chunk.laver_teacher.parameters())
+        found["after"].append(weight.detach().clone())
+        found["states"].append(run_branch(chunk, tiny.random_batch(IMAGES, seed=3))["teacher"])
+    ShardedAverage.start_gather = on_time  # type: ignore[method-assign]
+    return found
 
 
 def refusal_of_a_causal_layer() -> str:

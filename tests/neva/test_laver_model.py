@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.neva.laver_ranks import change_an_image, refusal_of_a_causal_layer, teacher_side_effects, text_logits
+from tests.neva.laver_ranks import (
+    change_an_image,
+    late_weights,
+    refusal_of_a_causal_layer,
+    teacher_side_effects,
+    text_logits,
+)
 from tests.ranks import run_ranks
 
 
@@ -33,6 +39,12 @@ def test_the_teacher_starts_as_the_student_follows_it_and_touches_nothing_else()
     assert found["random states"], "running or moving the teacher drew random numbers"
     assert not any(found["trains"]) and found["in training mode"] is False
     assert found["moved by"] == pytest.approx([0.125] * len(found["moved by"]), abs=1e-6)
+
+
+def test_the_teachers_layers_wait_for_weights_that_are_still_under_way():
+    (found,) = run_ranks(late_weights, 1)
+    assert not torch.equal(*found["after"]), "the second teacher's weights were there already: nothing is tested"
+    assert torch.equal(*found["states"])
 
 
 def test_layers_that_are_causal_are_refused_where_mixed_attention_is_asked_for():

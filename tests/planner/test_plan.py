@@ -16,7 +16,7 @@ from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.memory import rank_memory, state_memory
-from nemo_pre.planner.parameters import layer_parameters
+from nemo_pre.planner.parameters import laver_head_parameters, layer_parameters
 from nemo_pre.planner.plan import plan, plan_help, plan_layout, read_options
 from nemo_pre.planner.step_time import calibrated, pass_seconds, step_time
 from tests.planner.shapes import llama3_70b
@@ -103,6 +103,23 @@ def test_utilization_never_exceeds_the_assumed_efficiency() -> None:
     time = step_time(config, largest_load(config), H100, ASSUMED)
     assert 0.2 < time.utilization(H100) < ASSUMED.matrix
     assert time.seconds == pytest.approx(time.pipeline + time.gradients + time.optimizer)
+
+
+def test_the_teachers_weights_are_moved_and_gathered_by_hand() -> None:
+    """TP2 x DP8 on two nodes of eight: four replicas' ranks share a node's adapters."""
+    config = compose_run([LAVER])
+    assert (config.parallel.tensor, config.parallel.data) == (2, 8)
+    averaged = 28 * layer_parameters(config, 2) + 3584 + laver_head_parameters(config)
+    ready = replace(ASSUMED, bandwidth=1.0)
+    gather = averaged * 2 * 7 / 8 / (4 * 50e9)
+    move = averaged / 8 * 10 / 3350e9
+    load = largest_load(config)
+    assert step_time(config, load, H100, ready).teacher == pytest.approx(move + gather)
+    config.objective.laver.update_every = 10
+    assert step_time(config, load, H100, ready).teacher == pytest.approx((move + gather) / 10)
+    config.objective.laver.teacher_memory = "gathered"
+    micro_batches = config.trainer.global_batch_size // config.trainer.micro_batch_size // 8
+    assert step_time(config, load, H100, ready).teacher == pytest.approx(move / 10 + gather * micro_batches)
 
 
 def test_fp8_halves_the_time_of_the_layers_that_have_it_and_keeps_copies_of_their_weights() -> None:
