@@ -155,6 +155,7 @@ def run_with_clocks(pipe: Any, settings: Settings, side: str, scratch: str) -> N
             for optimizer in trainer.optimizers:
                 self.clocks.wrap("optimizer", optimizer.mcore_optimizer, "step")
             if hasattr(chunk, "laver_teacher"):
+                chunk.laver_teacher.update = updated_and_gathered(chunk.laver_teacher)
                 self.clocks.wrap("teacher's update", chunk.laver_teacher, "update")
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
@@ -168,6 +169,17 @@ def run_with_clocks(pipe: Any, settings: Settings, side: str, scratch: str) -> N
 
     on_gpu = fit(settings, side, scratch, settings.timed_steps, Shares, megatron_layers=False)
     pipe.send((describe_machine(on_gpu), steps[WARM_UP_BLOCKS * settings.steps_per_block :]))
+
+
+def updated_and_gathered(teacher: Any) -> Any:
+    """The gather belongs to the update, whose clock stops before it is done."""
+    update = teacher.update
+
+    def whole(momentum: float) -> None:
+        update(momentum)
+        teacher.wait()
+
+    return whole
 
 
 def shares(steps: list[tuple[float, dict[str, dict[str, float]]]]) -> dict[str, Any]:

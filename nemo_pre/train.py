@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from nemo_pre.config.derived import world_size
+from nemo_pre.config.derived import overlaps_grad_reduce, world_size
 from nemo_pre.config.schema import RunConfig
 
 
@@ -105,7 +105,7 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
         pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=layout.distributed_optimizer,
-            overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_grad_reduce=overlaps_grad_reduce(layout),
             check_for_nan_in_grad=config.trainer.nan_action == "stop",  # on one rank; a roll-back needs them all
         ),
         process_group_backend="nccl" if on_gpu else "gloo",

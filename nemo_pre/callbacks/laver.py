@@ -99,9 +99,12 @@ class LaVerCallback(Callback, BranchPlanner):
         self._counts_here = reports_its_tokens(self._neva.sequence_parallel)
         self._cut_over = groups_that_cut(self._neva.sequence_parallel)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for chunk in self._chunks:
             chunk.laver_teacher.wait()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for chunk in self._chunks:
             chunk.on_branch = [listener for listener in chunk.on_branch if listener != self._visit]
         self._chunks = []
 
@@ -152,7 +155,7 @@ class LaVerCallback(Callback, BranchPlanner):
     # --- one step -----------------------------------------------------------------------------------------------
 
     def on_megatron_microbatches_start(self, step: Any) -> None:
-        self._sums, self._center_sums = {}, {}
+        self.forget_step()
 
     def forget_step(self) -> None:
         """After a pass over the step's micro-batches that is not the step itself."""

@@ -37,6 +37,9 @@ class LayerObjective(Callback):
         weight: its weight in the loss.
         schedule: of the weight.
 
+    Raises:
+        ValueError: when training starts, for a layer that the model does not have.
+
     Attributes:
         layers: the tapped decoder layers, 1-based; from ``setup`` on.
         anchor_width: width of the anchor; from ``setup`` on.
@@ -126,6 +129,8 @@ class LayerObjective(Callback):
         group, stage = anchor_group(), ps.get_pipeline_model_parallel_rank()
         readers: list[Any] = [None] * group.size()
         dist.all_gather_object(readers, len(self._taps), group=group)
+        if not 0 < sum(readers) == len(self.layers):
+            raise ValueError(f"{self.term} looks at layers {list(self.layers)}: the model has {sum(readers)} of them.")
         self._exchange = AnchorExchange(group, stage, readers)
         self._exchange.connect(next(self._chunks[0].parameters()).device)
 

@@ -16,6 +16,13 @@ def world_size(parallel: ParallelConfig) -> int:
     return parallel.tensor * parallel.pipeline * parallel.context * parallel.data
 
 
+def overlaps_grad_reduce(parallel: ParallelConfig) -> bool:
+    """Whether gradients are reduced over replicas during the backward pass."""
+    if parallel.overlap_grad_reduce is not None:
+        return parallel.overlap_grad_reduce
+    return parallel.data * parallel.context > 1
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 

@@ -119,7 +119,7 @@ class ParallelConfig:
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     data: int = 1
     distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool | None = None  # during the backward pass; null: where there are replicas
     recompute: str = "none"  # none | selective | full
     recompute_num_layers: int = 1
 

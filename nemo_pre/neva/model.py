@@ -463,7 +463,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             input_ids=input_ids.clamp(min=0), position_ids=position_ids
         ).transpose(0, 1)
         if images is not None and len(images) > 0:
-            visual = self._encode(images, micro_batch)
+            grids = [grid for tiles in micro_batch.layout.image_tiles for grid in tiles] if self.native else None
+            visual = self._encode(images, grids, micro_batch.pixels)
         else:
             visual = self._no_visual_tokens(text_BTd.shape[2])
             text_BTd = text_BTd + self._zero_from_vision()
@@ -486,14 +487,16 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         row = torch.tensor([[spec.mask_token_id]], device=torch.cuda.current_device())
         return self.language_model.embedding(input_ids=row, position_ids=None)[0, 0]
 
-    def _encode(self, images: Tensor, micro_batch: MicroBatch) -> VisualTokens:
+    def _encode(self, images: Tensor, grids: list[Grid] | None, pixels: Tensor | None) -> VisualTokens:
+        """Visual tokens of ``images``, which are what the first stage reads: with ``data.features`` the encoder's
+        output, and ``pixels`` the images themselves where a loss looks at them."""
         if isinstance(self.vision_model, StoredTower):
-            features, pixels = images.to(next(self.vision_projection.parameters()).dtype), micro_batch.pixels
+            features = images.to(next(self.vision_projection.parameters()).dtype)
         else:
             pixels = images.to(next(self.vision_model.parameters()).dtype)
             tower = self.vision_model.eval()
-            if self.native:
-                features = tower(pixels, [grid for tiles in micro_batch.layout.image_tiles for grid in tiles])
+            if grids is not None:
+                features = tower(pixels, grids)
                 return VisualTokens(features, self.vision_projection(features), pixels)
             features = encoder_features(tower, pixels, self.config.vision_feature_layer, self.tile_tokens)
         # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
@@ -506,10 +509,20 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         return VisualTokens(features, some.new_zeros(0, width), None)
 
     def _zero_from_vision(self) -> Tensor:
-        """A zero that depends on every trainable parameter of encoder and projector."""
-        parameters = [*self.vision_model.parameters(), *self.vision_projection.parameters()]
-        zeros = [parameter.reshape(-1)[0] * 0 for parameter in parameters if parameter.requires_grad]
-        return torch.stack(zeros).sum() if zeros else torch.zeros((), device=parameters[0].device)
+        """A zero from a blank image, through whatever of encoder and projector is trained.
+
+        Reductions of gradients that are overlapped wait for every parameter, and replicas have to give theirs in one
+        order, those without an image too: a bucket is reduced when its last gradient is there.
+        """
+        some = next(self.vision_projection.parameters())
+        if any(parameter.requires_grad for parameter in self.vision_model.parameters()):
+            image, grids = self.config.vision_transformer_config.blank_image(some.device)
+            tokens = self._encode(image, grids, None).tokens
+        elif some.requires_grad:
+            tokens = self.vision_projection(some.new_zeros(1, 1, self.config.vision_projection_config.input_size))
+        else:
+            return some.new_zeros(())
+        return tokens.sum() * 0
 
 
 def _combine(layout: SequenceLayout, text_BTd: Tensor, visual_tokens: Tensor) -> Tensor:

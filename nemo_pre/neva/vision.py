@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nemo_pre.config.schema import VisionConfig
@@ -75,6 +76,13 @@ class VisionTowerConfig:
     @property
     def num_image_embeddings_per_tile(self) -> int:
         return most_visual_tokens(self.vision) if self.native else encoder_tokens(self.vision)
+
+    def blank_image(self, device: torch.device) -> tuple[Tensor, list[tuple[int, int]] | None]:
+        """The smallest input of the tower, of zeros; with native resolution its grid of visual tokens."""
+        if not self.native:
+            return torch.zeros(1, 3, self.image_size, self.image_size, device=device), None
+        patches = FAMILIES[self.vision.family].merge ** 2
+        return torch.zeros(4, patches, 3 * self.patch_size**2, device=device), [(2, 2)]
 
     def configure_model(self) -> nn.Module:
         from nemo_pre.neva.seeding import seeded

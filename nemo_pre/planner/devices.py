@@ -50,7 +50,7 @@ class Efficiency:
         matrix: of the peak, in matrix products and attention, with the small kernels between them.
         bandwidth: of memory and links, in communication and in the optimizer's step.
         memory: of memory that may be planned for; the rest is fragmentation and spikes.
-        overlap: of the gradients' reduction, the part hidden behind backward passes if overlap_grad_reduce is on.
+        overlap: of the gradients' reduction, the part hidden behind backward passes where they overlap.
     """
 
     matrix: float = 0.5

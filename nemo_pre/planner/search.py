@@ -110,7 +110,6 @@ def layout_words(config: RunConfig) -> list[str]:
         "pipeline_layers": "null" if layout.pipeline_layers is None else _listed(layout.pipeline_layers),
         "context": layout.context,
         "data": layout.data,
-        "overlap_grad_reduce": str(layout.overlap_grad_reduce).lower(),
         "recompute": layout.recompute,
         "recompute_num_layers": layout.recompute_num_layers,
     }
@@ -181,7 +180,6 @@ def _shapes(
                         virtual_pipeline=virtual if virtual > 1 else None,
                         pipeline_layers=None,
                         data=gpus // (tensor * context * pipeline),
-                        overlap_grad_reduce=gpus > tensor * pipeline,
                         recompute="none",
                         recompute_num_layers=1,
                     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_pre.config.derived import world_size
+from nemo_pre.config.derived import overlaps_grad_reduce, world_size
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.devices import Device, Efficiency
@@ -173,7 +173,7 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
     share = (replicas - 1) / replicas
     passes = 1 if layout.distributed_optimizer else 2  # reduce-scatter alone, or all-reduce
     gradients = passes * trained * FLOAT * share / link
-    if layout.overlap_grad_reduce:
+    if overlaps_grad_reduce(layout):
         gradients *= 1 - efficiency.overlap
     state = state_memory(config, stage)
     touched = 2 * state["optimizer"] + state["gradients"] / (replicas if layout.distributed_optimizer else 1)

@@ -14,7 +14,7 @@ from nemo_pre.term_metrics import COMPARED
 
 STEP_TIME = "step_time"
 WARM_UP = 0.1  # of the recorded steps, whose times do not count
-QUALITY = ("val/", "lm/loss", *(metric.name for metric in COMPARED))
+QUALITY = {"lm/loss", *(metric.name for metric in COMPARED)}
 
 
 def measured(planned: Result, run_dir: Path) -> Result | None:
@@ -50,4 +50,4 @@ def _step_times(run: Run) -> list[float]:
 
 
 def _last(run: Run, name: str) -> float | None:
-    return run.last(name) if name.startswith(QUALITY) else None
+    return run.last(name) if name in QUALITY or name.startswith("val/") else None

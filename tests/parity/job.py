@@ -33,6 +33,7 @@ class Job:
         vision: fields of VisionConfig that differ from the tiny model's.
         packing: the rows of the data hold several samples, as their ``segments`` tell.
         settings: attributes of NeVA's and the language model's config, over what the product sets.
+        bucket_size: parameters whose gradients are reduced together; None: Megatron's 40 million, here all.
         objective: a module's function that makes a further objective's callback.
         gradient_factor: multiplies injected gradients: what the tests must notice.
     """
@@ -51,6 +52,7 @@ class Job:
     laver: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
+    bucket_size: int | None = None
     objective: Callable[[], Any] | None = None
 
     @property
@@ -102,6 +104,7 @@ def train(job: Job) -> list[StepRecord]:
     further = [] if job.objective is None else [job.objective()]
     callbacks = [*objective_callbacks(run), *further, recorder]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
+    trainer.strategy.ddp_config.bucket_size = job.bucket_size
     model = build_model(run, on_gpu=False)
     for name, value in job.settings.items():
         for config in (model.config, model.config.language_transformer_config):

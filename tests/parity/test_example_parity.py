@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.parity.test_parity import GRADIENT, LOSS_LM, case, disagreements, run
+from tests.ranks import RankError
 from tests.reference import neva_pre
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
@@ -42,3 +43,15 @@ def test_the_objective_of_the_page(layout: str, monkeypatch: pytest.MonkeyPatch)
             assert record.metrics["close/weight"] == pytest.approx(WEIGHT)
         wrong = disagreements(records, expected, GRADIENT)
         assert not wrong, f"step {step}: {wrong}"
+
+
+def beyond() -> Any:
+    objective = example()
+    objective.config.layers = [2, 99]
+    return objective
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    job, _ = case("PP2", layers=(), objective=beyond)
+    with pytest.raises(RankError, match=r"close looks at layers \[2, 99\]: the model has 1 of them"):
+        run(job)

@@ -28,7 +28,6 @@ from tests.parity.test_parity import (
     LAYOUTS,
     LOSS_LM,
     LOSS_PRE,
-    OVERLAPPED,
     batches,
     disagreements,
     run,
@@ -196,12 +195,12 @@ def test_activation_recompute_changes_nothing(layout, recompute):
 
 @pytest.mark.parametrize("layout", ["one-rank", "DP2-sharded-optimizer", "PP2"])
 def test_a_teacher_gathered_layer_by_layer_computes_the_same(layout):
-    check(*case(layout, {**PAPER, "teacher_memory": "gathered"}, parallel={"overlap_grad_reduce": layout[0] == "D"}))
+    check(*case(layout, {**PAPER, "teacher_memory": "gathered"}))
 
 
-@pytest.mark.parametrize("layout", OVERLAPPED)
-def test_gradient_reduction_overlapped_with_the_backward_pass_changes_nothing(layout):
-    check(*case(layout, parallel={"overlap_grad_reduce": True}))
+@pytest.mark.parametrize("layout", ["TP2-SP-DP2-sharded-optimizer", "PP2-VPP2-DP2-sharded-optimizer"])
+def test_replicas_reduce_their_gradients_in_one_order_also_where_one_has_text_alone(layout):
+    check(*case(layout, bucket_size=1))
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "CP2"])

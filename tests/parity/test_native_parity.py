@@ -41,7 +41,8 @@ def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(fa
     """Grids that are not square, images of one token, micro-batches of text."""
     job, config = native(*laver_parity.case(layout), family)
     assert isinstance(config, LaVerReferenceConfig)
-    answers = laver_parity.check(replace(job, teacher=tiny.random_teacher(config, seed=5)), config)
+    job = replace(job, teacher=tiny.random_teacher(config, seed=5), bucket_size=1)  # one order of gradients
+    answers = laver_parity.check(job, config)
     assert sum(answer["masked"] for answer in answers) > 10
 
 

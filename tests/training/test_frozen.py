@@ -16,8 +16,7 @@ ALIGN = ["objective=none", "objective.pre.layers=null", "objective.pre.ema_momen
 
 def test_stages_without_a_trainable_parameter_train_and_resume_as_a_lone_replica_does(digits, tmp_path):
     """Random weights depend on the pipeline, so a run of one replica is what two are compared with."""
-    two = ["parallel.pipeline=2", "parallel.data=2", "parallel.overlap_grad_reduce=true"]
-    layouts = {"one": ["parallel.pipeline=2"], "two": two}
+    layouts = {"one": ["parallel.pipeline=2"], "two": ["parallel.pipeline=2", "parallel.data=2"]}
     found = {}
     for name, layout in layouts.items():
         ranks = 2 * (1 + ("parallel.data=2" in layout))
