@@ -1,6 +1,6 @@
-"""Mixed attention at a 7B decoder's head shapes: the block-sparse kernel, the dense mask, and causal Flash.
+"""Mixed attention at a 7B decoder's head shapes: block-sparse, run by run, with a dense mask; and causal Flash.
 
-    python -m benchmarks.mixed_attention          # on a GPU: 2k, 4k and 8k tokens; on a CPU the dense mask alone
+    python -m benchmarks.mixed_attention          # on a GPU: 2k, 4k and 8k tokens; on a CPU 1k
 
 All kernels take turns on the same tensors. Beside milliseconds stands the time per unmasked pair of tokens relative to
 causal attention's, which is what a kernel can be held to: a bidirectional image has more pairs than a causal one.
@@ -60,7 +60,7 @@ def measure(length: int, on_gpu: bool) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense
+    from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense, attend_split
     from nemo_pre.parallel.token_streams import may_attend
 
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
@@ -81,6 +81,7 @@ def measure(length: int, on_gpu: bool) -> dict[str, Any]:
     kernels: dict[str, Callable[[], Any]] = {
         "causal": causal,
         "dense": lambda: attend_dense(query, key, value, structure, 0, scale),
+        "split": lambda: attend_split(query, key, value, structure, 0, scale),
     }
     if on_gpu:
         kernels["flex"] = lambda: _attend_flex(query, key, value, structure, 0, scale)

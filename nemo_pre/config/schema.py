@@ -75,7 +75,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     projector: str = "mlp2x_gelu"
     attention: str = "causal"  # causal | mixed (visual tokens of one image see each other both ways)
-    attention_backend: str = "auto"  # of mixed attention: auto | dense | flex (GPU only; what auto takes there)
+    attention_backend: str = "auto"  # of mixed attention: auto | dense | split | flex (GPU only; what auto takes)
     rope: str = "1d"  # 1d | 2d (row and column of a patch) | mrope (Qwen2-VL's: time, row, column)
     rope_sections: list[int] | None = None  # frequencies per axis; null: 2d alternates, mrope 2:3:3
     tokenizer: str | None = None  # HF tokenizer directory; null: the one that lies with the data

@@ -26,7 +26,7 @@ def visual_choices(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...
     model, laver = config.model, config.objective.laver
     yield "model.vision.family", model.vision.family, tuple(FAMILIES)
     yield "model.attention", model.attention, ("causal", "mixed")
-    yield "model.attention_backend", model.attention_backend, ("auto", "dense", "flex")
+    yield "model.attention_backend", model.attention_backend, ("auto", "dense", "flex", "split")
     yield "model.rope", model.rope, ("1d", "2d", "mrope")
     for field, choices in (
         ("sequence", ("images", "whole")),
@@ -169,7 +169,7 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
     """What cannot work: attention, positions, LaVer."""
     model, laver = config.model, config.objective.laver
     if model.attention_backend == "flex" and not uses_gpu(config.platform):
-        yield "model.attention_backend=flex has no backward pass on a CPU: set it to auto or dense."
+        yield "model.attention_backend=flex has no backward pass on a CPU: set it to auto, dense or split."
     width = model.language.hidden_size // model.language.num_attention_heads
     try:
         axis_of_frequency(model.rope, model.rope_sections, width // 2)

@@ -4,9 +4,10 @@ Everything else is causal, and tokens of different sequences never see each othe
 token is what comes in the place of the attention mask, as the structure of :mod:`nemo_pre.parallel.token_streams`.
 There is no fallback to causal attention: without a structure it raises.
 
-Two backends: ``dense`` gives PyTorch's scaled-dot-product attention a boolean mask (exact, memory B x Q x K, any
+Three backends: ``dense`` gives PyTorch's scaled-dot-product attention a boolean mask (exact, memory B x Q x K, any
 device); ``flex`` compiles the rule into FlexAttention's block-sparse Triton kernels (CUDA only; it has no backward
-pass on a CPU). Transformer Engine's ``arbitrary`` mask would leave its unfused kernel and no context parallelism.
+pass on a CPU); ``split`` attends run by run without a mask (:mod:`nemo_pre.neva.split_attention`, any device).
+Transformer Engine's ``arbitrary`` mask would leave its unfused kernel and no context parallelism.
 
 Context parallelism is exact: every rank gathers the keys and values of its context group and attends with its own
 queries. That costs K + V of the whole sequence in memory and one all-gather per layer and direction; a ring would need
@@ -29,10 +30,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from nemo_pre.neva.split_attention import attend_runs, runs_of_rows
 from nemo_pre.parallel.gather import gather_first_dimension
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE, may_attend
 
-BACKENDS = ("dense", "flex")
+BACKENDS = ("dense", "flex", "split")
 REMEMBERED_MASKS = 16  # micro-batches in flight, times two for the teacher's
 
 
@@ -105,7 +107,7 @@ class MixedAttention(MegatronModule):
                 f"The token structure has shape {list(attention_mask.shape)}, not "
                 f"[batch, keys, 3] = {[key.shape[1], key.shape[0], 3]}."
             )
-        attend = _attend_flex if self.backend == "flex" else attend_dense
+        attend = {"dense": attend_dense, "flex": _attend_flex, "split": attend_split}[self.backend]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [B, heads, length, D]
         context = attend(query, key, value, attention_mask, rank * query.shape[2], self.softmax_scale)
         return context.permute(2, 0, 1, 3).flatten(2)
@@ -115,6 +117,10 @@ class FlexMixedAttention(MixedAttention):
     backend = "flex"
 
 
+class SplitMixedAttention(MixedAttention):
+    backend = "split"
+
+
 def with_mixed_attention(layer_spec: ModuleSpec, backend: str) -> ModuleSpec:
     """Put mixed attention into a transformer layer's spec (changed in place and returned).
 
@@ -122,10 +128,12 @@ def with_mixed_attention(layer_spec: ModuleSpec, backend: str) -> ModuleSpec:
         ValueError: an unknown backend, or one this machine cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"model.attention_backend={backend} is unknown: choose auto, {' or '.join(BACKENDS)}.")
+        raise ValueError(
+            f"model.attention_backend={backend} is unknown: choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}."
+        )
     if backend == "flex" and not torch.cuda.is_available():
-        raise ValueError("model.attention_backend=flex needs an NVIDIA GPU: choose auto or dense.")
-    attention = {"dense": MixedAttention, "flex": FlexMixedAttention}[backend]
+        raise ValueError("model.attention_backend=flex needs an NVIDIA GPU: choose auto, dense or split.")
+    attention = {"dense": MixedAttention, "flex": FlexMixedAttention, "split": SplitMixedAttention}[backend]
     layer_spec.submodules.self_attention.submodules.core_attention = attention
     return layer_spec
 
@@ -166,6 +174,14 @@ def _attend_flex(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def attend_split(
+    query: Tensor, key: Tensor, value: Tensor, structure_BK3: Tensor, first_query: int, scale: float
+) -> Tensor:
+    """The same without a mask."""
+    rows = _MASKS.get("split", structure_BK3, lambda: runs_of_rows(structure_BK3, first_query, query.shape[2]))
+    return attend_runs(query, key, value, rows, scale)
 
 
 def mask_rule(structure_BK3: Tensor, first_query: int) -> Callable[..., Tensor]:

@@ -32,7 +32,7 @@ REFUSED = [
     (["model.rope=2d", "model.vision.drop_class_token=false"], "model.rope=2d places a grid of patches: set model.vi"),
     (
         ["model.attention=mixed", "model.attention_backend=flex", "platform=cpu"],
-        "model.attention_backend=flex has no backward pass on a CPU: set it to auto or dense.",
+        "model.attention_backend=flex has no backward pass on a CPU: set it to auto, dense or split.",
     ),
     (
         [*LAVER, "objective.laver.sequence=rows"],

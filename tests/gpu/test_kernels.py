@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_pre.losses import gram_anchoring_loss, masked_prediction_loss, predictive_loss
-from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense
+from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense, attend_split
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE
 
 TOKENS, WIDTH = 1152, 512
@@ -38,8 +38,9 @@ def test_a_loss_has_the_value_and_gradient_of_float64_on_the_cpu(name, dtype, de
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-def test_the_block_sparse_kernel_attends_as_the_dense_mask_does(heads, width, device):
-    if device == "cpu":
+@pytest.mark.parametrize("attend", [_attend_flex, attend_split], ids=["block-sparse", "run-by-run"])
+def test_a_kernel_attends_as_the_dense_mask_does(attend, heads, width, device):
+    if device == "cpu" and attend is _attend_flex:
         pytest.skip("FlexAttention has no backward pass on a CPU")
     length = 512
     structure = torch.zeros(1, length, 3, dtype=torch.int32)
@@ -57,7 +58,7 @@ def test_the_block_sparse_kernel_attends_as_the_dense_mask_does(heads, width, de
         output.backward(upstream.to(where, dtype))
         return [tensor.double().cpu() for tensor in (output.detach(), *(tensor.grad for tensor in tensors))]
 
-    found = outputs(_attend_flex, torch.bfloat16, device)
+    found = outputs(attend, torch.bfloat16, device)
     expected = outputs(attend_dense, torch.float64, "cpu")
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= 2e-2 * other.norm()

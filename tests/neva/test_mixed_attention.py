@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask
 
-from nemo_pre.neva.mixed_attention import MixedAttention, attend_dense, mask_rule, with_mixed_attention
+from nemo_pre.neva.mixed_attention import (
+    MixedAttention,
+    SplitMixedAttention,
+    attend_dense,
+    mask_rule,
+    with_mixed_attention,
+)
+from nemo_pre.neva.split_attention import runs_of_rows
 from nemo_pre.parallel.token_streams import StreamShape, VisualBranch, decoder_streams, may_attend
 from tests.parallel.test_token_streams import packed, samples, shape
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
 
-def attention() -> MixedAttention:
+def attention(kind: type[MixedAttention] = MixedAttention) -> MixedAttention:
     config = SimpleNamespace(
         attention_dropout=0.0,
         window_size=None,
@@ -26,7 +33,7 @@ def attention() -> MixedAttention:
     )
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(cp=alone, tp=alone)
-    return MixedAttention(config, 1, None, "self", pg_collection=groups)  # type: ignore[arg-type]
+    return kind(config, 1, None, "self", pg_collection=groups)  # type: ignore[arg-type]
 
 
 def structure(branch: VisualBranch | None = None, **changes: object) -> torch.Tensor:
@@ -62,12 +69,14 @@ def slow(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: to
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("kind", [MixedAttention, SplitMixedAttention])
+@pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("with_branch", [False, True], ids=["samples", "samples-and-branch"])
-def test_values_and_gradients_equal_plain_loops(with_branch):
-    tokens = structure(packed() if with_branch else None)
+def test_values_and_gradients_equal_plain_loops(with_branch, tp_size, kind):
+    tokens = structure(packed() if with_branch else None, tp_size=tp_size)
     given = inputs(tokens.shape[1])
     weight = torch.randn(tokens.shape[1], 3, HEADS * WIDTH, generator=torch.Generator().manual_seed(1)).double()
-    found = attention()(*given, tokens)
+    found = attention(kind)(*given, tokens)
     gradients = torch.autograd.grad((found * weight).sum(), given)
     expected = slow(*given, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -81,6 +90,28 @@ def test_flexattentions_rule_is_the_same_rule(first_query):
     queries = 24 - 2 * first_query
     rule = create_mask(mask_rule(tokens, first_query), 3, None, queries, 24, device="cpu")[:, 0]
     assert torch.equal(rule, may_attend(tokens[:, first_query : first_query + queries], tokens))
+
+
+@pytest.mark.parametrize("first_query", [0, 4, 8, 12])
+def test_runs_see_what_the_rule_allows_also_where_a_rank_has_a_part_of_the_queries(first_query):
+    tokens, queries = structure(packed(), tp_size=2), 24 - 2 * first_query or 4
+    rule = may_attend(tokens[:, first_query : first_query + queries], tokens)
+    for allowed, row in zip(rule, runs_of_rows(tokens, first_query, queries), strict=True):
+        seen = torch.zeros_like(allowed)
+        query_order = torch.arange(queries) if row.query_order is None else row.query_order
+        key_order = torch.arange(24) if row.key_order is None else row.key_order
+        for run in row.runs:
+            of_run, keys = query_order[run.queries], key_order[run.keys]
+            for number, query in enumerate(of_run.tolist()):
+                seen[query, keys[: len(keys) - (len(of_run) - 1 - number)] if run.causal else keys] = True
+        assert torch.equal(seen, allowed)
+
+
+def test_runs_want_the_tokens_of_an_image_together():
+    tokens = structure()
+    tokens[0, :, 2] = torch.tensor([0, -1] * 8)
+    with pytest.raises(ValueError, match="do not lie together"):
+        runs_of_rows(tokens, 0, 16)
 
 
 def test_changing_one_image_changes_no_other_and_no_earlier_text():

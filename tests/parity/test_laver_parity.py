@@ -198,6 +198,12 @@ def test_a_teacher_gathered_layer_by_layer_computes_the_same(layout):
     check(*case(layout, {**PAPER, "teacher_memory": "gathered"}))
 
 
+@pytest.mark.parametrize("layout", ["TP2-SP", "PP2", "CP2"])
+def test_attention_run_by_run_computes_the_same(layout):
+    job, config = case(layout)
+    check(replace(job, model={**job.model, "attention_backend": "split"}), config)
+
+
 @pytest.mark.parametrize("layout", ["TP2-SP-DP2-sharded-optimizer", "PP2-VPP2-DP2-sharded-optimizer"])
 def test_replicas_reduce_their_gradients_in_one_order_also_where_one_has_text_alone(layout):
     check(*case(layout, bucket_size=1))
