@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.overhead import Settings, compare, parse_arguments
-from nemo_pre.launch import prepare_environment
+from nemo_pre.launch.environment import prepare_environment
 
 SCENES = 4000
 FROZEN = ["objective=none", "optim.freeze_vision=true"]

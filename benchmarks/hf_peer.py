@@ -70,7 +70,7 @@ def run_peer(pipe: Any, settings: Settings, side: str, scratch: str, compiled: b
     import torch
     import torch.distributed as dist
 
-    from nemo_pre.launch import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
 
     prepare_environment(local_ranks=1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,7 @@ ROUNDS, WARM_UP = 10, 3
 def main() -> None:
     import torch
 
-    from nemo_pre.launch import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
 
     prepare_environment()
     on_gpu = torch.cuda.is_available()

@@ -232,7 +232,7 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from nemo_pre.launch import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
 
     prepare_environment()  # as for the product's own ranks, before anything imports Megatron
     from nemo_pre.train import build_model, build_trainer, objective_callbacks, prepare_process

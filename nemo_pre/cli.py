@@ -87,7 +87,7 @@ def main(arguments: Arguments | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words or bool(os.environ.get("NEMO_PRE_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]
-    from nemo_pre.launch import RankFailure
+    from nemo_pre.launch.ranks import RankFailure
 
     try:
         return _dispatch(words)
@@ -155,8 +155,9 @@ def train(arguments: Arguments) -> None:
         print(to_yaml(compose_config(overrides)), end="")
         return
     config = compose_run(overrides)
-    from nemo_pre.config.checks import check_run
-    from nemo_pre.launch import is_first_rank, launch
+    from nemo_pre.checks.run import check_run
+    from nemo_pre.launch.environment import is_first_rank
+    from nemo_pre.launch.ranks import launch
 
     report = check_run(config)
     if is_first_rank():
@@ -212,7 +213,7 @@ Every option, its unit and default: nemo_pre/config/schema.py. Results go to out
 
 def data_lengths(arguments: Arguments) -> None:
     """Measure every training sample of a run's data, once for its tokenizer, template and sequence length."""
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(list(arguments))

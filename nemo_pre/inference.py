@@ -58,9 +58,10 @@ def generate(
     question unless the prompt says <image> itself; several are separated by commas. chat_template is the run's unless
     given (an import has none: give vicuna_v1 or plain). tensor and pipeline lay the model out over ranks.
     """
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
     from nemo_pre.huggingface.exporter import complete_checkpoint
-    from nemo_pre.launch import launch, prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
+    from nemo_pre.launch.ranks import launch
 
     if (prompt is None) == (requests is None):
         raise ValueError("Give prompt=TEXT (and image=FILE), or requests=FILE.jsonl.")
@@ -88,7 +89,7 @@ def inference_run(
     platform: str = "auto",
 ) -> InferenceRun:
     """The run whose ranks hold the checkpoint's model, without what only training needs."""
-    from nemo_pre.config.saved import read_saved, saved_model
+    from nemo_pre.run_files.saved_config import read_saved, saved_model
 
     saved = read_saved(checkpoint)
     run = untrained_run(saved_model(checkpoint), output_dir)
@@ -157,7 +158,7 @@ def answer(run: InferenceRun) -> None:
     from nemo_pre.data.conversation import end_of_answer
     from nemo_pre.data.preprocessing import build_preprocessing
     from nemo_pre.generation import generate as generate_tokens
-    from nemo_pre.silence import silence
+    from nemo_pre.launch.silence import silence
 
     how = build_preprocessing(run)
     prompts = [_prompt(how, number, text, images) for number, (text, images) in enumerate(run.requests)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.term_metrics import COMPARED
+from nemo_pre.objectives.term_metrics import COMPARED
 
 CURVES = "curves.png"
 EXACT_MATCH = "val/exact_match"
@@ -66,7 +66,7 @@ def plot_runs(runs: Mapping[str, str | Path], out: str | Path) -> Path:
 
 def _series(run_dir: str | Path) -> dict[str, Points]:
     """Every metric of a run as steps and values; a step recorded twice counts as it was recorded last."""
-    from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
+    from nemo_pre.run_files.metrics import METRICS, read_metrics
 
     file = Path(run_dir) / METRICS
     if not file.is_file():

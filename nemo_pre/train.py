@@ -1,4 +1,4 @@
-"""A training run on one rank: build, restore, fit. Started on every rank by :mod:`nemo_pre.launch`."""
+"""A training run on one rank: build, restore, fit. Started on every rank by :mod:`nemo_pre.launch.ranks`."""
 
 from __future__ import annotations
 

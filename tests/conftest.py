@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # suite would leave half of the modules in the first.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="nemo-pre-tests-")
 
-from nemo_pre.launch import prepare_environment
+from nemo_pre.launch.environment import prepare_environment
 
 # tests/gpu asks for its GPU by this variable.
 prepare_environment(platform=os.environ.get("NEMO_PRE_TEST_PLATFORM", "cpu"), local_ranks=2)

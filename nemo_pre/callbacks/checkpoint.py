@@ -10,15 +10,15 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
-from nemo_pre.callbacks.checkpoint_files import (
+from nemo_pre.config.compose import save_resolved
+from nemo_pre.config.schema import RunConfig
+from nemo_pre.run_files.checkpoints import (
     checkpoint_dir,
     damage_of,
     newest_step,
     numbered_checkpoints,
     record_sizes,
 )
-from nemo_pre.config.compose import save_resolved
-from nemo_pre.config.schema import RunConfig
 
 NO_ROOM = (  # what Linux says, and torch's writer when it could not write as much as it wanted
     "No space left on device",

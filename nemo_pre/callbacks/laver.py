@@ -30,14 +30,14 @@ from nemo_pre.neva.model import (
     VisualNevaConfig,
     model_chunks,
 )
-from nemo_pre.objective import StepPlan, global_mean, term_scale
+from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
+from nemo_pre.objectives.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms, whole_images
 from nemo_pre.parallel.masking import visual_token_masks
 from nemo_pre.parallel.sequence_cut import groups_that_cut, reports_its_tokens
 from nemo_pre.parallel.sequence_layout import SequenceLayout
 from nemo_pre.parallel.token_streams import VisualBranch, image_rows, image_sizes, packed_images, packed_length
-from nemo_pre.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from nemo_pre.callbacks.step_planner import step_planner
 from nemo_pre.config.schema import ScheduleConfig
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens, model_chunks
-from nemo_pre.objective import StepPlan, global_mean, term_scale
+from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
 from nemo_pre.parallel.anchor_exchange import AnchorExchange, anchor_group
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.sequence_cut import groups_that_cut, reports_its_tokens

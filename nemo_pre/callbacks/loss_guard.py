@@ -11,10 +11,10 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.checkpoint import RunCheckpoint
-from nemo_pre.callbacks.checkpoint_files import checkpoint_dir, newest_step
 from nemo_pre.config.schema import RunConfig
-from nemo_pre.data.skipped import read_skipped, record_skipped
-from nemo_pre.slurm import stopping
+from nemo_pre.launch import stopping
+from nemo_pre.run_files.checkpoints import checkpoint_dir, newest_step
+from nemo_pre.run_files.skipped_samples import read_skipped, record_skipped
 
 ROLL_BACK = "roll_back"
 
@@ -24,7 +24,7 @@ class LossGuard(Callback):
 
     Rank 0 judges and all ranks hear of it: one small broadcast a step, on a CPU group of its own. A roll-back ends
     every rank with ``stopping.ROLL_BACK``. Who started them starts them again, and they go on from the newest
-    checkpoint without the samples trained on since, which are on record (:mod:`nemo_pre.data.skipped`).
+    checkpoint without the samples trained on since, which are on record (:mod:`nemo_pre.run_files.skipped_samples`).
 
     Raises:
         ValueError: the run is to stop.

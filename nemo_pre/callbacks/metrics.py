@@ -15,9 +15,9 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile, Tolerant
 from nemo_pre.callbacks.progress import READABLE, StepClock, logged_metrics
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.run_files.metrics import METRICS, MetricsFile, Tolerant
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens
-from nemo_pre.objective import StepPlan
+from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.image_pooling import mean_per_image, share_of_replicated_sum
 
 

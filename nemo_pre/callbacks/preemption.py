@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.checkpoint import RunCheckpoint
-from nemo_pre.slurm import stopping
+from nemo_pre.launch import stopping
 
 STDERR = 2  # the file descriptor, whatever sys.stderr is by then
 DUMP_TIME = 10  # seconds every rank has for printing its stacks before the first one ends

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.term_metrics import TERM_METRICS
+from nemo_pre.objectives.term_metrics import TERM_METRICS
 
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
 READABLE = {"reduced_train_loss": "lm/loss", "val_loss": "val/lm_loss"}

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_pre.callbacks.checkpoint_files import start_checkpoint
-from nemo_pre.config.saved import changed_options, check_same_weights
 from nemo_pre.config.schema import RunConfig
-from nemo_pre.training_only import COMPARED_ON_RESUME
+from nemo_pre.objectives.training_only import COMPARED_ON_RESUME
+from nemo_pre.run_files.checkpoints import start_checkpoint
+from nemo_pre.run_files.saved_config import changed_options, check_same_weights
 
 log = logging.getLogger(__name__)
 

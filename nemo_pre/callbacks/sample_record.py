@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.callbacks.metrics_file import MetricsFile
 from nemo_pre.callbacks.step_planner import step_planner
+from nemo_pre.run_files.metrics import MetricsFile
 
 SAMPLES = "samples.jsonl"
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.config.schema import ScheduleConfig
-from nemo_pre.objective import StepPlan
-from nemo_pre.schedules import ramp
+from nemo_pre.objectives.scale import StepPlan
+from nemo_pre.objectives.schedules import ramp
 
 if TYPE_CHECKING:
     from nemo_pre.parallel.sequence_layout import SequenceLayout

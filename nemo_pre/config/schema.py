@@ -2,7 +2,7 @@
 
 The YAML groups in ``recipes/`` are merged into these dataclasses by Hydra, so an unknown key or a value of
 the wrong type is refused while composing. What one field alone cannot decide (does the layout divide the
-model, is the data there) is decided in :mod:`nemo_pre.config.checks`.
+model, is the data there) is decided in :mod:`nemo_pre.checks.run`.
 """
 
 from __future__ import annotations

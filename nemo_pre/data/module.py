@@ -35,8 +35,8 @@ from nemo_pre.data.sampler import (
     shares,
     whole_position,
 )
-from nemo_pre.data.skipped import Skipped, read_skipped
 from nemo_pre.data.tokenizer import padding_id
+from nemo_pre.run_files.skipped_samples import Skipped, read_skipped
 
 log = logging.getLogger(__name__)
 

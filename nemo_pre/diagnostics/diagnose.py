@@ -58,7 +58,7 @@ def diagnose(
     pictures out.
     """
     from nemo_pre.diagnostics.report import read_results
-    from nemo_pre.launch import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
 
     for name, value, least in (
         ("num_images", num_images, 1),
@@ -117,8 +117,8 @@ def diagnose_run(
 
 
 def _launch(run: DiagnoseRun) -> None:
-    from nemo_pre.config.checks import check_options
-    from nemo_pre.launch import launch
+    from nemo_pre.checks.run import check_options
+    from nemo_pre.launch.ranks import launch
 
     check_options(run)
     launch(run, "nemo_pre.diagnostics.diagnose:diagnose_rank")
@@ -128,7 +128,7 @@ def diagnose_rank(run: DiagnoseRun) -> None:
     """On every rank: measure the layers that are here; the first rank writes what all found."""
     import torch.distributed as dist
 
-    from nemo_pre.preload import silence
+    from nemo_pre.launch.preload import silence
 
     with silence():  # what gloo, Megatron and Lightning tell of a start is not part of the results
         from nemo_pre.data.preprocessing import build_preprocessing
@@ -204,7 +204,7 @@ def _write(out: str, title: str, data_path: str, model: Any, data: Any, found: d
 
 def _finish(out: str, others: list[dict[str, Any]]) -> None:
     from nemo_pre.diagnostics.report import read_results, render
-    from nemo_pre.launch import is_first_rank
+    from nemo_pre.launch.environment import is_first_rank
 
     if not is_first_rank():
         return

@@ -14,7 +14,7 @@ def over_training(model: str | Path, num_layers: int) -> list[dict[str, Any]]:
     Args:
         model: a run's directory, its checkpoints, or one of them; empty if no metrics lie beside.
     """
-    from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
+    from nemo_pre.run_files.metrics import METRICS, read_metrics
 
     path = Path(model).resolve()
     file = next((place / METRICS for place in (path, *path.parents[:2]) if (place / METRICS).is_file()), None)

@@ -16,7 +16,7 @@ from nemo_pre.data.manifest import Shard, verify_shards
 from nemo_pre.data.shards import ShardedSamples
 from nemo_pre.features.check import shards_of
 from nemo_pre.features.work import Options, Work
-from nemo_pre.launch import external_job, is_first_rank, prepare_environment
+from nemo_pre.launch.environment import external_job, is_first_rank, prepare_environment
 
 
 def features_help() -> str:
@@ -45,7 +45,7 @@ def features(arguments: Sequence[str]) -> None:
         ValueError: one sentence on a wrong word, a run that cannot have features, or too little room.
     """
     overrides, options = read_options(arguments)
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(overrides)

@@ -23,7 +23,7 @@ from nemo_pre.features.check import described
 from nemo_pre.features.tower import tower_weights
 from nemo_pre.features.work import Options, Work
 from nemo_pre.features.writer import ShardFeatures, claim
-from nemo_pre.launch import uses_gpu
+from nemo_pre.launch.environment import uses_gpu
 from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
 
 NAMED = 20  # unreadable samples; the rest are counted

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_pre.callbacks.checkpoint_files import start_checkpoint
-from nemo_pre.config.saved import check_same_weights
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
-from nemo_pre.silence import silence
+from nemo_pre.launch.silence import silence
+from nemo_pre.run_files.checkpoints import start_checkpoint
+from nemo_pre.run_files.saved_config import check_same_weights
 
 
 def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:

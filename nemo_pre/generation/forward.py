@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_pre.neva.fp8 import without_fp8
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MCoreVisualNevaModel, unobserved
-from nemo_pre.objective import StepPlan
+from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.sequence_layout import Grid, combined_lengths, local_positions, sequence_layout
 
 PADDING = 0  # any id will do: attention is causal and padding is on the right

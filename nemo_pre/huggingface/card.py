@@ -11,7 +11,7 @@ from typing import Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, is_native
 from nemo_pre.huggingface.qwen_vl import QWEN_VL
-from nemo_pre.term_metrics import TERMS
+from nemo_pre.objectives.term_metrics import TERMS
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
 PRE = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
@@ -45,7 +45,7 @@ def last_metrics(file: Path, step: int | None) -> dict[str, float]:
     """The last values of losses and validation up to a checkpoint's step; empty where there is no such file."""
     if not file.is_file():
         return {}
-    from nemo_pre.callbacks.metrics_file import read_metrics
+    from nemo_pre.run_files.metrics import read_metrics
 
     last: dict[str, float] = {}
     for line in read_metrics(file):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
-from nemo_pre.training_only import TRAINING_ONLY
+from nemo_pre.objectives.training_only import TRAINING_ONLY
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
     from nemo_pre.huggingface.processor import write_processor
     from nemo_pre.huggingface.safetensors_files import plan_files, write_files
-    from nemo_pre.launch import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment
 
     prepare_environment("cpu")  # reading a checkpoint imports Megatron
     if dtype not in DTYPES:
@@ -71,8 +71,8 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
 
 def complete_checkpoint(path: str) -> Path:
     """A checkpoint by itself, or the newest of a run's directory."""
-    import nemo_pre.preload  # noqa: F401  # imports NeMo without its messages
-    from nemo_pre.callbacks.checkpoint_files import former_stage
+    import nemo_pre.launch.preload  # noqa: F401  # imports NeMo without its messages
+    from nemo_pre.run_files.checkpoints import former_stage
 
     directory = Path(path)
     if (directory / "checkpoints").is_dir():
@@ -81,7 +81,7 @@ def complete_checkpoint(path: str) -> Path:
 
 
 def _described(source: Path) -> tuple[Any, ModelConfig]:
-    from nemo_pre.config.saved import read_saved, saved_model
+    from nemo_pre.run_files.saved_config import read_saved, saved_model
 
     return read_saved(source), saved_model(source)
 

@@ -1,6 +1,6 @@
 """Loss terms as pure torch: tensors in, unweighted ``(loss_sum, count)`` out.
 
-Weights, schedules and the division by global counts are applied in :mod:`nemo_pre.objective`.
+Weights, schedules and the division by global counts are applied in :mod:`nemo_pre.objectives.scale`.
 """
 
 from nemo_pre.losses.gram_anchoring import gram_anchoring_loss

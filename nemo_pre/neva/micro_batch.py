@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from nemo_pre.objective import StepPlan
+from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.branch_tokens import BranchTokens, branch_tokens
 from nemo_pre.parallel.sequence_layout import LocalVisualTokens, SequenceLayout, local_positions, local_visual_tokens
 from nemo_pre.parallel.token_streams import DecoderStreams, StreamShape, VisualBranch, decoder_streams

@@ -33,7 +33,7 @@ from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.stored_tower import StoredTower
 from nemo_pre.neva.teacher import Teacher
 from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
-from nemo_pre.objective import StepPlan
+from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.auxiliary_gradient import scale_gradient
 from nemo_pre.parallel.sequence_layout import (
     Grid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pre.config.schema import OptimConfig, RunConfig
-from nemo_pre.training_only import TRAINED
+from nemo_pre.objectives.training_only import TRAINED
 
 # Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes.
 MODULE_RATES = {

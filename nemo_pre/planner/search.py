@@ -229,7 +229,7 @@ def _does_not_fit(found: Found, config: RunConfig, excess: float, kind: str) -> 
 
 def _accepted(candidate: Candidate, found: Found) -> bool:
     """Whether ``nemo-pre train`` would take the layout, wherever it is: it has rules of its own for FP8 and LaVer."""
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
 
     try:
         check_options(replace(candidate.config, cluster=ClusterConfig(), platform="gpu", dry_run=True))

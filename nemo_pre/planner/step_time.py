@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nemo_pre.config.derived import overlaps_grad_reduce, world_size
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.objectives.schedules import update_interval
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops, stage_flops
@@ -19,7 +20,6 @@ from nemo_pre.planner.load import Load
 from nemo_pre.planner.memory import FLOAT, averaged_parameters, stages_that_differ, state_memory
 from nemo_pre.planner.parameters import chunks_of_stages, fp8_layers_among, rank_parameters, trainable_parameters
 from nemo_pre.planner.schedule import bubble_fraction, simulate
-from nemo_pre.schedules import update_interval
 
 
 @dataclass(frozen=True)

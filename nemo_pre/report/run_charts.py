@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 
+from nemo_pre.objectives.term_metrics import TERM_METRICS
 from nemo_pre.plots import EXACT_MATCH
 from nemo_pre.report.answers import question_metrics
 from nemo_pre.report.charts import Line, line_chart
 from nemo_pre.report.runs import Run, natural, smooth
-from nemo_pre.term_metrics import TERM_METRICS
 
 
 def training_charts(run: Run) -> list[str]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
 from nemo_pre.plots import SMOOTH_OVER, _moving_mean
+from nemo_pre.run_files.metrics import METRICS, read_metrics
 
 CONFIG = "config.yaml"
 SEEDS = ("seed", "data.shuffle_seed")

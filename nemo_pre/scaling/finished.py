@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from nemo_pre.callbacks.metrics_file import METRICS
+from nemo_pre.objectives.term_metrics import COMPARED
 from nemo_pre.report.runs import Run, read_run
+from nemo_pre.run_files.metrics import METRICS
 from nemo_pre.scaling.results import Result
-from nemo_pre.term_metrics import COMPARED
 
 STEP_TIME = "step_time"
 WARM_UP = 0.1  # of the recorded steps, whose times do not count

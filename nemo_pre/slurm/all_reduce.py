@@ -15,7 +15,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from nemo_pre.launch import external_job
+from nemo_pre.launch.environment import external_job
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -182,7 +182,7 @@ def _render_chain(request: Request) -> list[Job]:
 
 def _checked_run(words: Sequence[str], options_only: bool) -> RunConfig:
     """Composed and checked as ``nemo-pre train`` would; without a look at files where they need not be."""
-    from nemo_pre.config.checks import check_options, check_run
+    from nemo_pre.checks.run import check_options, check_run
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(words)

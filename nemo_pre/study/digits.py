@@ -67,7 +67,7 @@ def study(
         raise ValueError("language_steps needs an encoder and a first stage: give encoder_steps and first_steps too.")
     from nemo_pre.config.compose import compose_run
     from nemo_pre.data.manifest import read_manifest
-    from nemo_pre.launch import RankFailure
+    from nemo_pre.launch.ranks import RankFailure
     from nemo_pre.study.encoder import prepare_encoder, prepare_start, start_directory
     from nemo_pre.study.figures import draw
     from nemo_pre.study.page import write_page

@@ -53,7 +53,7 @@ class StudyRun:
     @property
     def steps_done(self) -> int:
         """Read off its metrics, while another process trains."""
-        from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
+        from nemo_pre.run_files.metrics import METRICS, read_metrics
 
         if self._is_trained:
             return self.steps

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from nemo_pre.launch import uses_gpu, visible_gpus
+from nemo_pre.launch.environment import uses_gpu, visible_gpus
 from nemo_pre.study.runs import RunFailed, StudyRun
 
 REPORT_EVERY = 20.0  # seconds

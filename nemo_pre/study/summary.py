@@ -74,9 +74,9 @@ def write_summary(summary: Summary, out: Path) -> None:
 
 def _measured(run: StudyRun) -> dict[str, Any]:
     """What one run recorded: answers at its end, every layer's diagnostics, and its way there."""
-    from nemo_pre.callbacks.metrics_file import METRICS, read_metrics
     from nemo_pre.diagnostics.over_training import over_training
     from nemo_pre.diagnostics.report import read_results
+    from nemo_pre.run_files.metrics import METRICS, read_metrics
 
     by_step: dict[int, Numbers] = {}
     for line in read_metrics(run.directory / METRICS):
@@ -157,7 +157,7 @@ def _provenance(runs: Sequence[StudyRun]) -> dict[str, Any]:
     """``date``: of the newest run, however often its numbers are written anew."""
     from importlib.metadata import version
 
-    from nemo_pre.launch import visible_gpus
+    from nemo_pre.launch.environment import visible_gpus
 
     newest = max((run.directory / DIAGNOSED).stat().st_mtime for run in runs)
     return {

@@ -140,7 +140,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, complaint: Callable[
 
 def last_step(run: Path) -> int:
     """Of the steps that are on record."""
-    from nemo_pre.callbacks.metrics_file import read_metrics
+    from nemo_pre.run_files.metrics import read_metrics
 
     file = run / "metrics.jsonl"
     return max((line["step"] for line in read_metrics(file)), default=0) if file.exists() else 0
@@ -148,7 +148,7 @@ def last_step(run: Path) -> int:
 
 def losses(run: Path) -> dict[int, float]:
     """By step; a step that is on record twice is an error."""
-    from nemo_pre.callbacks.metrics_file import read_metrics
+    from nemo_pre.run_files.metrics import read_metrics
 
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "lm/loss" in line]
     found = {line["step"]: line["lm/loss"] for line in lines}
@@ -158,8 +158,8 @@ def losses(run: Path) -> dict[int, float]:
 
 def samples(run: Path) -> dict[int, list[str]]:
     """The names of what each step trained on; a step that is on record twice is an error."""
-    from nemo_pre.callbacks.metrics_file import read_metrics
     from nemo_pre.callbacks.sample_record import SAMPLES
+    from nemo_pre.run_files.metrics import read_metrics
 
     lines = read_metrics(run / SAMPLES)
     found = {line["step"]: line["samples"] for line in lines}
@@ -169,14 +169,14 @@ def samples(run: Path) -> dict[int, list[str]]:
 
 def is_saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
-    from nemo_pre.callbacks.checkpoint_files import UNFINISHED
+    from nemo_pre.run_files.checkpoints import UNFINISHED
 
     return any((run / "checkpoints").glob(f"step=*{UNFINISHED}"))
 
 
 def cut_newest_checkpoint(run: Path) -> int:
     """Halve the largest file of the newest checkpoint; returns its step."""
-    from nemo_pre.callbacks.checkpoint_files import numbered_checkpoints
+    from nemo_pre.run_files.checkpoints import numbered_checkpoints
 
     checkpoints = numbered_checkpoints(run / "checkpoints")
     step = max(checkpoints)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_pre.callbacks.metrics import MetricsCallback, RunTensorBoard, record_metrics
-from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile, read_metrics
+from nemo_pre.run_files.metrics import METRICS, MetricsFile, read_metrics
 
 
 def trainer_at(step: int, metrics: dict[str, float] | None = None, rank: int = 0, **more: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile
 from nemo_pre.plots import _moving_mean, plot_run, plot_runs
+from nemo_pre.run_files.metrics import METRICS, MetricsFile
 
 
 def record_run(directory: Path, pre: bool, steps: int = 120) -> Path:

@@ -110,7 +110,7 @@ def test_dry_run_refuses_without_data_and_leaves_nothing(tmp_path, capsys, monke
 
 def test_dry_run_on_prepared_data_prints_the_summary_and_starts_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_pre.launch.launch", lambda *_: pytest.fail("a dry run starts no rank"))
+    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda *_: pytest.fail("a dry run starts no rank"))
     assert cli.main(["data", "demo", "out=digits", "num_scenes=12", "workers=1"]) == 0
     capsys.readouterr()
     assert cli.main(["train", "experiment=digits_tiny_pre", "data.path=digits", "dry_run=true"]) == 0
@@ -121,8 +121,8 @@ def test_dry_run_on_prepared_data_prints_the_summary_and_starts_nothing(tmp_path
 def test_train_saves_the_resolved_config_and_launches_the_ranks(tmp_path, monkeypatch):
     started = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_pre.config.checks.check_presence", lambda config: "")
-    monkeypatch.setattr("nemo_pre.launch.launch", lambda config, entry: started.append((config.name, entry)))
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry: started.append((config.name, entry)))
     assert cli.main(["train", "experiment=digits_tiny_pre", "output_dir=out"]) == 0
     assert started == [("digits_tiny_pre", "nemo_pre.train:run_rank")]
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["output_dir"] == "out"

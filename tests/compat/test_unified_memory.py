@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 IMPORT = """
-from nemo_pre.launch import prepare_environment
+from nemo_pre.launch.environment import prepare_environment
 prepare_environment("cpu")
 from megatron.core.inference.contexts import dynamic_context
 assert not dynamic_context.has_unified_memory

@@ -7,16 +7,16 @@ import pytest
 from omegaconf import OmegaConf
 
 import recipes
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run, missing_values, save_resolved
 from nemo_pre.config.derived import num_visual_tokens, world_size
-from nemo_pre.config.saved import changed_options
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.run_files.saved_config import changed_options
 
 
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(name, monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
     run = compose_run([f"experiment={name}"])
     assert (run.name, run.experiment, run.output_dir) == (name, name, f"runs/{name}")
     assert check_options(run) == []

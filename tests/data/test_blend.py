@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from nemo_pre.config.checks import check_options, check_run
+from nemo_pre.checks.run import check_options, check_run
 from nemo_pre.config.compose import compose_run
 from nemo_pre.data.dataset import ConversationDataset
 from nemo_pre.data.manifest import read_manifest

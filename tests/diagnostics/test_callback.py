@@ -81,7 +81,7 @@ def test_training_goes_on_as_without_them(on_one_rank, start, digits, tmp_path):
 
 
 def test_an_interval_below_one_is_refused():
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
     from nemo_pre.config.compose import compose_run
 
     with pytest.raises(ValueError, match="trainer.log_diagnostics_every=0 must be 1 or more"):

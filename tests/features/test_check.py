@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pre.checks.run import check_run
 from nemo_pre.cli import main
-from nemo_pre.config.checks import check_run
 from nemo_pre.config.compose import compose_run
 from nemo_pre.data.features import read_features
 from tests.data.prepared_sets import image_bytes, sample, write_set

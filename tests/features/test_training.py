@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_pre.checks.run import check_run
 from nemo_pre.cli import main
-from nemo_pre.config.checks import check_run
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.saved import saved_model
 from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.huggingface.exporter import model_weights
+from nemo_pre.run_files.saved_config import saved_model
 from tests.features.made import run_words
 from tests.ranks import RankError, run_ranks
 from tests.training.job import run

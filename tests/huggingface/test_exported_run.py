@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from nemo_pre.config.compose import compose_run, save_resolved
-from nemo_pre.config.saved import saved_model
 from nemo_pre.data.conversation import IMAGE_TOKEN_INDEX, TEMPLATES, encode, encode_prompt
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.processor import write_processor
+from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
 from tests.ranks import run_ranks
@@ -185,7 +185,7 @@ def test_the_chat_template_gives_the_tokens_of_training(template, vision, tag, p
     chosen = [f"model.tokenizer={tmp_path / 'tokenizer'}", f"data.chat_template={template}"]
     config = compose_run(["experiment=digits_tiny", *vision, *chosen])
     save_resolved(config, tmp_path / "config.yaml")
-    from nemo_pre.config.saved import read_saved
+    from nemo_pre.run_files.saved_config import read_saved
 
     (tmp_path / "hf").mkdir()
     write_processor(read_saved(tmp_path), config.model, tmp_path, tmp_path / "hf")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.derived import axis_of_frequency
-from nemo_pre.config.saved import check_same_weights, saved_model
 from nemo_pre.data.conversation import TEMPLATES
 from nemo_pre.diagnostics.diagnose import diagnose_run
 from nemo_pre.huggingface.architecture import read_whole
@@ -24,6 +23,7 @@ from nemo_pre.huggingface.processor import jinja_template
 from nemo_pre.huggingface.remote_code.configuration_spatial_qwen_vl import SpatialQwenVLConfig
 from nemo_pre.huggingface.remote_code.modeling_spatial_qwen_vl import SpatialQwenVLForConditionalGeneration
 from nemo_pre.huggingface.safetensors_files import TensorSource
+from nemo_pre.run_files.saved_config import check_same_weights, saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
 from tests.ranks import run_ranks

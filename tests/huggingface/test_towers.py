@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_pre.config.saved import saved_model
 from nemo_pre.config.schema import VisionConfig
 from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.neva.vision import VisionTowerConfig
+from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.test_logits import expanded
 from tests.huggingface.tiny import tiny_llava

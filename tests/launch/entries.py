@@ -84,7 +84,7 @@ def _is_gone(pid_file: Path) -> bool:
 
 def main(function: str, output_dir: str, *overrides: str) -> int:
     from nemo_pre.config.compose import compose_run
-    from nemo_pre.launch import RankFailure, launch
+    from nemo_pre.launch.ranks import RankFailure, launch
 
     config = compose_run(["experiment=digits_tiny", "platform=cpu", f"output_dir={output_dir}", *overrides])
     try:

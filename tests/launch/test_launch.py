@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pre.launch import GRACE, TERM_WAIT, external_job, first_host
+from nemo_pre.launch.environment import external_job, first_host
+from nemo_pre.launch.ranks import GRACE, TERM_WAIT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START = 15.0  # seconds a loaded machine may need to start Python, compose and fork

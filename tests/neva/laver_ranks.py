@@ -54,7 +54,7 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
 def run_branch(chunk: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Logits of the samples and states of the branch, image by image."""
     from nemo_pre.neva.micro_batch import MicroBatch
-    from nemo_pre.objective import StepPlan
+    from nemo_pre.objectives.scale import StepPlan
     from nemo_pre.parallel.sequence_layout import sequence_layout
     from nemo_pre.parallel.token_streams import VisualBranch, image_rows, packed_images
 

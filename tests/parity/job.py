@@ -185,7 +185,7 @@ def build_data(job: Job, run: Any) -> Any:
 
 def spoil_gradient(factor: float) -> None:
     """Make the injected gradient wrong, to see that the comparison notices."""
-    import nemo_pre.objective as objective
+    import nemo_pre.objectives.scale as objective
 
     right = objective.auxiliary_loss_scale
     objective.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_pre.config.checks import check_run
+from nemo_pre.checks.memory import estimate_memory
+from nemo_pre.checks.run import check_run
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.memory import estimate_memory
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops
 from nemo_pre.planner.load import largest_load
@@ -159,7 +159,7 @@ def test_a_run_that_cannot_fit_is_told_what_it_needs_and_one_that_fits_nothing()
 
 def test_train_refuses_a_run_that_cannot_fit_unless_told_otherwise(monkeypatch) -> None:
     words = ["experiment=llava15_7b_stage2_full", "trainer.micro_batch_size=32", "trainer.global_batch_size=256"]
-    monkeypatch.setattr("nemo_pre.config.checks.check_presence", lambda config: "not looked at")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "not looked at")
     with pytest.raises(ValueError, match="A rank of pipeline stage 1 needs about .* GiB"):
         check_run(compose_run(words))
     report = check_run(compose_run([*words, "trainer.ignore_memory_estimate=true"]))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.schema import ClusterConfig

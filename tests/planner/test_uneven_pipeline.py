@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.schema import RunConfig
 from nemo_pre.huggingface.exporter import export_checkpoint

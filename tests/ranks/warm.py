@@ -5,7 +5,7 @@ The product's own list, and what only tests build.
 
 import gc
 
-import nemo_pre.preload  # noqa: F401  # before Megatron, which it makes importable
+import nemo_pre.launch.preload  # noqa: F401  # before Megatron, which it makes importable
 
 # isort: split
 import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401

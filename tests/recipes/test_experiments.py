@@ -10,10 +10,10 @@ from functools import cache
 import pytest
 
 import recipes
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.memory import estimate_memory
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run
 from nemo_pre.config.derived import num_visual_tokens, target_layers, world_size
-from nemo_pre.config.memory import estimate_memory
 from nemo_pre.config.schema import PrecisionConfig, RunConfig
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.load import largest_load
@@ -109,7 +109,7 @@ def test_data_and_template_are_those_of_the_stage_and_the_language_model(name):
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
     config = run(name)
     assert check_options(config) == []
     cluster = config.cluster
@@ -124,7 +124,7 @@ def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_it_is_legal_in_fp8_and_fits_some_with_half_the_micro_batch(name, precision, monkeypatch):
     """FP8 copies of the weights take what bf16 left free in four of them."""
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
     chosen = compose_config([f"precision={precision}"]).precision
     in_fp8 = PrecisionConfig(name=chosen.name, bf16_layers=chosen.bf16_layers)
     config = replace(run(name), platform="gpu", dry_run=True, precision=in_fp8)
@@ -164,7 +164,7 @@ def test_names_are_model_and_stage_and_every_model_has_an_experiment():
 
 def test_encoders_language_models_and_stages_go_together_on_the_command_line(monkeypatch):
     """Every one of each, in turn with those of the others."""
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
     encoders, languages = recipes.choices("model/vision"), recipes.choices("model/language")
     assert set(recipes.choices("stage")) == set(STAGES)
     stages = [stage for stage in STAGES if stage != "laver_stage2_released_code"]  # of Qwen2.5 alone
@@ -188,7 +188,7 @@ def test_a_stage_can_be_changed_on_the_command_line_and_its_name_with_it():
 
 
 def test_an_untrained_patch_mlp_is_not_frozen_without_a_word(monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 0)
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
     words = ["experiment=patch_mlp_qwen25_7b_laver_stage1_align", "optim.freeze_vision=true"]
     (warning,) = check_options(compose_run(words))
     assert "keeps a patch MLP as it was drawn" in warning

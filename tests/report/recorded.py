@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nemo_pre.callbacks.metrics_file import METRICS, MetricsFile
+from nemo_pre.run_files.metrics import METRICS, MetricsFile
 
 Records = Mapping[int, Mapping[str, float]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pre.callbacks.metrics_file import METRICS
 from nemo_pre.report.arms import arrange, option_differences
 from nemo_pre.report.compare import compare
+from nemo_pre.run_files.metrics import METRICS
 from tests.report.recorded import final, record_run
 
 

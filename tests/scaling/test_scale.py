@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import recipes
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.load import largest_load

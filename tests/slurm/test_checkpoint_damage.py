@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from nemo_pre.callbacks.checkpoint_files import SIZES, newest_checkpoint, record_sizes
+from nemo_pre.run_files.checkpoints import SIZES, newest_checkpoint, record_sizes
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_pre.callbacks.checkpoint_files import newest_step
 from nemo_pre.config.compose import compose_run
-from nemo_pre.launch import RankFailure, launch
+from nemo_pre.launch.ranks import RankFailure, launch
+from nemo_pre.run_files.checkpoints import newest_step
 from slurm.testbed.bed import losses
 from tests.slurm.limited_files import LIMIT
 

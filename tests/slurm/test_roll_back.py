@@ -10,8 +10,8 @@ import pytest
 
 from nemo_pre.config.compose import compose_run
 from nemo_pre.data.sampler import whole_position
-from nemo_pre.data.skipped import RECORD, read_skipped
-from nemo_pre.launch import RankFailure, launch
+from nemo_pre.launch.ranks import RankFailure, launch
+from nemo_pre.run_files.skipped_samples import RECORD, read_skipped
 from slurm.testbed.bed import losses
 from tests.slurm.bad_batches import BAD_BATCHES
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nemo_pre.launch import RankFailure
+from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.study import runs as study_runs
 from nemo_pre.study.arms import digits_arms, first_stages
 from nemo_pre.study.digits import study
@@ -160,7 +160,7 @@ def test_two_studies_do_not_work_in_one_place(tmp_path):
 
 @pytest.mark.parametrize("num_layers", [8, 2])
 def test_every_arm_is_a_run_that_can_be_checked(num_layers, digits):
-    from nemo_pre.config.checks import check_options
+    from nemo_pre.checks.run import check_options
     from nemo_pre.config.compose import compose_run
 
     for arm in [*first_stages(), *digits_arms(num_layers)]:

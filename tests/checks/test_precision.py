@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
 
 RECIPES = ("fp8_delayed", "fp8_tensorwise", "fp8_blockwise")

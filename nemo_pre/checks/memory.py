@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.schema import RunConfig
-from nemo_pre.launch import uses_gpu
+from nemo_pre.launch.environment import uses_gpu
 from nemo_pre.planner.devices import Efficiency, device_of_cluster
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.memory import RankMemory, fullest_rank

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nemo_pre.config.checks import check_options, check_run
+from nemo_pre.checks.memory import estimate_memory
+from nemo_pre.checks.presence import find_hf_file
+from nemo_pre.checks.run import check_options, check_run
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.memory import estimate_memory
-from nemo_pre.config.presence import find_hf_file
 from nemo_pre.planner.parameters import model_parameters
 
 
@@ -181,8 +181,8 @@ def test_an_option_without_effect_is_warned_of(overrides, warning):
 
 
 def test_a_layout_larger_than_the_machine_is_refused_only_where_it_would_start(monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.visible_gpus", lambda: 1)
-    monkeypatch.setattr("nemo_pre.config.checks.uses_gpu", lambda platform: platform != "cpu")
+    monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 1)
+    monkeypatch.setattr("nemo_pre.checks.run.uses_gpu", lambda platform: platform != "cpu")
     with pytest.raises(
         ValueError, match=r"The layout has 2 ranks but this machine 1 GPU\(s\): choose a smaller layout"
     ):
@@ -203,7 +203,7 @@ def test_missing_data_is_refused_with_the_command_that_prepares_it(tmp_path):
 
 
 def test_a_checked_run_is_summarised(monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.check_presence", lambda config: "somewhere")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "somewhere")
     report = check_run(run_with("objective.pre.layers=[-1]", experiment="digits_tiny_pre"))
     summary = report.summary()
     assert "2 rank(s) on CPU: TP1 x PP2 x CP1 x DP1, fp32" in summary
@@ -261,6 +261,6 @@ def test_the_first_stage_carries_the_vision_tower():
 
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr("nemo_pre.config.checks.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
     with pytest.raises(ValueError, match="A rank of pipeline stage 1 needs about .* GiB .*ignore_memory_estimate"):
         check_run(run_with("model=llava15_7b", "data.sequence_length=1024", "model.language.num_layers=3200"))

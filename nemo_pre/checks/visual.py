@@ -15,7 +15,7 @@ from nemo_pre.config.vision_families import (
     merge_size,
     token_pixels,
 )
-from nemo_pre.launch import uses_gpu
+from nemo_pre.launch.environment import uses_gpu
 
 LIMITS = ("min_visual_tokens", "max_visual_tokens")
 WINDOWS = ("window_size", "full_attention_layers")

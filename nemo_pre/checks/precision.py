@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from nemo_pre.config.derived import FP8_MULTIPLE, bf16_layers, fp8_multiple, fp8_recipe
 from nemo_pre.config.schema import PrecisionConfig, RunConfig
-from nemo_pre.launch import uses_gpu
+from nemo_pre.launch.environment import uses_gpu
 
 PRECISIONS = ("fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 

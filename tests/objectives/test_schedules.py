@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nemo_pre.schedules import mask_ratio, ramp, teacher_momentum, update_interval, updates_teacher
+from nemo_pre.objectives.schedules import mask_ratio, ramp, teacher_momentum, update_interval, updates_teacher
 
 T = 6250  # steps of LaVer's second stage
 

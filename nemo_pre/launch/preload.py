@@ -8,7 +8,7 @@ import contextlib
 import importlib
 
 from nemo_pre.compat import unified_memory
-from nemo_pre.silence import silence
+from nemo_pre.launch.silence import silence
 
 MODULES = (
     "lightning.pytorch",

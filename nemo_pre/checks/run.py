@@ -13,25 +13,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
-from nemo_pre.config.memory import MemoryEstimate, estimate_memory
-from nemo_pre.config.precision_checks import (
+from nemo_pre.checks.memory import MemoryEstimate, estimate_memory
+from nemo_pre.checks.precision import (
     PRECISIONS,
     ignored_precision_options,
     precision_of_this_machine,
     precision_problems,
 )
-from nemo_pre.config.presence import check_presence
-from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
-from nemo_pre.config.vision_families import is_native
-from nemo_pre.config.visual_checks import (
+from nemo_pre.checks.presence import check_presence
+from nemo_pre.checks.visual import (
     ignored_visual_options,
     tower_problems,
     visual_choices,
     visual_problems,
     visual_ranges,
 )
-from nemo_pre.launch import external_job, uses_gpu, visible_gpus
+from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
+from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
+from nemo_pre.config.vision_families import is_native
+from nemo_pre.launch.environment import external_job, uses_gpu, visible_gpus
 from nemo_pre.optim import MODULE_RATES
 from nemo_pre.planner.parameters import chunks_of_stages, layers_problem
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from nemo_pre.objective import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
-from nemo_pre.schedules import ramp
+from nemo_pre.objectives.scale import StepPlan, auxiliary_loss_scale, global_mean, gradient_divisor
+from nemo_pre.objectives.schedules import ramp
 
 
 def plan(loss_tokens=100, visual_tokens=40, images=4):

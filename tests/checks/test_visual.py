@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import recipes
-from nemo_pre.config.checks import check_options
+from nemo_pre.checks.memory import estimate_memory
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.memory import estimate_memory
 from nemo_pre.config.schema import LaVerConfig
-from tests.config.test_checks import run_with
+from tests.checks.test_run import run_with
 
 LAVER = ["objective=laver/paper", "model.attention=mixed", "model.rope=2d"]
 

@@ -1,0 +1,1 @@
+"""Starting and stopping processes: ranks, their environment, what a job is told."""

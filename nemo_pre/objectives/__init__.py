@@ -1,0 +1,1 @@
+"""What a run optimises beside the words: one folder for each objective."""
