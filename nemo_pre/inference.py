@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import (
     DataConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
-    RunConfig,
     TrainerConfig,
 )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.objectives.term_metrics import COMPARED
+from nemo_pre.objectives.registry import compared_metrics
 
 CURVES = "curves.png"
 EXACT_MATCH = "val/exact_match"
@@ -101,8 +101,8 @@ def _panels(recorded: set[str]) -> list[_Panel]:
         _Panel("language-model loss", [("lm/loss", "train"), ("val/lm_loss", "validation")], bottom=0),
         *(
             _Panel(metric.title, [(metric.name, "")], 0 if metric.zero else None, metric.at_most)
-            for metric in COMPARED
-            if not (metric.name == "laver/similarity" and by_layer)  # of the head's output; the layers say more
+            for metric in compared_metrics()
+            if metric.said_by_layer is None or not any(name.startswith(metric.said_by_layer) for name in recorded)
         ),
         _Panel(
             "mean cosine of an image's visual tokens",

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from nemo_pre.config.derived import overlaps_grad_reduce, world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 
 def run_rank(config: RunConfig) -> None:
@@ -117,55 +117,35 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
 
 
 def training_only_parameters(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what training adds to the model and inference drops."""
+    """Names and shapes of what the enabled objectives add to the model: training has it and inference drops it."""
     import torch
 
     from nemo_pre.neva.build import build_neva_config
+    from nemo_pre.objectives.registry import enabled
 
-    pre, laver = config.objective.pre, config.objective.laver
-    if not (pre.enabled or laver.enabled):
+    terms = [objective.build_term() for objective in enabled(config)]
+    if not terms:
         return {}
     neva = build_neva_config(config, on_gpu=False)
-    parameters: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
-        if pre.enabled:
-            from nemo_pre.callbacks.pre import PReCallback
-
-            heads = PReCallback(pre, config.seed).head_spec(neva)
-            for layer in heads.layers:
-                parameters |= _named(f"pre_heads.{layer}.", heads.build(layer))
-            if pre.ema_momentum is not None:
-                parameters |= _named("ema_projection.", neva.vision_projection_config.configure_model())
-        if laver.enabled:
-            from nemo_pre.callbacks.laver import LaVerCallback
-
-            spec = LaVerCallback(laver, config.seed).spec(neva)
-            for prefix in ("laver_head.", "laver_teacher.head."):
-                parameters |= _named(prefix, spec.head.build())
-            parameters["laver_teacher.center"] = torch.empty(spec.head.width)
-            if spec.mask_token_id is None:
-                parameters["laver_mask_token"] = torch.empty(spec.head.width)
-    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-
-
-def _named(prefix: str, module: Any) -> dict[str, Any]:
-    return {prefix + name: parameter for name, parameter in module.named_parameters()}
+        for term in terms:
+            term.prepare(neva)
+        for part in neva.parts.values():
+            for name, value in part.parts().items():
+                inside = {name: value} if isinstance(value, torch.Tensor) else dict(value.named_parameters(name))
+                shapes |= {full: tuple(parameter.shape) for full, parameter in inside.items()}
+    return shapes
 
 
 def objective_callbacks(config: RunConfig) -> list[Any]:
     """The callbacks that decide what is optimised."""
-    from nemo_pre.callbacks.step_planner import StepPlanner
+    from nemo_pre.callbacks.step_planning import StepPlanning
+    from nemo_pre.callbacks.term_callback import TermCallback
+    from nemo_pre.objectives.registry import enabled
 
-    callbacks: list[Any] = [StepPlanner(config.objective.lm_weight)]
-    if config.objective.pre.enabled:
-        from nemo_pre.callbacks.pre import PReCallback
-
-        callbacks.append(PReCallback(config.objective.pre, seed=config.seed))
-    if config.objective.laver.enabled:
-        from nemo_pre.callbacks.laver import LaVerCallback
-
-        callbacks.append(LaVerCallback(config.objective.laver, seed=config.seed))
-    return callbacks
+    terms = [TermCallback(objective.build_term()) for objective in enabled(config)]
+    return [StepPlanning(config.objective.lm_weight), *terms]
 
 
 def run_callbacks(config: RunConfig) -> list[Any]:

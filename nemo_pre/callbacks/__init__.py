@@ -1,26 +1,26 @@
-"""Lightning/NeMo callbacks: they decide when; the arithmetic lives in losses, objective and parallel."""
+"""Lightning/NeMo callbacks: they decide when; the arithmetic lives in losses, objectives and parallel.
+
+Every objective has its callback here by its class's name: ``PReCallback(options, seed=0)``.
+"""
 
 from typing import Any
 
-__all__ = ["LaVerCallback", "LayerObjective", "PReCallback", "StepPlanner"]
+__all__ = ["StepPlanning", "TermCallback"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: Lightning and torch are heavy, and some callbacks need neither NeMo nor Megatron.
-    if name == "LaVerCallback":
-        from nemo_pre.callbacks.laver import LaVerCallback
+    if name == "StepPlanning":
+        from nemo_pre.callbacks.step_planning import StepPlanning
 
-        return LaVerCallback
-    if name == "LayerObjective":
-        from nemo_pre.callbacks.layer_objective import LayerObjective
+        return StepPlanning
+    from nemo_pre.objectives.registry import known
 
-        return LayerObjective
-    if name == "PReCallback":
-        from nemo_pre.callbacks.pre import PReCallback
+    wanted = next((kind for kind in known().values() if name == f"{kind.__name__}Callback"), None)
+    if wanted is None and name != "TermCallback":
+        raise AttributeError(f"module 'nemo_pre.callbacks' has no attribute '{name}'")
+    from nemo_pre.callbacks.term_callback import TermCallback, callback_of
 
-        return PReCallback
-    if name == "StepPlanner":
-        from nemo_pre.callbacks.step_planner import StepPlanner
-
-        return StepPlanner
-    raise AttributeError(f"module 'nemo_pre.callbacks' has no attribute '{name}'")
+    if wanted is None:
+        return TermCallback
+    return globals().setdefault(name, callback_of(wanted))

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
 from nemo_pre.config.compose import save_resolved
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.run_files.checkpoints import (
     checkpoint_dir,
     damage_of,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.metrics import record_metrics
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 PICTURES, FIT_PICTURES = 64, 256
 FORWARD_ROWS = 4  # micro-batches at a time: a pass without a graph keeps one layer's activations

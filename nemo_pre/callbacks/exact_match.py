@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_pre.callbacks.metrics import record_metrics
 from nemo_pre.callbacks.progress import progress_of
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.collate import joined_images
 from nemo_pre.data.conversation import end_of_answer
 from nemo_pre.data.dataset import ConversationDataset

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.metrics import record_metrics
-from nemo_pre.callbacks.step_planner import step_planner
-from nemo_pre.neva.micro_batch import raw_batch
+from nemo_pre.callbacks.step_planning import step_planning
+from nemo_pre.callbacks.term_callback import TermCallback
+from nemo_pre.parallel.micro_batch import raw_batch
 
 
 class GradientNormsCallback(Callback):
@@ -28,7 +29,7 @@ class GradientNormsCallback(Callback):
     def on_megatron_microbatches_start(self, step: Any) -> None:
         if (step.trainer.global_step + 1) % self.every:
             return
-        items = step_planner(step.trainer).items
+        items = step_planning(step.trainer).items
         batches = [raw_batch(item) for item in items]
         planned = [batch["micro_batch"] for batch in batches]
         for term, weight in planned[0].plan.weights.items():
@@ -39,8 +40,8 @@ class GradientNormsCallback(Callback):
             step()
             self._norms[f"grad_norm/{term}"] = _take_gradient_norm(step.trainer)
             for callback in step.trainer.callbacks:
-                if hasattr(callback, "forget_step"):
-                    callback.forget_step()
+                if isinstance(callback, TermCallback):
+                    callback.term.forget_step()
         for batch, micro_batch in zip(batches, planned, strict=True):
             batch["micro_batch"] = micro_batch
         step.data = iter(items)

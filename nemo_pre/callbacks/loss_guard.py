@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.checkpoint import RunCheckpoint
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.launch import stopping
 from nemo_pre.run_files.checkpoints import checkpoint_dir, newest_step
 from nemo_pre.run_files.skipped_samples import read_skipped, record_skipped

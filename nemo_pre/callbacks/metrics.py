@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from nemo_pre.callbacks.progress import READABLE, StepClock, logged_metrics
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.run_files.metrics import METRICS, MetricsFile, Tolerant
 
 log = logging.getLogger(__name__)

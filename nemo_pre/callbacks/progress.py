@@ -14,16 +14,17 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.objectives.term_metrics import TERM_METRICS
+from nemo_pre.objectives.registry import term_metrics
 
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
 READABLE = {"reduced_train_loss": "lm/loss", "val_loss": "val/lm_loss"}
 COUNTERS = {"step", "global_step"}  # NeMo logs them as metrics
-SHOWN = {
-    "lm/loss": "loss",
-    **{metric.name: metric.progress for metric in TERM_METRICS if metric.progress is not None},
-    "grad_norm": "grad_norm",
-}
+
+
+def shown_metrics() -> dict[str, str]:
+    """What stands on a progress line, and under which name."""
+    of_terms = {metric.name: metric.progress for metric in term_metrics() if metric.progress is not None}
+    return {"lm/loss": "loss", **of_terms, "grad_norm": "grad_norm"}
 
 
 def logged_metrics(trainer: Any) -> dict[str, float]:
@@ -155,7 +156,7 @@ def progress_line(
     seconds_left: float,
 ) -> str:
     """``tokens_per_second`` counts image tokens and padding of the samples, not what an objective runs beside them."""
-    shown = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
+    shown = [f"{label} {metrics[name]:.4g}" for name, label in shown_metrics().items() if name in metrics]
     speed = [f"{samples_per_second:.3g} samples/s", f"{tokens_per_second:,.0f} tokens/s"]
     return " | ".join([f"step {step}/{max_steps}", *shown, *speed, f"ETA {duration(seconds_left)}"])
 

@@ -1,7 +1,8 @@
 """Where a run's weights come from, and what happens where a checkpoint's training-only parts are not the run's.
 
-PRe's heads lie in checkpoints as parameters of their own. A run that wants other heads than a checkpoint has still
-takes over everything else; since Megatron restores optimizer states all or none, it then takes weights only.
+What objectives train beside the model, such as heads, lies in checkpoints as parameters of its own. A run that wants
+others than a checkpoint has still takes over everything else; since Megatron restores optimizer states all or none, it
+then takes weights only.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_pre.config.schema import RunConfig
-from nemo_pre.objectives.training_only import COMPARED_ON_RESUME
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.registry import compared_on_resume, known
 from nemo_pre.run_files.checkpoints import start_checkpoint
 from nemo_pre.run_files.saved_config import changed_options, check_same_weights
 
@@ -47,8 +48,8 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             raise ValueError(
-                f"{name} has shape {list(found[name])} in {source} but {list(shape)} in this run: set objective.pre's "
-                f"head, anchor and layers as they were, or start from a checkpoint without them."
+                f"{name} has shape {list(found[name])} in {source} but {list(shape)} in this run: set the options of "
+                f"{_owner(name)} as they were, or start from a checkpoint without it."
             )
     missing, unused = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing:
@@ -77,16 +78,23 @@ def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
         metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
     except (CheckpointingException, OSError) as error:
         raise ValueError(f"{checkpoint} is not a complete checkpoint: {error}") from error
-    found = {}
+    found, compared = {}, compared_on_resume()
     for key, tensor in metadata.items():
         name = key.removeprefix("module.")
-        if name.startswith(COMPARED_ON_RESUME):
+        if name.startswith(compared):
             found[name] = tuple(tensor.global_shape)
     return found
 
 
 def _briefly(names: list[str]) -> str:
-    modules = sorted(
-        {".".join(name.split(".")[:2]) if name.startswith("pre_heads.") else name.split(".")[0] for name in names}
-    )
-    return ", ".join(modules)
+    """The modules of these parameters; of a list of modules, such as heads by layer, each by itself."""
+    modules = set()
+    for name in names:
+        first, *rest = name.split(".")
+        modules.add(f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first)
+    return ", ".join(sorted(modules))
+
+
+def _owner(name: str) -> str:
+    """The objective that adds the parameter called ``name``, as a user writes it."""
+    return next(f"objective.{key}" for key, kind in known().items() if name.startswith(kind.training_only()))

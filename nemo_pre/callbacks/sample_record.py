@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.callbacks.step_planner import step_planner
+from nemo_pre.callbacks.step_planning import step_planning
 from nemo_pre.run_files.metrics import MetricsFile
 
 SAMPLES = "samples.jsonl"
@@ -28,9 +28,9 @@ class SampleRecord(Callback):
             self.file.cut_behind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        from nemo_pre.neva.micro_batch import raw_batch
+        from nemo_pre.parallel.micro_batch import raw_batch
 
-        batches = [raw_batch(item) for item in step_planner(trainer).items]
+        batches = [raw_batch(item) for item in step_planning(trainer).items]
         keys = [key for batch in batches for key in batch["keys"]]
         everyone = gather_over_data_parallel(keys)
         if trainer.is_global_zero:

@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from nemo_pre.callbacks.layer_tap import LayerTap
 from nemo_pre.callbacks.metrics import record_metrics
-from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualTokens, model_chunks
 from nemo_pre.parallel.image_pooling import mean_per_image
-from nemo_pre.parallel.sequence_cut import groups_that_cut
+from nemo_pre.parallel.micro_batch import MicroBatch
+from nemo_pre.parallel.sequence_cut import sequence_shard_groups
+from nemo_pre.terms.layer_tap import LayerTap
+from nemo_pre.terms.training import VisualChunk
 
 
 class VisualSimilarityCallback(Callback):
@@ -48,7 +49,7 @@ class VisualSimilarityCallback(Callback):
                 self._taps.append(LayerTap(chunk, layer.layer_number, layer, self._visit))
             if chunk.add_encoder:
                 chunk.on_visual_tokens.append(self._visit_input)
-        self._groups = groups_that_cut(language.sequence_parallel)
+        self._groups = sequence_shard_groups(language.sequence_parallel)
         # What is pooled over these ranks, or held by all of them, is counted on one.
         self._counts_here = ps.get_tensor_model_parallel_rank() == ps.get_context_parallel_rank() == 0
 
@@ -72,7 +73,7 @@ class VisualSimilarityCallback(Callback):
             self._note(layer, micro_batch, tokens, micro_batch.local.image, self._groups)
         return hidden_states
 
-    def _visit_input(self, chunk: MCoreVisualNevaModel, micro_batch: MicroBatch, visual: VisualTokens) -> None:
+    def _visit_input(self, chunk: VisualChunk, micro_batch: MicroBatch, visual: VisualTokens) -> None:
         if self._active:  # every rank of the first stage has the whole sequence here
             inside = micro_batch.layout.visual_source_BS >= 0
             tokens = visual.tokens.detach()[micro_batch.layout.visual_source_BS[inside]]

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from nemo_pre.config.derived import world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.launch.environment import uses_gpu
 from nemo_pre.planner.devices import Efficiency, device_of_cluster
 from nemo_pre.planner.load import largest_load
@@ -40,11 +40,13 @@ class MemoryEstimate:
 
     @property
     def bytes_per_rank(self) -> int:
-        """Of what lives from step to step: weights, gradients, optimizer, teacher."""
+        """Of what lives from step to step: weights, gradients, optimizer, and what objectives keep."""
         return sum(self.memory.state.values())
 
     def summary(self) -> str:
-        held = "parameters, gradients, teacher and" if self.memory.state["teacher"] else "parameters, gradients and"
+        usual = ("weights", "gradients", "optimizer")
+        further = [kind for kind, size in self.memory.state.items() if size and kind not in usual]
+        held = f"{', '.join(['parameters', 'gradients', *further])} and"
         return (
             f"{_count(self.parameters)} parameters, {_count(self.rank_parameters)} on the fullest rank: "
             f"{_size(self.bytes_per_rank)} of {held} optimizer state there, about {_size(self.memory.total)} with "

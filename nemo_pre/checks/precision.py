@@ -6,20 +6,15 @@ import importlib.util
 from collections.abc import Iterator
 
 from nemo_pre.config.derived import FP8_MULTIPLE, bf16_layers, fp8_multiple, fp8_recipe
-from nemo_pre.config.schema import PrecisionConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import PrecisionConfig
 from nemo_pre.launch.environment import uses_gpu
-
-PRECISIONS = ("fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 
 
 def precision_problems(config: RunConfig) -> Iterator[str]:
     """Reasons to refuse, wherever the run is to be."""
     precision, layout, language = config.precision, config.parallel, config.model.language
     recipe = fp8_recipe(precision)
-    if precision.amax_history < 1:
-        yield f"precision.amax_history={precision.amax_history} must be 1 or more."
-    if precision.bf16_layers is not None and precision.bf16_layers < 0:
-        yield f"precision.bf16_layers={precision.bf16_layers} must be 0 or more."
     if recipe is None:
         return
     if recipe == "delayed" and bf16_layers(precision):

@@ -6,34 +6,23 @@ functions, one per part of the config, in the order in which they are applied; n
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_pre.checks.memory import MemoryEstimate, estimate_memory
-from nemo_pre.checks.precision import (
-    PRECISIONS,
-    ignored_precision_options,
-    precision_of_this_machine,
-    precision_problems,
-)
+from nemo_pre.checks.precision import ignored_precision_options, precision_of_this_machine, precision_problems
 from nemo_pre.checks.presence import check_presence
-from nemo_pre.checks.visual import (
-    ignored_visual_options,
-    tower_problems,
-    visual_choices,
-    visual_problems,
-    visual_ranges,
-)
-from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
-from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
+from nemo_pre.checks.visual import ignored_visual_options, tower_problems, visual_problems
+from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, world_size
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import DataConfig
 from nemo_pre.config.vision_families import is_native
 from nemo_pre.launch.environment import external_job, uses_gpu, visible_gpus
-from nemo_pre.optim import MODULE_RATES
-from nemo_pre.planner.parameters import chunks_of_stages, layers_problem
+from nemo_pre.objectives.registry import enabled, known
+from nemo_pre.options import value_problems
+from nemo_pre.planner.chunks import chunks_of_stages, layers_problem
 
 
 @dataclass
@@ -51,16 +40,8 @@ class Report:
         layout, trainer = self.config.parallel, self.config.trainer
         chunks = f" x VPP{layout.virtual_pipeline}" if layout.virtual_pipeline else ""
         sequence = " + SP" if layout.sequence and layout.tensor > 1 else ""
-        pre = self.config.objective.pre
-        layers = target_layers(pre, self.config.model.language.num_layers) if pre.enabled else ()
-        pre_term = f" + PRe at layer {', '.join(map(str, layers))}, weight {pre.weight:g}" if pre.enabled else ""
-        laver, features = self.config.objective.laver, self.config.data.features
-        laver_term = (
-            f" + LaVer, weights {laver.mim_weight:g} (masked prediction) and {laver.gram_weight:g} "
-            f"({'clipped ' if laver.gram_clipped else ''}Gram)"
-            if laver.enabled
-            else ""
-        )
+        terms = ["language model", *(objective.summary() for objective in enabled(self.config))]
+        features = self.config.data.features
         return "\n".join(
             [
                 f"run {self.config.name} -> {self.config.output_dir}",
@@ -72,7 +53,7 @@ class Report:
                 f"  sequence    {self.config.data.sequence_length} tokens, "
                 f"{'up to ' if is_native(self.config.model.vision) else ''}"
                 f"{num_visual_tokens(self.config.model)} of them per image",
-                f"  objective   language model{pre_term}{laver_term}",
+                f"  objective   {' + '.join(terms)}",
                 f"  data        {self.data}" + (f", features from {features}" if features else ""),
                 f"  memory      {self.memory.summary()}",
             ]
@@ -130,16 +111,15 @@ def check_options(config: RunConfig) -> list[str]:
 
 def _problems(config: RunConfig) -> Iterator[str]:
     """Every reason to refuse the run, the most basic first; later rules rely on the former."""
-    yield from _choices(config)
-    yield from _ranges(config)
-    yield from visual_ranges(config)
+    yield from _values(config)
     yield from _model_shape(config)
     yield from _layout(config)
     yield from _sequence(config)
     yield from _batch(config)
-    yield from _objective(config)
     yield from _roll_backs(config)
     yield from visual_problems(config)
+    for objective in enabled(config):
+        yield from objective.problems()
     yield from _features(config)
     yield from precision_problems(config)
     yield from _machines(config)
@@ -148,95 +128,12 @@ def _problems(config: RunConfig) -> Iterator[str]:
 # --- single values --------------------------------------------------------------------------------------------------
 
 
-def _choices(config: RunConfig) -> Iterator[str]:
-    from nemo_pre.data.conversation import TEMPLATES
-    from nemo_pre.data.images import FILTERS, RESIZES
-
-    pre = config.objective.pre
-    for name, value, choices in (
-        ("platform", config.platform, ("auto", "cpu", "gpu")),
-        ("precision.name", config.precision.name, PRECISIONS),
-        ("model.language.family", config.model.language.family, ("llama", "qwen2")),
-        ("data.chat_template", config.data.chat_template, tuple(TEMPLATES)),
-        ("data.on_error", config.data.on_error, ("raise", "skip")),
-        ("data.on_state_mismatch", config.data.on_state_mismatch, ("raise", "restart")),
-        ("data.image_resize", config.data.image_resize, RESIZES),
-        ("data.image_filter", config.data.image_filter, FILTERS),
-        ("parallel.recompute", config.parallel.recompute, ("none", "selective", "full")),
-        ("trainer.nan_action", config.trainer.nan_action, ("stop", "roll_back")),
-        ("trainer.spike_action", config.trainer.spike_action, ("none", "stop", "roll_back")),
-        ("objective.pre.variant", pre.variant, ("patch", "global")),
-        ("objective.pre.anchor", pre.anchor, ("pre_llm", "pre_projector", "external")),
-        ("objective.pre.head_activation", pre.head_activation, ("gelu", "relu", "silu")),
-        ("objective.pre.schedule.kind", pre.schedule.kind, ("constant", "linear", "cosine")),
-        *visual_choices(config),
-    ):
-        if value not in choices:
-            yield f"{name}={value} is unknown: choose one of {', '.join(choices)}."
+def _values(config: RunConfig) -> Iterator[str]:
+    """What a field's own rule refuses (:mod:`nemo_pre.options`), and the projector's pattern."""
+    yield from value_problems(config)
     projector = config.model.projector
     if not re.fullmatch(r"mlp[1-9]\d*x_gelu|mcore_mlp|mcore_affine", projector):
         yield f"model.projector={projector} is unknown: choose mlp<depth>x_gelu, mcore_mlp or mcore_affine."
-
-
-def _ranges(config: RunConfig) -> Iterator[str]:
-    vision, language, layout = config.model.vision, config.model.language, config.parallel
-    trainer, optim, pre = config.trainer, config.optim, config.objective.pre
-    for name, number in (
-        *(
-            (f"model.vision.{key}", getattr(vision, key))
-            for key in _integer_fields(vision, but=("feature_layer", "num_layers", "image_size"))
-        ),
-        *((f"model.language.{key}", getattr(language, key)) for key in _integer_fields(language)),
-        *((f"parallel.{key}", getattr(layout, key)) for key in _integer_fields(layout)),
-        *((f"trainer.{key}", getattr(trainer, key)) for key in _integer_fields(trainer, but=("val_samples",))),
-        ("trainer.val_every", trainer.val_every),
-        ("trainer.checkpoint_every", trainer.checkpoint_every),
-        ("parallel.virtual_pipeline", layout.virtual_pipeline),
-        ("cluster.nodes", config.cluster.nodes),
-        ("cluster.devices_per_node", config.cluster.devices_per_node),
-        ("objective.pre.external_image_size", pre.external_image_size),
-        ("data.sequence_length", config.data.sequence_length),
-        ("data.max_tiles", config.data.max_tiles),
-        ("data.packing_window", config.data.packing_window),
-        ("trainer.log_diagnostics_every", config.trainer.log_diagnostics_every),
-    ):
-        if number is not None and number < 1:
-            yield f"{name}={number} must be 1 or more."
-    for name, value in (
-        ("seed", config.seed),
-        ("data.num_workers", config.data.num_workers),
-        ("trainer.val_samples", trainer.val_samples),
-        *((f"optim.{key}", getattr(optim, key)) for key in MODULE_RATES.values()),
-        ("optim.weight_decay", optim.weight_decay),
-        ("optim.clip_grad", optim.clip_grad),
-        ("objective.pre.weight", pre.weight),
-        ("objective.pre.schedule.start", pre.schedule.start),
-        ("objective.pre.schedule.steps", pre.schedule.steps),
-    ):
-        if value is not None and not value >= 0:
-            yield f"{name}={value} must be 0 or more."
-    for name, fraction in (
-        ("optim.min_lr_ratio", optim.min_lr_ratio),
-        ("optim.warmup_ratio", optim.warmup_ratio),
-        ("optim.beta1", optim.beta1),
-        ("optim.beta2", optim.beta2),
-        ("objective.pre.ema_momentum", pre.ema_momentum),
-    ):
-        if fraction is not None and not 0 <= fraction <= 1:
-            yield f"{name}={fraction} must lie between 0 and 1."
-    for name, positive in (
-        ("optim.lr", optim.lr),  # the module rates are kept as multiples of it; they may be 0
-        ("optim.eps", optim.eps),
-        ("model.language.init_std", language.init_std),
-        ("objective.pre.head_hidden_ratio", pre.head_hidden_ratio),
-    ):
-        if not positive > 0:
-            yield f"{name}={positive} must be more than 0."
-
-
-def _integer_fields(part: Any, but: tuple[str, ...] = ()) -> list[str]:
-    """The names of a dataclass's fields whose type is plainly int."""
-    return [f.name for f in dataclasses.fields(part) if f.type in ("int", int) and f.name not in but]
 
 
 # --- the model and its layout ---------------------------------------------------------------------------------------
@@ -284,7 +181,7 @@ def _layout(config: RunConfig) -> Iterator[str]:
     problem = layers_problem(config)
     if problem is not None:
         yield problem
-    sizes = {len(layers) for stage in chunks_of_stages(config) for layers in stage}
+    sizes = {len(chunk.layers) for stage in chunks_of_stages(config) for chunk in stage}
     if layout.recompute == "full" and any(size % layout.recompute_num_layers for size in sizes):
         yield (
             f"parallel.recompute_num_layers={layout.recompute_num_layers} must divide the "
@@ -311,8 +208,6 @@ def _sequence(config: RunConfig) -> Iterator[str]:
         )
     if tiles > 1 and config.data.packing:
         yield f"data.packing needs one tile an image, not data.max_tiles={tiles}: lengths are measured without images."
-    if any(not source.weight > 0 for source in config.data.blend or []):
-        yield "data.blend needs a weight above 0 for every source."
     if visual + 1 > length - 1:
         limit = "max_visual_tokens" if is_native(config.model.vision) else "image_size"
         yield (
@@ -355,27 +250,11 @@ def _batch(config: RunConfig) -> Iterator[str]:
         )
 
 
-# --- the objective --------------------------------------------------------------------------------------------------
-
-
-def _objective(config: RunConfig) -> Iterator[str]:
-    pre, count = config.objective.pre, config.model.language.num_layers
-    if not pre.enabled:
-        return
-    target_layers(pre, count)  # raises the sentence itself
-    if pre.anchor == "external" and not pre.external_path:
-        yield "objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory or hub id."
-    if pre.ema_momentum is not None and pre.anchor != "pre_llm":
-        yield (
-            f"objective.pre.ema_momentum averages the projector and needs objective.pre.anchor=pre_llm, "
-            f"not {pre.anchor}."
-        )
+# --- rolling back --------------------------------------------------------------------------------------------------
 
 
 def _roll_backs(config: RunConfig) -> Iterator[str]:
     trainer = config.trainer
-    if not trainer.spike_factor > 1:
-        yield f"trainer.spike_factor={trainer.spike_factor} must be more than 1."
     if "roll_back" in (trainer.nan_action, trainer.spike_action) and not config.resume:
         yield "A roll-back continues from a checkpoint, which resume=false forbids: leave resume=true."
     if trainer.nan_action == "roll_back" and not config.optim.clip_grad:
@@ -410,7 +289,7 @@ def _machines(config: RunConfig) -> Iterator[str]:
 
 
 def _ignored_options(config: RunConfig) -> Iterator[str]:
-    layout, optim, pre, cluster = config.parallel, config.optim, config.objective.pre, config.cluster
+    layout, optim, cluster = config.parallel, config.optim, config.cluster
     if layout.sequence and layout.tensor == 1:
         yield "parallel.sequence has no effect with parallel.tensor=1."
     if layout.overlap_grad_reduce and layout.data * layout.context == 1:
@@ -427,30 +306,18 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
     if layout.tensor > (cluster.devices_per_node or layout.tensor):
         yield "parallel.tensor is larger than cluster.devices_per_node: tensor parallelism across nodes is slow."
     yield from ignored_precision_options(config)
-    yield from _ignored_pre_options(pre)
     yield from ignored_visual_options(config)
+    for objective in enabled(config):
+        yield from objective.ignored()
+    for name, kind in known().items():
+        options = getattr(config.objective, name)
+        if not options.enabled:
+            yield from kind.ignored_when_off(options)
     if config.trainer.rank_timeout <= config.trainer.hang_timeout:
         yield (
             f"trainer.hang_timeout={config.trainer.hang_timeout} has no effect where trainer.rank_timeout="
             f"{config.trainer.rank_timeout} ends waiting ranks before."
         )
-    if optim.lr_heads is not None and not (pre.enabled or config.objective.laver.enabled):
-        yield "optim.lr_heads has no effect without objective.pre or objective.laver."
-
-
-def _ignored_pre_options(pre: PReConfig) -> Iterator[str]:
-    if not pre.enabled:
-        default = PReConfig()
-        changed = [f.name for f in dataclasses.fields(pre) if getattr(pre, f.name) != getattr(default, f.name)]
-        if changed:
-            yield f"objective.pre.{', '.join(changed)} have no effect with objective.pre.enabled=false."
-        return
-    if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
-        yield (
-            f"objective.pre.external_path and external_image_size have no effect with "
-            f"objective.pre.anchor={pre.anchor}."
-        )
-    if pre.schedule.kind == "constant" and (pre.schedule.start, pre.schedule.steps) != (0.0, 0):
-        yield "objective.pre.schedule.start and steps have no effect with objective.pre.schedule.kind=constant."
-    if pre.schedule.kind != "constant" and pre.schedule.steps == 0:
-        yield f"objective.pre.schedule.kind={pre.schedule.kind} has no effect with objective.pre.schedule.steps=0."
+    if optim.lr_heads is not None and not any(objective.trained for objective in enabled(config)):
+        with_heads = [f"objective.{name}" for name, objective in known().items() if objective.trained]
+        yield f"optim.lr_heads has no effect without {' or '.join(with_heads)}."

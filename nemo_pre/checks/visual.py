@@ -1,14 +1,13 @@
-"""What can be decided before a run about visual attention, visual positions and LaVer: rules for ``checks``."""
+"""What can be decided before a run about vision towers, visual attention and visual positions."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 from nemo_pre.config.derived import axis_of_frequency
-from nemo_pre.config.schema import LaVerConfig, RunConfig, ScheduleConfig, VisionConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import (
-    FAMILIES,
     class_tokens,
     is_native,
     kept_class_tokens,
@@ -19,67 +18,6 @@ from nemo_pre.launch.environment import uses_gpu
 
 LIMITS = ("min_visual_tokens", "max_visual_tokens")
 WINDOWS = ("window_size", "full_attention_layers")
-
-
-def visual_choices(config: RunConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Name, value and what it may be."""
-    model, laver = config.model, config.objective.laver
-    yield "model.vision.family", model.vision.family, tuple(FAMILIES)
-    yield "model.attention", model.attention, ("causal", "mixed")
-    yield "model.attention_backend", model.attention_backend, ("auto", "dense", "flex", "split")
-    yield "model.rope", model.rope, ("1d", "2d", "mrope")
-    for field, choices in (
-        ("sequence", ("images", "whole")),
-        ("mask_schedule", ("cosine", "delayed", "constant")),
-        ("mask_sampling", ("bernoulli", "count")),
-        ("mask_token", ("learned", "embedding")),
-        ("mim_reduction", ("global", "micro_batch")),
-        ("gram_scope", ("image", "micro_batch")),
-        ("gram_positions", ("all", "masked")),
-        ("momentum_schedule", ("constant", "cosine")),
-        ("teacher_memory", ("resident", "gathered")),
-    ):
-        yield f"objective.laver.{field}", getattr(laver, field), choices
-    for term in ("mim", "gram"):
-        schedule: ScheduleConfig = getattr(laver, f"{term}_schedule")
-        yield f"objective.laver.{term}_schedule.kind", schedule.kind, ("constant", "linear", "cosine")
-
-
-def visual_ranges(config: RunConfig) -> Iterator[str]:
-    laver = config.objective.laver
-    for name, whole in (
-        ("objective.laver.head_hidden_width", laver.head_hidden_width),
-        ("objective.laver.update_every", laver.update_every),
-        ("trainer.log_grad_norms_every", config.trainer.log_grad_norms_every),
-        ("trainer.log_similarity_every", config.trainer.log_similarity_every),
-    ):
-        if whole is not None and whole < 1:
-            yield f"{name}={whole} must be 1 or more."
-    for name, value in (
-        ("objective.lm_weight", config.objective.lm_weight),
-        ("objective.laver.mim_weight", laver.mim_weight),
-        ("objective.laver.gram_weight", laver.gram_weight),
-        ("objective.laver.mim_schedule.start", laver.mim_schedule.start),
-        ("objective.laver.mim_schedule.steps", laver.mim_schedule.steps),
-        ("objective.laver.gram_schedule.start", laver.gram_schedule.start),
-        ("objective.laver.gram_schedule.steps", laver.gram_schedule.steps),
-    ):
-        if not value >= 0:
-            yield f"{name}={value} must be 0 or more."
-    for name, fraction in (
-        ("objective.laver.mask_ratio", laver.mask_ratio),
-        ("objective.laver.momentum", laver.momentum),
-        ("objective.laver.center_momentum", laver.center_momentum),
-        ("objective.laver.update_fraction", laver.update_fraction),
-    ):
-        if fraction is not None and not 0 <= fraction <= 1:
-            yield f"{name}={fraction} must lie between 0 and 1."
-    for name, positive in (
-        ("objective.laver.student_temperature", laver.student_temperature),
-        ("objective.laver.teacher_temperature", laver.teacher_temperature),
-    ):
-        if not positive > 0:
-            yield f"{name}={positive} must be more than 0."
 
 
 def tower_problems(vision: VisionConfig) -> Iterator[str]:
@@ -166,8 +104,8 @@ def _window_problems(vision: VisionConfig) -> Iterator[str]:
 
 
 def visual_problems(config: RunConfig) -> Iterator[str]:
-    """What cannot work: attention, positions, LaVer."""
-    model, laver = config.model, config.objective.laver
+    """What cannot work: attention, positions."""
+    model = config.model
     if model.attention_backend == "flex" and not uses_gpu(config.platform):
         yield "model.attention_backend=flex has no backward pass on a CPU: set it to auto, dense or split."
     width = model.language.hidden_size // model.language.num_attention_heads
@@ -179,44 +117,22 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
         yield from _native_run_problems(config)
     if model.rope != "1d" and kept_class_tokens(model.vision):
         yield f"model.rope={model.rope} places a grid of patches: set model.vision.drop_class_token=true."
-    if not laver.enabled:
-        return
-    if model.attention != "mixed":
-        yield (
-            "LaVer's masked images must see themselves both ways and nothing else: set model.attention=mixed "
-            "(and model.rope=2d, as the paper has it)."
-        )
-    if laver.mask_token == "embedding" and laver.mask_token_id is None:
-        yield (
-            "objective.laver.mask_token=embedding needs objective.laver.mask_token_id, the tokenizer's image-pad "
-            "token (Qwen2.5: 151655)."
-        )
-    if laver.mask_token_id is not None and not 0 <= laver.mask_token_id < model.language.vocab_size:
-        yield (
-            f"objective.laver.mask_token_id={laver.mask_token_id} is no token of a vocabulary of "
-            f"{model.language.vocab_size}: set it to the tokenizer's image-pad token."
-        )
 
 
 def _native_run_problems(config: RunConfig) -> Iterator[str]:
     """What is not there for images that differ in their number of visual tokens."""
-    family, pre = config.model.vision.family, config.objective.pre
+    family = config.model.vision.family
     if merge_size(config.model.vision) > 1 and config.model.projector != "mlp2x_gelu":
         yield f"model.vision.family={family} has its merger's MLP as projector: set model.projector=mlp2x_gelu."
     if config.data.max_tiles > 1:
         yield f"model.vision.family={family} takes images whole: set data.max_tiles=1."
-    if pre.enabled and pre.anchor == "external":
-        yield (
-            f"objective.pre.anchor=external needs a fixed resolution, not model.vision.family={family}: set it to "
-            f"pre_llm or pre_projector."
-        )
     if config.trainer.log_diagnostics_every is not None:
         yield (f"trainer.log_diagnostics_every needs a fixed resolution, not {family}'s: set it to null.")
 
 
 def ignored_visual_options(config: RunConfig) -> Iterator[str]:
     """Options that are set and have no effect."""
-    model, laver = config.model, config.objective.laver
+    model = config.model
     if is_native(model.vision) and config.data.image_resize != "whole":
         yield f"data.image_resize={config.data.image_resize} has no effect: {model.vision.family} keeps aspect ratios."
     if model.attention == "causal" and model.attention_backend != "auto" and not config.data.packing:
@@ -225,19 +141,3 @@ def ignored_visual_options(config: RunConfig) -> Iterator[str]:
         yield "optim.freeze_vision=true keeps a patch MLP as it was drawn, unless init_from's was trained."
     if model.rope == "1d" and model.rope_sections is not None:
         yield "model.rope_sections has no effect with model.rope=1d."
-    if not laver.enabled:
-        default = LaVerConfig()
-        changed = [f.name for f in dataclasses.fields(laver) if getattr(laver, f.name) != getattr(default, f.name)]
-        if changed:
-            yield f"objective.laver.{', '.join(changed)} have no effect with objective.laver.enabled=false."
-        return
-    if laver.mask_token == "learned" and laver.mask_token_id is not None:
-        yield "objective.laver.mask_token_id has no effect with objective.laver.mask_token=learned."
-    if not laver.centring and laver.center_momentum != LaVerConfig.center_momentum:
-        yield "objective.laver.center_momentum has no effect with objective.laver.centring=false."
-    if laver.update_fraction is not None and laver.update_every != LaVerConfig.update_every:
-        yield "objective.laver.update_every has no effect where update_fraction is set."
-    if laver.mim_weight == 0 and laver.gram_weight == 0:
-        yield "objective.laver costs a second sequence and a teacher and has no effect with both weights 0."
-    if config.optim.freeze_language:
-        yield "objective.laver trains the language model, which optim.freeze_language=true keeps as it is."

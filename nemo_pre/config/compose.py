@@ -1,4 +1,4 @@
-"""From ``recipes/`` and a user's overrides to a :class:`~nemo_pre.config.schema.RunConfig`.
+"""From ``recipes/`` and a user's overrides to a :class:`~nemo_pre.config.run.RunConfig`.
 
 Hydra merges the YAML groups into the dataclasses of the schema, so an unknown key or a value of the wrong type is
 refused here. Hydra's errors are several lines long and name its own classes; a user sees one sentence instead.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import recipes
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 SCHEMA = "run_schema"  # the name by which recipes/config.yaml inherits the dataclasses
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, PReConfig
+from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from nemo_pre.config.vision_families import feature_width, merge_size, most_visual_tokens
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
@@ -57,21 +57,6 @@ def bf16_layers(precision: PrecisionConfig) -> int:
     if precision.bf16_layers is not None:
         return precision.bf16_layers
     return 0 if fp8_recipe(precision) in (None, "delayed") else 1
-
-
-def target_layers(pre: PReConfig, num_layers: int) -> tuple[int, ...]:
-    """PRe's target layers, 1-based and sorted: L/2 by default, -1 for the last.
-
-    Raises:
-        ValueError: one is not in the model or named twice.
-    """
-    layers = [num_layers // 2] if pre.layers is None else [num_layers if n == -1 else n for n in pre.layers]
-    if not layers or len(set(layers)) < len(layers) or not all(1 <= layer <= num_layers for layer in layers):
-        raise ValueError(
-            f"objective.pre.layers={pre.layers} must name different layers between 1 and {num_layers}, "
-            f"or -1 for the last."
-        )
-    return tuple(sorted(layers))
 
 
 def axis_of_frequency(kind: str, sections: list[int] | None, num_frequencies: int) -> list[int]:

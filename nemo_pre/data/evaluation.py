@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.conversation import encode_prompt
 from nemo_pre.data.features import CachedFeatures
 from nemo_pre.data.manifest import read_manifest, verify_shards

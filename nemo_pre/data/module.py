@@ -17,7 +17,7 @@ import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.collate import Collate
 from nemo_pre.data.dataset import ConversationDataset, Preprocessing
 from nemo_pre.data.lengths import read_lengths

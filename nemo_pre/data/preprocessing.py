@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens
-from nemo_pre.config.schema import RunConfig, VisionConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import is_native, merge_size
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
+from nemo_pre.objectives.registry import enabled
 
 
 def num_text_tokens(config: RunConfig) -> int:
@@ -31,8 +33,7 @@ def num_text_tokens(config: RunConfig) -> int:
 
 def looks_at_pixels(config: RunConfig) -> bool:
     """Whether anything but the encoder does."""
-    pre = config.objective.pre
-    return pre.enabled and pre.anchor == "external"
+    return any(objective.looks_at_pictures() for objective in enabled(config))
 
 
 def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessing:

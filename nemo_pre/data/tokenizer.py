@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.manifest import read_manifest
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.conversation import IMAGE_TAG, encode_prompt
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.images import image_tensor

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_pre.config.derived import world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.features import CachedFeatures, FeaturesManifest, read_features
 from nemo_pre.data.manifest import Shard, read_manifest
 from nemo_pre.launch.environment import is_first_rank, prepare_environment

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_pre.config.derived import num_visual_tokens
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import DTYPES, MANIFEST, FeatureFile, read_features
 from nemo_pre.data.manifest import Shard, verify_shards

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from data_prep.progress import Progress
 from nemo_pre.config.derived import num_visual_tokens
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import TOWER
 from nemo_pre.data.images import image_tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
 from nemo_pre.launch.silence import silence
 from nemo_pre.run_files.checkpoints import start_checkpoint

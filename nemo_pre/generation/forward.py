@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_pre.neva.fp8 import without_fp8
-from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MCoreVisualNevaModel, unobserved
 from nemo_pre.objectives.scale import StepPlan
+from nemo_pre.parallel.micro_batch import MicroBatch
 from nemo_pre.parallel.sequence_layout import Grid, combined_lengths, local_positions, sequence_layout
 
 PADDING = 0  # any id will do: attention is causal and padding is on the right
@@ -198,7 +198,7 @@ def make_batches(
     length = chunk.padded_length(max(combined_length(sequence, chunk) for sequence in sequences))
     text_length = max(len(sequence.tokens) for sequence in sequences)
     groups = [filled[start : start + rows] for start in range(0, len(filled), rows)]
-    plan = StepPlan(len(groups), length, loss_tokens=0, visual_tokens=0, images=0)
+    plan = StepPlan(len(groups), length)
     return [_batch(chunk, group, text_length, plan, index) for index, group in enumerate(groups)]
 
 

@@ -11,11 +11,9 @@ from typing import Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, is_native
 from nemo_pre.huggingface.qwen_vl import QWEN_VL
-from nemo_pre.objectives.term_metrics import TERMS
+from nemo_pre.objectives.registry import enabled_options, metric_prefixes
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
-PRE = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
-LAVER = "LaVer, Latent Visual Reconstruction ([arXiv 2512.06281](https://arxiv.org/abs/2512.06281))"
 
 
 def write_card(directory: Path, saved: Any, model: ModelConfig, checkpoint: Path) -> None:
@@ -53,7 +51,7 @@ def last_metrics(file: Path, step: int | None) -> dict[str, float]:
             last |= {
                 name: float(value)
                 for name, value in line.items()
-                if name.startswith(("val/", "lm/", *TERMS)) and isinstance(value, (int, float))
+                if name.startswith(("val/", "lm/", *metric_prefixes())) and isinstance(value, (int, float))
             }
     return last
 
@@ -128,12 +126,8 @@ def _training(saved: Any, checkpoint: Path) -> str:
 
     if OmegaConf.is_missing(saved.trainer, "max_steps"):
         return "Imported from Hugging Face weights, not trained here."
-    objective = saved.objective
-    terms = ["next-token prediction"]
-    if objective.pre.enabled:
-        terms.append(f"{PRE}, weight {objective.pre.weight:g}")
-    if objective.laver.enabled:
-        terms.append(f"{LAVER}, weights {objective.laver.mim_weight:g} and {objective.laver.gram_weight:g}")
+    objectives = [objective.card(options) for objective, options in enabled_options(saved.objective)]
+    terms = ["next-token prediction", *objectives]
     rows = {
         "experiment": saved.experiment,
         "step": f"{_step(checkpoint)} of {saved.trainer.max_steps}",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
-from nemo_pre.objectives.training_only import TRAINING_ONLY
+from nemo_pre.objectives.registry import training_only
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def model_weights(model: ModelConfig, reader: CheckpointReader) -> Iterator[Weig
     for key in found:
         name = key.removeprefix("module.")
         # The optimizer's tensors begin with its own name.
-        if key.startswith("module.") and key not in known and not name.startswith(TRAINING_ONLY):
+        if key.startswith("module.") and key not in known and not name.startswith(training_only()):
             raise ValueError(f"{reader.directory} has {key}, which has no place in the exported model.")
 
 

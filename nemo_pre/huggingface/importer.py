@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_pre.config.schema import DataConfig, ModelConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import DataConfig, ModelConfig
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
 

@@ -29,7 +29,7 @@ from nemo_pre.launch.orphans import forked_processes_die_with_their_parent
 from nemo_pre.launch.stopping import ROLL_BACK
 
 if TYPE_CHECKING:
-    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.config.run import RunConfig
 
 GRACE = 5.0  # seconds the survivors of a dead rank may go on
 TERM_WAIT = 4.0  # seconds between asking them to end and killing them

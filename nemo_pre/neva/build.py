@@ -17,7 +17,8 @@ from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
 from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size, projector_widths
-from nemo_pre.config.schema import ModelConfig, ParallelConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ModelConfig, ParallelConfig
 from nemo_pre.neva.fp8 import fp8_options
 from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.seeding import seeded
@@ -66,7 +67,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
         freeze_vision_projection=config.optim.freeze_projector,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32 if config.precision.name == "fp32" else torch.bfloat16,
-        # A work-around for old versions of torch. It would have the first stage wait for PRe's anchors to be read.
+        # A work-around for old versions of torch. It would have the first stage wait until anchors are read.
         batch_p2p_sync=False,
         **interleaved,
         **backend,

@@ -11,31 +11,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
-from nemo.collections.vlm.neva.data.multimodal_tokens import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, NevaModel
 from nemo.utils.model_utils import unwrap_model
 from torch import Tensor, nn
 
 from nemo_pre.config.derived import fp8_multiple
 from nemo_pre.config.schema import RopeScalingConfig
-from nemo_pre.neva.heads import PredictionHeadSpec, ReconstructionHeadSpec, sum_gradients_over_tensor_parallel
-from nemo_pre.neva.micro_batch import MicroBatch, load_micro_batch
 from nemo_pre.neva.mixed_attention import MixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.stored_tower import StoredTower
-from nemo_pre.neva.teacher import Teacher
 from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.auxiliary_gradient import scale_gradient
+from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch, VisualTokens, load_micro_batch
 from nemo_pre.parallel.sequence_layout import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
     Grid,
     SequenceLayout,
     combined_lengths,
@@ -45,55 +43,7 @@ from nemo_pre.parallel.sequence_layout import (
     square_tiles,
 )
 from nemo_pre.parallel.token_streams import StreamShape
-
-
-@dataclass
-class VisualTokens:
-    """The visual tokens of a micro-batch on the first stage, in the layout's numbering.
-
-    Attributes:
-        features: ``[n, d_vision]``, the encoder's, before the projector.
-        tokens: ``[n, d]``, the projector's output: what enters the language model.
-        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them, with native resolution
-            ``[n, patches, pixels]``; None where it read features alone.
-    """
-
-    features: Tensor
-    tokens: Tensor
-    images: Tensor | None
-
-
-@dataclass
-class BranchStates:
-    """The branch's final hidden states on the last stage, after the final norm, ``[L * B, d]`` of this rank's shard.
-
-    Attributes:
-        student: of the masked branch, with a graph.
-        teacher: of the unmasked branch through the teacher.
-    """
-
-    student: Tensor
-    teacher: Tensor
-
-
-MicroBatchListener = Callable[[MicroBatch], None]
-VisualTokensListener = Callable[["MCoreVisualNevaModel", MicroBatch, VisualTokens], None]
-BranchListener = Callable[["MCoreVisualNevaModel", MicroBatch, BranchStates, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ReconstructionSpec:
-    """What LaVer adds to the model.
-
-    Attributes:
-        head: the visual head on the last stage.
-        mask_token_id: the row of the word embedding that stands for a masked token; None: a learnable vector.
-        teacher_memory: see :class:`nemo_pre.neva.teacher.Teacher`.
-    """
-
-    head: ReconstructionHeadSpec
-    mask_token_id: int | None
-    teacher_memory: str
+from nemo_pre.terms.training import Branch, BranchListener, MicroBatchListener, ModelPart, VisualTokensListener
 
 
 @dataclass
@@ -106,9 +56,8 @@ class VisualNevaConfig(NevaConfig):
         rope: ``1d``, ``2d`` or ``mrope``, see :mod:`nemo_pre.parallel.rotary_positions`.
         rope_axes: see :func:`nemo_pre.config.derived.axis_of_frequency`.
         rope_scaling: how its frequencies are slowed down.
-        pre_heads: prediction heads of PRe; None builds none.
-        ema_projector: keep a moving average of the projector beside it (PRe's moving anchor).
-        laver: LaVer's mask token, head and teacher; None builds none.
+        parts: what training adds to the model and inference drops, such as heads.
+        branch: a second sequence runs beside the samples; a part of the model must say how.
     """
 
     mixed_attention: bool = False
@@ -116,14 +65,13 @@ class VisualNevaConfig(NevaConfig):
     rope: str = "1d"
     rope_axes: list[int] | None = None
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    pre_heads: PredictionHeadSpec | None = None
-    ema_projector: bool = False
-    laver: ReconstructionSpec | None = None
+    parts: dict[str, ModelPart] = field(default_factory=dict)
+    branch: bool = False
 
     @property
     def explicit_positions(self) -> bool:
         """Whether every token is told its rotary position; otherwise Megatron counts."""
-        return self.rope != "1d" or self.laver is not None or self.packed
+        return self.rope != "1d" or self.branch or self.packed
 
     def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
         if self.encoder_pipeline_model_parallel_size:
@@ -147,8 +95,8 @@ class VisualNevaConfig(NevaConfig):
             "context_parallel_size",
         ):
             setattr(language, name, getattr(self, name))
-        if self.laver is not None and not self.mixed_attention:
-            raise ValueError("objective.laver needs attention that keeps images apart: set model.attention=mixed.")
+        if self.branch and not self.mixed_attention:
+            raise ValueError("A sequence beside the samples needs attention that keeps images apart: mixed attention.")
         if self.explicit_positions:
             # Megatron's name for positions that are given; how they turn heads is VisualRotaryEmbedding's business.
             language.position_embedding_type, language.mrope_section = "mrope", []
@@ -183,6 +131,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         on_micro_batch: called when a micro-batch enters this chunk.
         on_visual_tokens: called on the first stage with each micro-batch's visual tokens.
         on_branch: called on the last stage with the branch's final states and the chunk's output, which they return.
+        branch: how it runs a second sequence beside the samples; None without one.
         micro_batch: the micro-batch of the latest forward pass.
         observed: whether listeners and taps see forward passes; see :func:`unobserved`.
     """
@@ -192,15 +141,12 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         self.on_micro_batch: list[MicroBatchListener] = []
         self.on_visual_tokens: list[VisualTokensListener] = []
         self.on_branch: list[BranchListener] = []
+        self.branch: Branch | None = None
+        self._branch_output: Tensor | None = None
         self.micro_batch: MicroBatch | None = None
         self.observed = True
         if self.add_encoder:
             freeze_unused_layers(self.vision_model, config.vision_feature_layer)
-        if config.ema_projector and self.add_encoder:
-            self.ema_projection = config.vision_projection_config.configure_model().requires_grad_(False)
-            self.ema_projection.load_state_dict(self.vision_projection.state_dict())
-        if config.pre_heads is not None:
-            self._add_pre_heads(config.pre_heads, config.sequence_parallel)
         if config.mixed_attention or config.packed:
             self._refuse_other_attention()
         if config.explicit_positions:
@@ -209,9 +155,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             self.language_model.rotary_pos_emb.inv_freq = self.inverse_frequency().to(
                 self.language_model.rotary_pos_emb.inv_freq.device
             )
-        self._branch_output: Tensor | None = None
-        if config.laver is not None:
-            self._add_laver(config.laver, config.sequence_parallel)
+        for part in config.parts.values():
+            part.add_to(self)
 
     def _refuse_other_attention(self) -> None:
         """A layer that does not know of token structures would be causal, or worse, and say nothing."""
@@ -233,29 +178,10 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         language = self.config.language_transformer_config
         return inverse_frequency(language.kv_channels, language.rotary_base, self.config.rope_scaling)
 
-    def _add_laver(self, spec: ReconstructionSpec, sequence_parallel: bool) -> None:
-        if self.pre_process and spec.mask_token_id is None:
-            width = self.config.language_transformer_config.hidden_size
-            # As small as a word's embedding: what a masked token says is that it says nothing.
-            self.laver_mask_token = nn.Parameter(torch.zeros(width))
-            with seeded(spec.head.seed, "laver_mask_token"):
-                nn.init.normal_(self.laver_mask_token, std=self.config.language_transformer_config.init_method_std)
-        if self.post_process:
-            self.laver_head = spec.head.build()
-            if sequence_parallel:
-                sum_gradients_over_tensor_parallel(self.laver_head)
-        self.laver_teacher = Teacher(
-            self.language_model, spec.head if self.post_process else None, spec.teacher_memory
-        )
+    def run_beside_samples(self, branch: Branch) -> None:
+        """Run a second sequence beside the samples from now on, as ``branch`` says."""
+        self.branch = branch
         self.language_model.decoder.register_forward_hook(self._set_branch_aside)
-
-    def _add_pre_heads(self, spec: PredictionHeadSpec, sequence_parallel: bool) -> None:
-        own_layers = {layer.layer_number for layer in self.language_model.decoder.layers}
-        heads = {str(number): spec.build(number) for number in spec.layers if number in own_layers}
-        if heads:
-            self.pre_heads = nn.ModuleDict(heads)
-            if sequence_parallel:
-                sum_gradients_over_tensor_parallel(self.pre_heads)
 
     @property
     def tile_tokens(self) -> int:
@@ -392,7 +318,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         streams = micro_batch.teacher_streams
         assert streams is not None
         rotary = self.language_model.rotary_pos_emb(streams.positions_3BQ)
-        return self.laver_teacher(branch, streams.structure_BK3, rotary)
+        assert self.branch is not None
+        return self.branch.run_teacher(branch, streams.structure_BK3, rotary)
 
     def _set_branch_aside(self, decoder: nn.Module, _: Any, output: Tensor) -> Tensor:
         """After the last decoder layer: words are predicted for the samples alone."""
@@ -432,7 +359,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         tiles = self.image_tiles(counts, image_grids)
         length = self.padded_length(int(combined_lengths(tokens, tiles, IMAGE_TOKEN_INDEX).max()))
         layout = sequence_layout(tokens, tiles, IMAGE_TOKEN_INDEX, length)
-        plan = StepPlan(1, length, 0, layout.num_visual_tokens, layout.num_images)
+        plan = StepPlan(1, length)
         return MicroBatch(index=0, plan=plan, layout=layout)
 
     def padded_length(self, longest: int) -> int:
@@ -474,18 +401,13 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             branch = micro_batch.branch.layout.to(text_BTd.device)
             whole = _combine(branch, text_BTd, visual.tokens)
             hidden_BS = micro_batch.branch.masked_BS.to(whole.device, non_blocking=True)
-            masked = torch.where(hidden_BS[..., None], self._mask_token(), whole).transpose(0, 1).contiguous()
+            assert self.branch is not None
+            mask_token = self.branch.mask_token()
+            masked = torch.where(hidden_BS[..., None], mask_token, whole).transpose(0, 1).contiguous()
             unmasked = whole.detach().transpose(0, 1).contiguous()
         for receive in self.on_visual_tokens if self.observed else ():
             receive(self, micro_batch, visual)
         return samples.transpose(0, 1).contiguous(), masked, unmasked
-
-    def _mask_token(self) -> Tensor:
-        spec = self.config.laver
-        if spec.mask_token_id is None:
-            return self.laver_mask_token
-        row = torch.tensor([[spec.mask_token_id]], device=torch.cuda.current_device())
-        return self.language_model.embedding(input_ids=row, position_ids=None)[0, 0]
 
     def _encode(self, images: Tensor, grids: list[Grid] | None, pixels: Tensor | None) -> VisualTokens:
         """Visual tokens of ``images``, which are what the first stage reads: with ``data.features`` the encoder's

@@ -20,6 +20,9 @@ from typing import Any, TypeVar
 Number = TypeVar("Number", bound=Any)  # float or tensor
 
 
+LOSS_TOKENS, VISUAL_TOKENS, IMAGES = "loss_tokens", "visual_tokens", "images"  # counts that every plan has
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What is known of an optimizer step before its first micro-batch runs.
@@ -27,22 +30,31 @@ class StepPlan:
     Attributes:
         num_microbatches: micro-batches on this rank.
         sequence_length: combined text and image tokens every micro-batch of this rank is padded to.
-        loss_tokens: loss tokens of the global batch (all data-parallel ranks, all micro-batches).
-        visual_tokens: visual tokens of the global batch.
-        images: images of the global batch with at least one token left after truncation.
-        masked_tokens: visual tokens of the global batch that LaVer masks.
-        gram_entries: entries of the Gram matrices that LaVer compares, over the global batch.
-        weights: of the loss terms (``lm``, ``pre``, ``mim``, ``gram``) at this step, schedules applied.
+        counts: what losses are divided by, summed over the global batch (all data-parallel ranks, all micro-batches)
+            and made after truncation: loss tokens, visual tokens, images with at least one token left, and what terms
+            count (:meth:`nemo_pre.terms.term.Term.counts`).
+        weights: of the loss terms (``lm`` is the language model's) at this step, schedules applied.
     """
 
     num_microbatches: int
     sequence_length: int
-    loss_tokens: int
-    visual_tokens: int
-    images: int
-    masked_tokens: int = 0
-    gram_entries: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Loss tokens of the global batch."""
+        return self.counts[LOSS_TOKENS]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the global batch."""
+        return self.counts[VISUAL_TOKENS]
+
+    @property
+    def images(self) -> int:
+        """Images of the global batch that have a visual token."""
+        return self.counts[IMAGES]
 
 
 def gradient_divisor(plan: StepPlan, per_token_loss: bool, data_context_ranks: int) -> float:

@@ -1,8 +1,23 @@
-"""Schedules: pure functions from the optimizer step to a factor."""
+"""Weights over training: pure functions from the optimizer step to a factor, and the options they follow."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemo_pre.options import choice, choices_of, number
+
+
+@dataclass
+class ScheduleConfig:
+    """A weight over training: ``constant``, or from ``start`` to the full weight by ``linear``/``cosine``."""
+
+    kind: str = choice(
+        "constant", {"constant": "1 always", "linear": "", "cosine": "half a cosine, flat at both ends"}
+    )
+    start: float = number(0.0, least=0)  # fraction of the weight at step 0
+    steps: int = number(0, least=0)  # optimizer steps the ramp lasts
 
 
 def ramp(kind: str, step: int, start: float, steps: int) -> float:
@@ -13,58 +28,37 @@ def ramp(kind: str, step: int, start: float, steps: int) -> float:
         step: optimizer steps done before this one.
         start: factor at step 0.
         steps: length of the ramp in optimizer steps.
+
+    Raises:
+        ValueError: the kind is none of these.
     """
     if kind == "constant":
         return 1.0
     progress = 1.0 if steps <= 0 else min(max(step / steps, 0.0), 1.0)
     if kind == "cosine":
-        progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+        progress = half_cosine(progress)
     elif kind != "linear":
-        raise ValueError(f"Schedule kind is '{kind}': choose constant, linear or cosine.")
+        raise ValueError(f"Schedule kind is '{kind}': choose {_or(choices_of(ScheduleConfig, 'kind'))}.")
     return start + (1.0 - start) * progress
 
 
-def mask_ratio(kind: str, step: int, total_steps: int, final: float) -> float:
-    """Share of visual tokens that LaVer masks after ``step`` optimizer steps of ``total_steps``.
-
-    Args:
-        kind: ``cosine`` (from 0 to ``final`` by half a cosine), ``delayed`` (0 for the first eighth of the run, then
-            ``final``; the released code calls it "constant") or ``constant``.
-
-    Source: LaVer's released code (4ce7bd9), train/callbacks.py; the paper names a cosine ramp without values.
-    """
-    if kind == "cosine":
-        return final * (1.0 - math.cos(math.pi * _progress(step, total_steps))) / 2.0
-    if kind == "delayed":
-        return 0.0 if step < 0.125 * total_steps else final
-    if kind == "constant":
-        return final
-    raise ValueError(f"Mask schedule is '{kind}': choose cosine, delayed or constant.")
+def half_cosine(progress: float) -> float:
+    """From 0 at ``progress`` 0 to 1 at 1, flat at both ends."""
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
-def teacher_momentum(kind: str, step: int, total_steps: int, start: float) -> float:
-    """Momentum of the teacher's average at the update after ``step`` optimizer steps of ``total_steps``.
-
-    Args:
-        kind: ``constant``, or ``cosine`` from ``start`` to 1: ``1 - (1 - start) (cos(pi t / T) + 1) / 2`` (the
-            released code).
-    """
-    if kind == "constant":
-        return start
-    if kind == "cosine":
-        return 1.0 - (1.0 - start) * (math.cos(math.pi * _progress(step, total_steps)) + 1.0) / 2.0
-    raise ValueError(f"Momentum schedule is '{kind}': choose constant or cosine.")
-
-
-def update_interval(every: int, fraction: float | None, total_steps: int) -> int:
-    """Optimizer steps between two updates of the teacher: ``every``, or ``fraction`` of the run, rounded down."""
-    return every if fraction is None else max(int(fraction * total_steps), 1)
-
-
-def updates_teacher(step: int, interval: int) -> bool:
-    """Whether the teacher moves after optimizer step number ``step`` (1-based)."""
-    return step % interval == 0
-
-
-def _progress(step: int, total_steps: int) -> float:
+def part_of_run(step: int, total_steps: int) -> float:
+    """The part of a run of ``total_steps`` that ``step`` optimizer steps are, between 0 and 1."""
     return 1.0 if total_steps <= 0 else min(max(step / total_steps, 0.0), 1.0)
+
+
+def ignored_schedule_options(schedule: ScheduleConfig, name: str) -> Iterator[str]:
+    """Options of the schedule called ``name`` that are set and have no effect."""
+    if schedule.kind == "constant" and (schedule.start, schedule.steps) != (0.0, 0):
+        yield f"{name}.start and steps have no effect with {name}.kind=constant."
+    if schedule.kind != "constant" and schedule.steps == 0:
+        yield f"{name}.kind={schedule.kind} has no effect with {name}.steps=0."
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_pre.config.schema import OptimConfig, RunConfig
-from nemo_pre.objectives.training_only import TRAINED
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import OptimConfig
+from nemo_pre.objectives.registry import trained
 
-# Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes.
+# Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes; what objectives
+# train has lr_heads.
 MODULE_RATES = {
     "vision_model.": "lr_vision",
     "vision_projection.": "lr_projector",
     "language_model.": "lr_language",
-    **dict.fromkeys(TRAINED, "lr_heads"),
 }
 
 
@@ -20,7 +21,7 @@ def learning_rate(name: str, optim: OptimConfig) -> float:
     """Peak learning rate of the parameter called ``name``; a module without a rate of its own has ``optim.lr``."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
-    for prefix, field in MODULE_RATES.items():
+    for prefix, field in (MODULE_RATES | dict.fromkeys(trained(), "lr_heads")).items():
         if name.startswith(prefix):
             own = getattr(optim, field)
             return optim.lr if own is None else own  # 0 is a rate, not an absent one

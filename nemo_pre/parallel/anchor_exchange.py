@@ -13,8 +13,10 @@ schedule's own messages. Why this cannot deadlock, under 1F1B and interleaved 1F
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +48,23 @@ class AnchorExchange:
     _incoming: dict[int, _Incoming] = field(default_factory=dict)
     _outgoing: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
 
+    @classmethod
+    def install(cls, taps: int, device: torch.device) -> AnchorExchange:
+        """An exchange over this rank's pipeline. Every rank of the job must call this, in the same order of terms.
+
+        Args:
+            taps: how many taps this rank has, over all its virtual stages.
+            device: where anchors are computed and read.
+        """
+        from megatron.core import parallel_state as ps
+
+        group, stage = anchor_group(), ps.get_pipeline_model_parallel_rank()
+        readers: list[Any] = [None] * group.size()
+        dist.all_gather_object(readers, taps, group=group)
+        exchange = cls(group, stage, readers)
+        exchange.connect(device)
+        return exchange
+
     def connect(self, device: torch.device) -> None:
         """A first message to every stage with a reader, before the schedule starts. Every rank must call this."""
         message = torch.zeros(1, device=device)
@@ -62,7 +81,7 @@ class AnchorExchange:
         if self.readers[FIRST_STAGE]:
             self._incoming[micro_batch] = _Incoming(anchor, None, self.readers[FIRST_STAGE])
         self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not work.is_completed()]
-        if anchor.numel() == 0:
+        if _is_empty(anchor.shape):
             return  # every stage knows from the token ids that there is nothing to receive
         for stage, readers in enumerate(self.readers):
             if readers and stage != FIRST_STAGE:
@@ -74,7 +93,9 @@ class AnchorExchange:
         if self.stage == FIRST_STAGE or micro_batch in self._incoming:
             return
         buffer = torch.empty(shape, dtype=dtype, device=device)
-        work = dist.irecv(buffer, group=self.group, group_src=FIRST_STAGE, tag=micro_batch) if shape[0] else None
+        work = None
+        if not _is_empty(shape):
+            work = dist.irecv(buffer, group=self.group, group_src=FIRST_STAGE, tag=micro_batch)
         self._incoming[micro_batch] = _Incoming(buffer, work, self.readers[self.stage])
 
     def take(self, micro_batch: int) -> Tensor:
@@ -97,6 +118,11 @@ class AnchorExchange:
             work.wait()
         self._outgoing.clear()
         assert not self._incoming, f"anchors of micro-batches {sorted(self._incoming)} were never read"
+
+
+def _is_empty(shape: Sequence[int]) -> bool:
+    """Whether an anchor of this shape is no message: both ends ask here, or one of them would wait for ever."""
+    return math.prod(shape) == 0
 
 
 def anchor_group() -> dist.ProcessGroup:

@@ -22,9 +22,9 @@ def backpropagate_with(hidden_states: Tensor, loss: Tensor) -> Tensor:
     """``hidden_states``, unchanged in value; whatever backpropagates through it also backpropagates ``loss``.
 
     Megatron computes losses on the last pipeline stage only. An auxiliary loss of an earlier stage, scaled
-    as :func:`nemo_pre.objectives.scale.auxiliary_loss_scale` says, reaches the parameters through this instead. The idea
-    is that of Megatron's ``MoEAuxLossAutoScaler``, whose scale is set only for mixture-of-experts models and
-    has no context-parallel factor.
+    as :func:`nemo_pre.objectives.scale.auxiliary_loss_scale` says, reaches the parameters through this instead. The
+    idea is that of Megatron's ``MoEAuxLossAutoScaler``, whose scale is set only for mixture-of-experts models and has
+    no context-parallel factor.
     """
     from megatron.core.utils import make_viewless_tensor
 

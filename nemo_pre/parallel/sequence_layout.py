@@ -16,6 +16,9 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+IMAGE_TOKEN_INDEX = -200  # NeVA's token id of an image
+IGNORE_INDEX = -100  # NeVA's label of a token that is not predicted
+
 Grid = tuple[int, int]  # height and width of a tile in visual tokens
 ImageTiles = Sequence[Sequence[Grid]]
 

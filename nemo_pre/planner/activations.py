@@ -14,16 +14,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from nemo_pre.config.derived import padded_vocab_size
-from nemo_pre.config.schema import RunConfig
-from nemo_pre.planner.load import Load, has_explicit_positions, uses_token_structure
-from nemo_pre.planner.parameters import (
-    prediction_head_matrices,
-    projector_matrices,
-    target_layers_among,
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.cost import Cost
+from nemo_pre.planner.chunks import Chunk
+from nemo_pre.planner.load import (
+    FLOAT,
+    INDEX,
+    Load,
+    activation_bytes,
+    has_explicit_positions,
+    uses_token_structure,
 )
+from nemo_pre.planner.parameters import costs, projector_matrices
 from nemo_pre.planner.vision import tower_activations
-
-FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
 
 
 @dataclass
@@ -46,25 +49,23 @@ class ChunkActivations:
         return max(self.recomputed - self.freed_before, 0)
 
 
-def chunk_activations(
-    config: RunConfig, load: Load, layers: range, first: bool, last: bool, fused: bool
-) -> ChunkActivations:
-    """Of the chunk with the decoder layers ``layers`` (from 0).
+def chunk_activations(config: RunConfig, load: Load, chunk: Chunk, fused: bool) -> ChunkActivations:
+    """What one chunk keeps.
 
     Args:
-        first, last: whether encoder and embedding, or the output layer, belong to it.
         fused: Transformer Engine's layers rather than Megatron's own.
     """
-    layer = LayerActivations(config, load, fused)
+    layer, layers = LayerActivations(config, load, fused), chunk.layers
     recompute, found = config.parallel.recompute, ChunkActivations()
-    taps = target_layers_among(config, layers)
-    tap = prediction_head_activations(config, load)
+    objectives = costs(config)
     if recompute == "full" and len(layers):
         size = config.parallel.recompute_num_layers
         groups = [layers[start : start + size] for start in range(0, len(layers), size)]
         found.kept["decoder"] = len(groups) * layer.input + layer.shared_by_recomputed
         found.recomputed = max(
-            len(group) * layer.everything - layer.norm_input_is_checkpoint + tap * sum(t in group for t in taps)
+            len(group) * layer.everything
+            - layer.norm_input_is_checkpoint
+            + sum(cost.kept_at_layer(load) * _taps(cost, group) for cost in objectives)
             for group in groups
         )
     else:
@@ -73,19 +74,29 @@ def chunk_activations(
         found.kept["decoder"] += layer.shared_by_recomputed if selective else 0
         found.recomputed = layer.recomputed_attention if selective else 0
         found.freed_before = layer.freed_before_attention if selective else 0
-        if taps:
-            found.kept["PRe heads"] = tap * len(taps)
-    if first:
+        for cost in objectives:
+            if taps := _taps(cost, layers):
+                found.kept[f"{cost.objective.title} heads"] += cost.kept_at_layer(load) * taps
+    if chunk.first:
         found.kept += first_chunk_activations(config, load, fused)
         if layer.first_input_is_whole_sequence:
             found.kept["decoder"] += layer.whole_input - layer.input
     elif layer.keeps_its_input:
         found.kept["decoder"] += layer.teacher_message
-    if last:
+    if chunk.last:
         output = output_activations(config, load, fused)
         found.freed_before += sum(output.values())
         found.kept += output
+    for cost in objectives:
+        own = cost.kept(load, chunk)
+        found.kept += own
+        found.freed_before += sum(own.values()) if chunk.last else 0
     return found
+
+
+def _taps(cost: Cost, layers: range) -> int:
+    """How many of these layers, from 0, an objective looks at."""
+    return sum(layer - 1 in layers for layer in cost.objective.tapped_layers())
 
 
 class LayerActivations:
@@ -100,7 +111,7 @@ class LayerActivations:
         language, layout = config.model.language, config.parallel
         self.config, self.load, self.fused = config, load, fused
         self.width = language.hidden_size
-        self.bytes = 2 if config.precision.name != "fp32" else FLOAT
+        self.bytes = activation_bytes(config)
         self.head = self.width // language.num_attention_heads
         self.heads = language.num_attention_heads // layout.tensor
         self.groups = language.num_query_groups // layout.tensor
@@ -158,7 +169,7 @@ class LayerActivations:
     @property
     def rotary(self) -> int:
         """Cosine and sine for queries and keys; fused, only the angles are kept, once."""
-        rows = self.load.rows if has_explicit_positions(self.config) else 1
+        rows = self.load.rows if has_explicit_positions(self.config, self.load) else 1
         return 0 if self.fused else 4 * rows * self.load.queries * self.head * self.bytes
 
     @property
@@ -218,7 +229,7 @@ class LayerActivations:
     @property
     def shared_by_recomputed(self) -> int:
         """What all recomputed layers of a micro-batch are given beside hidden states: angles, token structure."""
-        rows = self.load.rows if has_explicit_positions(self.config) else 1
+        rows = self.load.rows if has_explicit_positions(self.config, self.load) else 1
         angles = rows * self.load.queries * self.head * FLOAT
         structure = self.load.rows * self.load.keys * 3 * FLOAT if self.structured else 0
         return (angles if self.config.parallel.recompute == "full" else 0) + structure
@@ -235,7 +246,7 @@ class LayerActivations:
 
     @property
     def first_input_is_whole_sequence(self) -> bool:
-        """Sequence parallelism's part of the embeddings is a view of all of them, unless LaVer joins two parts."""
+        """Sequence parallelism's part of the embeddings is a view of all of them, unless a branch joins two parts."""
         return self.load.shards > 1 and not self.load.branch and self.keeps_its_input
 
     @property
@@ -254,11 +265,11 @@ def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Count
     if config.parallel.tensor > 1:
         indices += load.rows * load.text
     if load.branch:
-        whole_text = load.rows * load.text * 3 * INDEX if config.objective.laver.sequence == "whole" else 0
+        whole_text = load.rows * load.text * 3 * INDEX if load.branch_is_whole else 0
         indices += 3 * visual * INDEX + whole_text + load.rows * load.branch
     if config.parallel.context > 1:
         indices += 4 * INDEX
-    size, tiles = 2 if config.precision.name != "fp32" else FLOAT, load.rows * load.tiles
+    size, tiles = activation_bytes(config), load.rows * load.tiles
     return Counter(
         {
             "vision": 0 if config.optim.freeze_vision else tower_activations(config.model.vision, tiles, size),
@@ -270,7 +281,7 @@ def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Count
 
 def projector_activations(config: RunConfig, load: Load) -> int:
     """Inputs of its linear layers and of the GELUs between them."""
-    size = 2 if config.precision.name != "fp32" else FLOAT
+    size = activation_bytes(config)
     tokens, matrices = load.rows * load.tiles * load.tile_tokens, projector_matrices(config)
     trained = not config.optim.freeze_projector
     if not trained and config.optim.freeze_vision:
@@ -279,44 +290,13 @@ def projector_activations(config: RunConfig, load: Load) -> int:
     return tokens * (inputs + sum(columns for columns, _ in matrices[1:])) * size
 
 
-# --- heads and the last chunk ---------------------------------------------------------------------------------------
-
-
-def prediction_head_activations(config: RunConfig, load: Load) -> int:
-    """Of one PRe head on the rank with most visual tokens; the loss keeps its gradient by the prediction."""
-    pre, size = config.objective.pre, 2 if config.precision.name != "fp32" else FLOAT
-    if not pre.enabled:
-        return 0
-    (width, hidden), (_, output) = prediction_head_matrices(config)
-    visual = load.on_fullest_rank(load.visual, load.length)
-    pooled = visual if pre.variant == "patch" else load.rows * load.images
-    norm = (width + 2) * size if pre.head_norm else 0
-    per_image = FLOAT + 1  # its tokens, and whether it has any
-    pooling = visual * (width * FLOAT + INDEX) + pooled * per_image if pre.variant == "global" else 0
-    return pooled * ((width + 2 * hidden + output) * size + norm) + visual * INDEX + pooling
+# --- the last chunk -------------------------------------------------------------------------------------------------
 
 
 def output_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
-    """The last norm, logits, loss, and LaVer's head and losses."""
+    """The last norm, logits and loss."""
     layer = LayerActivations(config, load, fused)
     vocabulary = padded_vocab_size(config.model.language.vocab_size) // config.parallel.tensor
     loss = load.sample_tokens * (INDEX + FLOAT + 1)  # masked labels, loss mask, whether a label lies on this rank
     logits = load.sample_tokens * vocabulary * FLOAT
-    found = Counter({"logits and loss": logits + loss, "decoder": layer.norm + layer.norm_output})
-    if load.branch:
-        found["LaVer"] = laver_activations(config, load)
-    return found
-
-
-def laver_activations(config: RunConfig, load: Load) -> int:
-    """The student's head on the fullest rank, the images it compares, and the loss' gradient by masked tokens."""
-    laver, size = config.objective.laver, 2 if config.precision.name != "fp32" else FLOAT
-    width, ranks = config.model.language.hidden_size, load.replicas * load.shards
-    here = load.on_fullest_rank(load.visual, load.branch)
-    per_image = -(-load.visual // load.images)
-    images = load.rows * load.images if laver.gram_scope == "micro_batch" else -(-load.rows * load.images // ranks)
-    compared = images * per_image
-    masked = min(load.rows * load.masked, here)
-    head = here * ((2 * width + 4 * laver.head_hidden_width) * size + 2 * INDEX)
-    gram = compared * (2 * width * FLOAT + 2 * FLOAT + INDEX)
-    return head + gram + masked * (width * size + INDEX)
+    return Counter({"logits and loss": logits + loss, "decoder": layer.norm + layer.norm_output})

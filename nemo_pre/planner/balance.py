@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.registry import enabled
+from nemo_pre.planner.chunks import Chunk, layers_problem, num_chunks
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.flops import chunk_flops
 from nemo_pre.planner.load import Load
-from nemo_pre.planner.parameters import layers_problem, num_chunks
 from nemo_pre.planner.step_time import pass_seconds
 
 WORTH_IT = 0.01  # of the busiest stage's time, below which an even split is kept
@@ -17,7 +18,7 @@ WORTH_IT = 0.01  # of the busiest stage's time, below which an even split is kep
 def balanced(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> RunConfig:
     """The run with the split whose busiest stage has least to do, or the even one where that is as good.
 
-    All decoder layers count the same: PRe's heads, a few hundredths of a layer each, are left out.
+    All decoder layers count the same: what objectives add to single layers, a few hundredths of one, is left out.
     """
     even = replace(config, parallel=replace(config.parallel, pipeline_layers=None))
     if config.parallel.pipeline == 1 or config.model.language.num_layers < num_chunks(config.parallel):
@@ -59,15 +60,18 @@ def _outside_of(chunk: int, sizes: list[int], outside: list[float]) -> float:
 
 
 def _layer_seconds(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> float:
-    """Of a decoder layer in the middle without a PRe head, both ways."""
-    plain = replace(config, objective=replace(config.objective, pre=replace(config.objective.pre, enabled=False)))
-    middle = config.model.language.num_layers // 2
-    layers = range(middle, middle + 1)
-    parts = chunk_flops(plain, load, layers, first=False, last=False, dense=False)
-    return sum(pass_seconds(plain, load, parts, layers, device, efficiency))
+    """Of a decoder layer that no objective looks at, where there is one, both ways."""
+    tapped = {layer - 1 for objective in enabled(config) for layer in objective.tapped_layers()}
+    plain = next((layer for layer in range(config.model.language.num_layers) if layer not in tapped), 0)
+    chunk = Chunk(range(plain, plain + 1), first=False, last=False)
+    return _seconds(config, load, chunk, device, efficiency)
 
 
 def _outside_seconds(config: RunConfig, load: Load, first: bool, device: Device, efficiency: Efficiency) -> float:
-    """Of encoder and projector, or of the output layer and LaVer's heads, both ways."""
-    parts = chunk_flops(config, load, range(0), first=first, last=not first, dense=False)
-    return sum(pass_seconds(config, load, parts, range(0), device, efficiency))
+    """Of encoder and projector, or of the output layer, with what objectives have there, both ways."""
+    return _seconds(config, load, Chunk(range(0), first=first, last=not first), device, efficiency)
+
+
+def _seconds(config: RunConfig, load: Load, chunk: Chunk, device: Device, efficiency: Efficiency) -> float:
+    parts = chunk_flops(config, load, chunk, dense=False)
+    return sum(pass_seconds(config, load, parts, chunk.layers, device, efficiency))

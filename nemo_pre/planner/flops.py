@@ -9,15 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_pre.config.derived import padded_vocab_size
-from nemo_pre.config.schema import ParallelConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ParallelConfig
+from nemo_pre.planner.chunks import Chunk, chunks_of_stages
 from nemo_pre.planner.load import Load
-from nemo_pre.planner.memory import has_moving_anchor
-from nemo_pre.planner.parameters import (
-    placed_chunks,
-    prediction_head_matrices,
-    projector_matrices,
-    target_layers_among,
-)
+from nemo_pre.planner.parameters import costs, projector_matrices
 from nemo_pre.planner.vision import tower_flops
 
 
@@ -39,37 +35,29 @@ class Flops:
         return self.forward + self.backward
 
 
-def chunk_flops(
-    config: RunConfig, load: Load, layers: range, first: bool, last: bool, dense: bool
-) -> dict[str, Flops]:
-    """By part, of the chunk with the decoder layers ``layers`` on one tensor-parallel rank.
+def chunk_flops(config: RunConfig, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
+    """FLOPs of one chunk on one tensor-parallel rank, by part.
 
     Args:
         dense: attention computes every pair of tokens and masks it afterwards, as on CPU ranks; else only pairs that
             see each other count.
     """
     found = {
-        "decoder matrices": _decoder_matrices(config, load) * len(layers),
-        "decoder attention": _decoder_attention(config, load, dense) * len(layers),
-        "PRe heads": _prediction_heads(config, load, layers),
+        "decoder matrices": _decoder_matrices(config, load) * len(chunk.layers),
+        "decoder attention": _decoder_attention(config, load, dense) * len(chunk.layers),
     }
-    if load.branch:
-        found["teacher"] = _teacher(config, load, dense) * len(layers)
-    if first:
+    if chunk.first:
         found |= {"vision": _vision(config, load), "projector": _projector(config, load)}
-    if last:
+    if chunk.last:
         found["logits"] = _logits(config, load)
-        if load.branch:
-            found["LaVer heads"] = _laver_heads(config, load)
+    for cost in costs(config):
+        found |= cost.flops(load, chunk, dense)
     return found
 
 
 def stage_flops(config: RunConfig, load: Load, stage: int, dense: bool) -> list[dict[str, Flops]]:
-    """The same of every chunk of a pipeline stage."""
-    return [
-        chunk_flops(config, load, layers, first=first, last=last, dense=dense)
-        for layers, first, last in placed_chunks(config, stage)
-    ]
+    """FLOPs of every chunk of a pipeline stage, by part."""
+    return [chunk_flops(config, load, chunk, dense) for chunk in chunks_of_stages(config)[stage]]
 
 
 def model_flops(config: RunConfig, load: Load, dense: bool = False) -> dict[str, float]:
@@ -77,9 +65,8 @@ def model_flops(config: RunConfig, load: Load, dense: bool = False) -> dict[str,
     from dataclasses import replace
 
     alone = replace(config, parallel=ParallelConfig())
-    parts = chunk_flops(
-        alone, replace(load, replicas=1, shards=1), range(config.model.language.num_layers), True, True, dense
-    )
+    whole = Chunk(range(config.model.language.num_layers), first=True, last=True)
+    parts = chunk_flops(alone, replace(load, replicas=1, shards=1), whole, dense)
     micro_batches = config.trainer.global_batch_size / load.rows
     return {part: flops.total * micro_batches for part, flops in parts.items() if flops.total}
 
@@ -94,7 +81,7 @@ def visible_pairs(config: RunConfig, load: Load, samples: bool, branch: bool) ->
         rows = load.images if config.data.packing else 1  # packed samples do not see each other; taken to be equal
         length = load.length / rows
         pairs += rows * length * (length + 1) / 2 + both_ways
-    if branch and config.objective.laver.sequence == "whole":
+    if branch and load.branch_is_whole:
         pairs += load.branch * (load.branch + 1) / 2 + both_ways
     elif branch:
         pairs += load.images * per_image**2
@@ -105,12 +92,12 @@ def visible_pairs(config: RunConfig, load: Load, samples: bool, branch: bool) ->
 
 
 def _decoder_matrices(config: RunConfig, load: Load) -> Flops:
-    forward = 2.0 * load.tokens * _layer_weights(config)
+    forward = 2.0 * load.tokens * layer_matrices(config)
     recomputed = forward if config.parallel.recompute == "full" else 0.0
     return Flops(forward, forward * (1 if config.optim.freeze_language else 2) + recomputed)
 
 
-def _layer_weights(config: RunConfig) -> float:
+def layer_matrices(config: RunConfig) -> float:
     """Elements of a decoder layer's matrices on a tensor-parallel rank."""
     language = config.model.language
     width = language.hidden_size
@@ -120,20 +107,14 @@ def _layer_weights(config: RunConfig) -> float:
 
 def _decoder_attention(config: RunConfig, load: Load, dense: bool) -> Flops:
     pairs = float(load.keys**2) if dense else visible_pairs(config, load, samples=True, branch=load.branch > 0)
-    forward = _attention(config, load, pairs)
+    forward = attention_flops(config, load, pairs)
     recomputed = 0.0 if config.parallel.recompute == "none" else forward
     return Flops(forward, 2 * forward + recomputed)
 
 
-def _attention(config: RunConfig, load: Load, pairs: float) -> float:
+def attention_flops(config: RunConfig, load: Load, pairs: float) -> float:
     """Scores and weighted sums: 4 x head width per head and pair."""
     return 4.0 * load.rows * pairs * config.model.language.hidden_size / config.parallel.tensor / load.replicas
-
-
-def _teacher(config: RunConfig, load: Load, dense: bool) -> Flops:
-    pairs = float(load.branch**2) if dense else visible_pairs(config, load, samples=False, branch=True)
-    tokens = load.rows * load.branch // load.replicas
-    return Flops(2.0 * tokens * _layer_weights(config) + _attention(config, load, pairs))
 
 
 def _logits(config: RunConfig, load: Load) -> Flops:
@@ -160,36 +141,9 @@ def _projector(config: RunConfig, load: Load) -> Flops:
     forward, trained = sum(products), not optim.freeze_projector
     to_weights = forward * trained
     to_inputs = forward if not optim.freeze_vision else sum(products[1:]) * trained
-    return Flops(forward + (forward if has_moving_anchor(config) else 0.0), to_weights + to_inputs)
+    return Flops(forward, to_weights + to_inputs)
 
 
-# --- heads ----------------------------------------------------------------------------------------------------------
-
-
-def _prediction_heads(config: RunConfig, load: Load, layers: range) -> Flops:
-    """On the mean rank: sequence and context parallelism share the visual tokens out."""
-    pre = config.objective.pre
-    if not pre.enabled:
-        return Flops()
-    taps = len(target_layers_among(config, layers))
-    if pre.variant == "global":
-        inputs: float = load.rows * load.images
-    else:
-        inputs = load.rows * load.visual / load.replicas / load.shards
-    forward = taps * sum(2.0 * inputs * columns * rows for columns, rows in prediction_head_matrices(config))
-    return Flops(forward, 2 * forward)
-
-
-def _laver_heads(config: RunConfig, load: Load) -> Flops:
-    """The student's head both ways, the teacher's forward, and three products per Gram matrix."""
-    laver, width = config.objective.laver, config.model.language.hidden_size
-    hidden, ranks = laver.head_hidden_width, load.replicas * load.shards
-    inputs = load.rows * load.visual / ranks
-    head = 2.0 * inputs * (2 * width * hidden + hidden**2)
-    share = laver.mask_ratio if laver.gram_positions == "masked" else 1.0
-    per_image = share * load.visual / load.images
-    if laver.gram_scope == "micro_batch":
-        entries = (load.rows * load.images * per_image) ** 2  # on one rank, the fullest
-    else:
-        entries = load.rows * load.images * per_image**2 / ranks
-    return Flops(2 * head + 3 * 2.0 * entries * width, 2 * head)
+def projector_flops(config: RunConfig, load: Load) -> float:
+    """Of the projector's forward pass over all tiles of a micro-batch."""
+    return _projector(config, load).forward

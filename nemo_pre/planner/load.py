@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_pre.config.derived import num_visual_tokens
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.cost import BranchLoad
+from nemo_pre.objectives.registry import enabled
+
+FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,9 @@ class Load:
         images: images of a row.
         tiles: tiles of all images of a row: what the encoder runs on.
         tile_tokens: visual tokens of a tile in the decoder.
-        branch: tokens of LaVer's second sequence per row, 0 without one.
-        masked: visual tokens of a row that LaVer masks.
+        branch: tokens per row of the second sequence that an objective runs beside the samples, 0 without one.
+        masked: visual tokens of a row that are masked there.
+        branch_is_whole: it is each sample again with its text, rather than its images, each by itself.
         replicas: ranks a sequence is cut over by context parallelism.
         shards: ranks it is cut over by sequence parallelism.
     """
@@ -33,6 +38,7 @@ class Load:
     tile_tokens: int
     branch: int
     masked: int
+    branch_is_whole: bool
     replicas: int
     shards: int
 
@@ -40,6 +46,11 @@ class Load:
     def visual(self) -> int:
         """Visual tokens of a row."""
         return min(self.tiles * self.tile_tokens, self.length)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that a sequence is cut over."""
+        return self.replicas * self.shards
 
     @property
     def keys(self) -> int:
@@ -78,7 +89,7 @@ def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
     Args:
         images_per_row: None: one, or with packing as many as leave a text token to each.
     """
-    data, layout, laver = config.data, config.parallel, config.objective.laver
+    data, layout = config.data, config.parallel
     shards = layout.tensor if layout.sequence else 1
     factor = (2 * layout.context if layout.context > 1 else 1) * shards
     tile_tokens = num_visual_tokens(config.model)
@@ -86,9 +97,7 @@ def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
         images_per_row = max(data.sequence_length // (data.max_tiles * tile_tokens + 1), 1) if data.packing else 1
     tiles = images_per_row * data.max_tiles
     visual = min(tiles * tile_tokens, data.sequence_length)
-    branch = 0
-    if laver.enabled:
-        branch = data.sequence_length if laver.sequence == "whole" else -(-visual // factor) * factor
+    branch = _branch(config, visual, factor)
     return Load(
         rows=config.trainer.micro_batch_size,
         length=data.sequence_length,
@@ -96,11 +105,27 @@ def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
         images=images_per_row,
         tiles=tiles,
         tile_tokens=tile_tokens,
-        branch=branch,
-        masked=-int(-visual * laver.mask_ratio // 1) if laver.enabled else 0,
+        branch=branch.tokens,
+        masked=branch.masked,
+        branch_is_whole=branch.whole,
         replicas=layout.context,
         shards=shards,
     )
+
+
+def _branch(config: RunConfig, visual: int, multiple: int) -> BranchLoad:
+    """The second sequence of the objective that has one."""
+    for objective in enabled(config):
+        cost = objective.build_cost()
+        branch = cost.branch(visual, config.data.sequence_length, multiple) if cost is not None else None
+        if branch is not None:
+            return branch
+    return BranchLoad(tokens=0, masked=0, whole=False)
+
+
+def activation_bytes(config: RunConfig) -> int:
+    """Bytes of an activation, and of a weight that computes."""
+    return FLOAT if config.precision.name == "fp32" else 2
 
 
 def uses_token_structure(config: RunConfig) -> bool:
@@ -108,6 +133,6 @@ def uses_token_structure(config: RunConfig) -> bool:
     return config.model.attention == "mixed" or config.data.packing
 
 
-def has_explicit_positions(config: RunConfig) -> bool:
+def has_explicit_positions(config: RunConfig, load: Load) -> bool:
     """Whether every token is told its rotary position."""
-    return config.model.rope != "1d" or config.objective.laver.enabled or config.data.packing
+    return config.model.rope != "1d" or load.branch > 0 or config.data.packing

@@ -7,22 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_pre.config.derived import padded_vocab_size
-from nemo_pre.config.schema import RunConfig
-from nemo_pre.planner.activations import (
-    FLOAT,
-    ChunkActivations,
-    LayerActivations,
-    chunk_activations,
-)
-from nemo_pre.planner.load import Load, uses_token_structure
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.registry import enabled
+from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations
+from nemo_pre.planner.chunks import chunks_of_stages
+from nemo_pre.planner.load import FLOAT, Load, uses_token_structure
 from nemo_pre.planner.parameters import (
-    chunks_of_stages,
+    costs,
     fp8_layers_among,
     layer_parameters,
-    placed_chunks,
-    projector_parameters,
     rank_parameters,
-    target_layers_among,
     trainable_parameters,
 )
 from nemo_pre.planner.schedule import peak
@@ -36,7 +30,7 @@ class RankMemory:
     """Of one rank of a pipeline stage, in bytes.
 
     Attributes:
-        state: weights, gradients, optimizer and teacher, by kind.
+        state: weights, gradients, optimizer and what objectives keep, by kind.
         activations: by part, of all micro-batches in flight, and what a backward pass recomputes.
         working: buffers of communication, gradients under way and the libraries, by kind.
         in_flight: micro-batches of each chunk at the peak.
@@ -83,8 +77,12 @@ def stages_that_differ(config: RunConfig) -> list[int]:
     """Of stages with the same parts the first, which has most micro-batches in flight."""
     found: dict[tuple[Any, ...], int] = {}
     last = config.parallel.pipeline - 1
+    tapped = [objective.tapped_layers() for objective in enabled(config)]
     for stage, chunks in enumerate(chunks_of_stages(config)):
-        parts = [(len(layers), len(target_layers_among(config, layers))) for layers in chunks]
+        parts = [
+            (len(chunk.layers), *(sum(layer - 1 in chunk.layers for layer in layers) for layers in tapped))
+            for chunk in chunks
+        ]
         found.setdefault((*parts, stage == 0, stage == last), stage)
     return sorted(found.values())
 
@@ -93,52 +91,31 @@ def stages_that_differ(config: RunConfig) -> list[int]:
 
 
 def state_memory(config: RunConfig, stage: int) -> dict[str, int]:
-    """AdamW with float32 gradients and moments; bf16 adds a float32 master weight, cut as the moments are."""
+    """AdamW with float32 gradients and moments; bf16 adds a float32 master weight, cut as the moments are. Behind that
+    what objectives keep."""
     layout, bf16 = config.parallel, config.precision.name != "fp32"
     parameters = rank_parameters(config, stage)
     trained = sum(trainable_parameters(config, parameters).values())
     replicas = layout.data * layout.context
-    return {
-        "weights": sum(parameters.values()) * (2 if bf16 else FLOAT),
-        "gradients": trained * FLOAT,
-        "optimizer": trained * (12 if bf16 else 8) // (replicas if layout.distributed_optimizer else 1),
-        "teacher": teacher_memory(config, stage, parameters),
-        "FP8 copies": _fp8_copies(config, stage),
-        "moving anchor": projector_parameters(config) * FLOAT * (stage == 0 and has_moving_anchor(config)),
-    }
+    found = Counter(
+        {
+            "weights": sum(parameters.values()) * (2 if bf16 else FLOAT),
+            "gradients": trained * FLOAT,
+            "optimizer": trained * (12 if bf16 else 8) // (replicas if layout.distributed_optimizer else 1),
+            "FP8 copies": _fp8_copies(config, stage),
+        }
+    )
+    for cost in costs(config):
+        found.update(cost.state(stage, parameters["decoder"]))
+    return dict(found)
 
 
 def _fp8_copies(config: RunConfig, stage: int) -> int:
-    """Of the weights of FP8 layers, kept from the step's first micro-batch on, row by row and column by column; the
-    teacher's layers have theirs."""
-    layers = sum(fp8_layers_among(config, chunk) for chunk in chunks_of_stages(config)[stage])
-    copies = 2 * (1 + config.objective.laver.enabled)
+    """Bytes of the FP8 layers' weights, kept from the step's first micro-batch on, row by row and column by column;
+    further copies of the layers that compute have theirs."""
+    layers = sum(fp8_layers_among(config, chunk.layers) for chunk in chunks_of_stages(config)[stage])
+    copies = 2 * (1 + sum(cost.decoder_copies for cost in costs(config)))
     return copies * layers * layer_parameters(config, config.parallel.tensor)
-
-
-def has_moving_anchor(config: RunConfig) -> bool:
-    return config.objective.pre.enabled and config.objective.pre.ema_momentum is not None
-
-
-def teacher_memory(config: RunConfig, stage: int, parameters: dict[str, int]) -> int:
-    """A float32 average cut over replicas, and the copy that computes: all of it, or the largest layer's."""
-    laver, layout = config.objective.laver, config.parallel
-    if not laver.enabled:
-        return 0
-    averaged = averaged_parameters(config, stage, parameters)
-    head = averaged - parameters["decoder"]
-    copied = averaged if laver.teacher_memory == "resident" else max(layer_parameters(config, layout.tensor), head)
-    bytes_of_copy = 2 if config.precision.name != "fp32" else FLOAT
-    return averaged * FLOAT // (layout.data * layout.context) + copied * bytes_of_copy
-
-
-def averaged_parameters(config: RunConfig, stage: int, parameters: dict[str, int]) -> int:
-    """Of a rank, those LaVer's teacher is an average of: the decoder's, and on the last stage the visual head's."""
-    laver = config.objective.laver
-    if not laver.enabled:
-        return 0
-    mask_token = config.model.language.hidden_size if laver.mask_token == "learned" and stage == 0 else 0
-    return parameters["decoder"] + parameters["laver"] - mask_token
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
@@ -163,10 +140,7 @@ def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> 
 
 
 def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool) -> list[ChunkActivations]:
-    return [
-        chunk_activations(config, load, layers, first=first, last=last, fused=fused)
-        for layers, first, last in placed_chunks(config, stage)
-    ]
+    return [chunk_activations(config, load, chunk, fused) for chunk in chunks_of_stages(config)[stage]]
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------

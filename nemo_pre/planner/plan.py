@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.derived import world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.cost import Message
 from nemo_pre.planner.balance import balanced
 from nemo_pre.planner.devices import DEVICES, Device, Efficiency, device_of_cluster, find_device
 from nemo_pre.planner.flops import model_flops
 from nemo_pre.planner.load import Load, largest_load
 from nemo_pre.planner.memory import RankMemory, rank_memory, stages_that_differ
-from nemo_pre.planner.parameters import model_parameters, rank_parameters
+from nemo_pre.planner.parameters import costs, model_parameters, not_counted, rank_parameters
 from nemo_pre.planner.search import Candidate, Found, indivisible, search
 from nemo_pre.planner.step_time import StepTime, calibrated, step_time
 
@@ -31,6 +32,8 @@ class Plan:
         parameters: of the model by part.
         stages: of the stages that differ, parameters of a rank and its memory.
         flops: of a step by part.
+        messages: between stages in a micro-batch, beside the activations.
+        not_counted: enabled objectives whose cost is not known to the planner.
         problem: why the layout cannot be; time and stages are then empty.
         better: the same layout with its decoder layers dealt out by cost, where that is faster or the only way.
     """
@@ -41,6 +44,8 @@ class Plan:
     flops: dict[str, float]
     stages: dict[int, tuple[int, RankMemory]] = field(default_factory=dict)
     time: StepTime | None = None
+    messages: list[Message] = field(default_factory=list)
+    not_counted: list[str] = field(default_factory=list)
     problem: str | None = None
     better: tuple[RunConfig, StepTime] | None = None
 
@@ -120,7 +125,7 @@ def plan(arguments: Sequence[str]) -> None:
 def plan_layout(config: RunConfig, device: Device, efficiency: Efficiency, images_per_row: int | None = None) -> Plan:
     """What the run needs in the layout it names, on ``device`` (with Transformer Engine's layers)."""
     load = largest_load(config, images_per_row)
-    plan = Plan(config, load, model_parameters(config), model_flops(config, load))
+    plan = Plan(config, load, model_parameters(config), model_flops(config, load), not_counted=not_counted(config))
     even_out = balanced(config, load, device, efficiency)
     if even_out.parallel.pipeline_layers != config.parallel.pipeline_layers and indivisible(even_out) is None:
         plan = replace(plan, better=(even_out, step_time(even_out, load, device, efficiency)))
@@ -131,7 +136,9 @@ def plan_layout(config: RunConfig, device: Device, efficiency: Efficiency, image
         stage: (sum(rank_parameters(config, stage).values()), rank_memory(config, load, stage, fused=True))
         for stage in stages_that_differ(config)
     }
-    return replace(plan, stages=stages, time=step_time(config, load, device, efficiency))
+    messages = [message for cost in costs(config) for message in cost.messages(load)]
+    time = step_time(config, load, device, efficiency)
+    return replace(plan, stages=stages, time=time, messages=messages)
 
 
 def _on(config: RunConfig, gpus: int | None) -> RunConfig:
@@ -203,6 +210,8 @@ def as_json(own: Plan, found: Found | None, device: Device, efficiency: Efficien
         "layout": layout_json(own.config),
         "problem": own.problem,
         "readers": own.readers,
+        "messages": [asdict(message) for message in own.messages],
+        "not_counted": own.not_counted,
     }
     if own.time is not None:
         result["time"] = time_json(own.time, device, own.config.trainer.max_steps)
@@ -237,13 +246,13 @@ def layout_json(config: RunConfig) -> dict[str, Any]:
     return {**{name: getattr(layout, name) for name in names}, "micro_batch_size": config.trainer.micro_batch_size}
 
 
-def time_json(time: StepTime, device: Device, steps: int) -> dict[str, float]:
+def time_json(time: StepTime, device: Device, steps: int) -> dict[str, Any]:
     return {
         "step_seconds": time.seconds,
         "pipeline_seconds": time.pipeline,
         "gradient_seconds": time.gradients,
         "optimizer_seconds": time.optimizer,
-        "teacher_seconds": time.teacher,
+        "objective_seconds": time.objectives,
         "bubble": time.bubble,
         "balance": time.balance,
         "tokens_per_second": time.tokens_per_second,

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
 from nemo_pre.config.derived import padded_vocab_size
-from nemo_pre.config.schema import ClusterConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ClusterConfig
 from nemo_pre.planner.balance import balanced
+from nemo_pre.planner.chunks import layers_problem
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.load import Load, largest_load
 from nemo_pre.planner.memory import fullest_rank, stages_that_differ, state_memory
-from nemo_pre.planner.parameters import layers_problem
 from nemo_pre.planner.step_time import StepTime, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
@@ -228,7 +229,8 @@ def _does_not_fit(found: Found, config: RunConfig, excess: float, kind: str) -> 
 
 
 def _accepted(candidate: Candidate, found: Found) -> bool:
-    """Whether ``nemo-pre train`` would take the layout, wherever it is: it has rules of its own for FP8 and LaVer."""
+    """Whether ``nemo-pre train`` would take the layout, wherever it is: it has rules of its own, such as FP8's and
+    objectives'."""
     from nemo_pre.checks.run import check_options
 
     try:

@@ -11,15 +11,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_pre.config.derived import overlaps_grad_reduce, world_size
-from nemo_pre.config.schema import RunConfig
-from nemo_pre.objectives.schedules import update_interval
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ParallelConfig
 from nemo_pre.planner.activations import LayerActivations
+from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops, stage_flops
-from nemo_pre.planner.load import Load
-from nemo_pre.planner.memory import FLOAT, averaged_parameters, stages_that_differ, state_memory
-from nemo_pre.planner.parameters import chunks_of_stages, fp8_layers_among, rank_parameters, trainable_parameters
+from nemo_pre.planner.load import FLOAT, Load, activation_bytes
+from nemo_pre.planner.memory import stages_that_differ, state_memory
+from nemo_pre.planner.parameters import costs, fp8_layers_among, rank_parameters, trainable_parameters
 from nemo_pre.planner.schedule import bubble_fraction, simulate
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of a run, at the speed they are taken to have."""
+
+    device: Device
+    efficiency: Efficiency
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second between a GPU and its memory."""
+        return self.device.bandwidth * self.efficiency.bandwidth
+
+    def between_replicas(self, layout: ParallelConfig) -> float:
+        """Bytes a second of a collective over the ranks that hold the same part of the model."""
+        replicas = layout.data * layout.context
+        together = max(min(replicas, self.device.per_node // layout.tensor), 1)  # in a server, sharing its adapters
+        link = self.device.nvlink
+        if together < replicas:
+            link = min(link, together * self.device.network)
+        return link * self.efficiency.bandwidth
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,7 @@ class StepTime:
         pipeline: seconds of all micro-batches' passes, waiting included.
         gradients: of the reduction over replicas that backward passes do not hide.
         optimizer: of the optimizer's step and of the gather of new weights.
-        teacher: of LaVer's teacher, beside its forward pass: its average's move and the gather of its weights.
+        objectives: of what objectives do beside the passes, by what it is, such as gathering a teacher's weights.
         bubble: part of ``pipeline`` in which the busiest stage waits.
         stages: seconds each stage computes.
         flops: of the step's model, without recomputation.
@@ -41,7 +64,7 @@ class StepTime:
     pipeline: float
     gradients: float
     optimizer: float
-    teacher: float
+    objectives: dict[str, float]
     bubble: float
     stages: list[float]
     flops: float
@@ -50,7 +73,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        return self.pipeline + self.gradients + self.optimizer + self.teacher
+        return self.pipeline + self.gradients + self.optimizer + sum(self.objectives.values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,7 +119,7 @@ def step_time(
         pipeline=pipeline,
         gradients=gradients,
         optimizer=optimizer,
-        teacher=_teacher_seconds(config, micro_batches, device, efficiency),
+        objectives=_objective_seconds(config, micro_batches, Machine(device, efficiency)),
         bubble=bubble,
         stages=stages,
         flops=sum(model_flops(config, load).values()),
@@ -109,10 +132,10 @@ def chunk_seconds(
     config: RunConfig, load: Load, stage: int, device: Device, efficiency: Efficiency
 ) -> list[tuple[float, float]]:
     """Of a micro-batch's forward and backward pass through each chunk of a stage."""
-    layers, parts = chunks_of_stages(config)[stage], stage_flops(config, load, stage, dense=False)
+    chunks, parts = chunks_of_stages(config)[stage], stage_flops(config, load, stage, dense=False)
     return [
-        pass_seconds(config, load, flops, chunk, device, efficiency)
-        for chunk, flops in zip(layers, parts, strict=True)
+        pass_seconds(config, load, flops, chunk.layers, device, efficiency)
+        for chunk, flops in zip(chunks, parts, strict=True)
     ]
 
 
@@ -136,7 +159,7 @@ def pass_seconds(
     if in_fp8 := fp8_layers_among(config, layers):
         if device.fp8 is None:
             raise ValueError(f"precision={config.precision.name} needs FP8, which {device.name} lacks: choose bf16.")
-        saved = 1 - device.bf16 / device.fp8  # of the matrices' time; the teacher's are counted as bf16
+        saved = 1 - device.bf16 / device.fp8  # of the matrices' time; a teacher's are counted as bf16
         flops = flops + parts["decoder matrices"] * (-saved * in_fp8 / len(layers))
     return flops.forward / rate + forward, flops.backward / rate + backward + again
 
@@ -169,7 +192,8 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
     replicas = layout.data * layout.context
     stage = max(stages_that_differ(config), key=lambda number: sum(rank_parameters(config, number).values()))
     trained = sum(trainable_parameters(config, rank_parameters(config, stage)).values())
-    link = _link_between_replicas(config, device, efficiency)
+    machine = Machine(device, efficiency)
+    link = machine.between_replicas(layout)
     share = (replicas - 1) / replicas
     passes = 1 if layout.distributed_optimizer else 2  # reduce-scatter alone, or all-reduce
     gradients = passes * trained * FLOAT * share / link
@@ -177,35 +201,18 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
         gradients *= 1 - efficiency.overlap
     state = state_memory(config, stage)
     touched = 2 * state["optimizer"] + state["gradients"] / (replicas if layout.distributed_optimizer else 1)
-    gather = trained * (2 if config.precision.name != "fp32" else FLOAT) * share / link
-    optimizer = touched / (device.bandwidth * efficiency.bandwidth)
+    gather = trained * activation_bytes(config) * share / link
+    optimizer = touched / machine.memory_bandwidth
     return gradients, optimizer + (gather if layout.distributed_optimizer else 0.0)
 
 
-def _link_between_replicas(config: RunConfig, device: Device, efficiency: Efficiency) -> float:
-    """Bytes a second of a collective over replicas."""
-    layout = config.parallel
-    replicas = layout.data * layout.context
-    together = max(min(replicas, device.per_node // layout.tensor), 1)  # in a server, sharing its adapters
-    link = device.nvlink if together == replicas else min(device.nvlink, together * device.network)
-    return link * efficiency.bandwidth
-
-
-def _teacher_seconds(config: RunConfig, micro_batches: int, device: Device, efficiency: Efficiency) -> float:
-    """The average reads the student and itself and is written; its weights are gathered once an update, or layer by
-    layer in every micro-batch. Nothing of it is taken to be hidden, though the first layers' gather can be."""
-    laver, layout = config.objective.laver, config.parallel
-    if not laver.enabled:
-        return 0.0
-    replicas = layout.data * layout.context
-    averaged = max(
-        averaged_parameters(config, stage, rank_parameters(config, stage)) for stage in stages_that_differ(config)
-    )
-    size = 2 if config.precision.name != "fp32" else FLOAT
-    move = averaged / replicas * (size + 2 * FLOAT) / (device.bandwidth * efficiency.bandwidth)
-    gather = averaged * size * (replicas - 1) / replicas / _link_between_replicas(config, device, efficiency)
-    updates = 1 / update_interval(laver.update_every, laver.update_fraction, config.trainer.max_steps)
-    return updates * move + gather * (updates if laver.teacher_memory == "resident" else micro_batches)
+def _objective_seconds(config: RunConfig, micro_batches: int, machine: Machine) -> dict[str, float]:
+    """What objectives do beside the passes, by what it is."""
+    found: dict[str, float] = {}
+    for cost in costs(config):
+        for kind, seconds in cost.seconds(machine, micro_batches).items():
+            found[kind] = found.get(kind, 0.0) + seconds
+    return found
 
 
 def calibrated(

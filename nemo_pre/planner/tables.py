@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.cost import Message
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.plan import Plan
 from nemo_pre.planner.search import Found, describe_layout, layout_words
@@ -20,7 +21,7 @@ def describe_plan(plan: Plan, device: Device, efficiency: Efficiency) -> str:
     lines = [
         f"run {config.name} on {device.name}: {describe_layout(config)}",
         f"  rows of {load.length} tokens, {load.images} image(s) and {load.visual} visual tokens each"
-        + (f", LaVer's branch of {load.branch}" if load.branch else "")
+        + (f", a second sequence of {load.branch}" if load.branch else "")
         + f"; {config.trainer.global_batch_size} samples a step",
         "",
         table(
@@ -35,6 +36,7 @@ def describe_plan(plan: Plan, device: Device, efficiency: Efficiency) -> str:
             + [["all", f"{total_flops / 1e15:.4g}", ""]],
         ),
     ]
+    lines += [f"The plan does not count objective.{name}: it names no cost." for name in plan.not_counted]
     if plan.problem is not None:
         better = [_describe_better(plan.better, None)] if plan.better is not None else []
         return "\n".join([*lines, "", f"This layout cannot be: {plan.problem}.", *better])
@@ -53,10 +55,19 @@ def describe_plan(plan: Plan, device: Device, efficiency: Efficiency) -> str:
             *lines,
             "",
             table(["GB of a rank, by kind", *(f"stage {stage + 1}" for stage in stages)], rows),
+            *_describe_messages(plan.messages),
             f"fullest: stage {stage + 1} with {gb(memory.total)} GB of {gb(available)} "
             f"({gb(device.memory)} x {efficiency.memory:g}): {verdict}",
         ]
     )
+
+
+def _describe_messages(messages: Sequence[Message]) -> list[str]:
+    return [
+        f"{message.kind} of a micro-batch, stage {message.source + 1} to {message.target + 1}: "
+        f"{message.bytes / 1e6:.1f} MB from each rank"
+        for message in messages
+    ]
 
 
 def describe_times(plan: Plan, device: Device, efficiency: Efficiency, price: float | None = None) -> str:
@@ -72,7 +83,7 @@ def describe_times(plan: Plan, device: Device, efficiency: Efficiency, price: fl
         ["  pipeline", f"{time.pipeline:.3g} s, bubble {100 * time.bubble:.1f}%, balance {time.balance:.2f}"],
         ["  gradients", f"{time.gradients:.3g} s"],
         ["  optimizer", f"{time.optimizer:.3g} s"],
-        *([["  teacher's weights", f"{time.teacher:.3g} s"]] if time.teacher else []),
+        *([f"  {kind}", f"{seconds:.3g} s"] for kind, seconds in time.objectives.items()),
         ["tokens a second", f"{time.tokens_per_second:,.0f}"],
         ["model FLOPs utilization", f"{100 * time.utilization(device):.1f}% of {time.ranks} x {device.bf16 / 1e12:g}"],
         [f"{steps} steps", f"{time.seconds * steps / 86400:.3g} days, {plan.gpu_hours:,.0f} GPU hours"],

@@ -10,13 +10,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.objectives.term_metrics import COMPARED
+from nemo_pre.objectives.registry import compared_metrics
 from nemo_pre.report.arms import Arm, OptionDifference, arrange, option_differences
 from nemo_pre.report.intervals import Difference, Estimate, difference, mean_interval
 from nemo_pre.report.runs import Run, natural
 from nemo_pre.report.table import to_markdown, to_text
 
-METRICS = ",".join(["lm/loss", *(metric.name for metric in COMPARED), "val/lm_loss", "val/exact_match*"])
+METRICS = ",".join(["lm/loss", *(metric.name for metric in compared_metrics()), "val/lm_loss", "val/exact_match*"])
 TABLE, DATA, CURVES = "comparison.md", "comparison.json", "comparison.png"
 
 

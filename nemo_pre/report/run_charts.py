@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from nemo_pre.objectives.term_metrics import TERM_METRICS
+from nemo_pre.objectives.registry import term_metrics
 from nemo_pre.plots import EXACT_MATCH
 from nemo_pre.report.answers import question_metrics
 from nemo_pre.report.charts import Line, line_chart
@@ -33,7 +33,7 @@ def exact_match_charts(run: Run) -> list[str]:
 def regularizer_charts(run: Run) -> list[str]:
     terms = [
         chart
-        for metric in TERM_METRICS
+        for metric in term_metrics()
         for chart in _chart(run, metric.title, {metric.name: ""}, zero=metric.zero, smoothed=metric.smoothed)
     ]
     return [*terms, *_similarity_by_layer(run)]

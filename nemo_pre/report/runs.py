@@ -102,7 +102,7 @@ def _read_options(file: Path) -> dict[str, Any] | None:
         return None
     from omegaconf import OmegaConf
 
-    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.config.run import RunConfig
 
     try:
         given = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.config.run import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.config.schema import ModelConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ModelConfig
 
 FILE = "config.yaml"
 # Where and how a run is run, which may change while it stays the same run; of the trainer, all but SAME_RUN.
-ELSEWHERE = (
+MAY_CHANGE_ON_RESUME = (
     *("name", "experiment", "platform", "output_dir", "dry_run", "init_from", "resume"),
     *("parallel.", "cluster.", "trainer."),
     *("objective.name", "model.name", "model.tokenizer", "model.attention_backend"),
@@ -18,7 +19,7 @@ ELSEWHERE = (
 )
 SAME_RUN = ("trainer.max_steps", "trainer.global_batch_size")
 # Fields of the model that say how it is run or named, and not which weights it has.
-FREE = (
+NOT_WEIGHTS = (
     "name",
     "tokenizer",
     "attention",
@@ -74,7 +75,7 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[str]:
     return [
         f"{name}={found[name]}, now {value}"
         for name, value in _flat(asdict(config)).items()
-        if found[name] != value and (name in SAME_RUN or not name.startswith(ELSEWHERE))
+        if found[name] != value and (name in SAME_RUN or not name.startswith(MAY_CHANGE_ON_RESUME))
     ]
 
 
@@ -86,7 +87,7 @@ def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
     """
     wanted, found = _flat(asdict(model)), _flat(asdict(saved_model(checkpoint)))
     for name, value in wanted.items():
-        if name not in FREE and found[name] != value:
+        if name not in NOT_WEIGHTS and found[name] != value:
             raise ValueError(
                 f"model.{name}={value} but {checkpoint} was made with {found[name]}: choose the model it holds "
                 f"({FILE} in it says which)."

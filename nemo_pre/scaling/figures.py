@@ -112,7 +112,7 @@ def _cost(axis: Any, results: Sequence[Result], price: float | None) -> bool:
 
 def _depth(axis: Any, results: Sequence[Result], price: float | None) -> bool:
     """Of finished runs only: a simulation says nothing about what a model has learnt."""
-    axis.set_title("PRe's target layer")
+    axis.set_title("target layer")
     axis.set_xlabel("part of the decoder's depth")
     axis.set_ylabel("val/lm_loss at the end")
     finished = [r for r in results if r.point.depth is not None and "val/lm_loss" in r.quality]

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from nemo_pre.objectives.term_metrics import COMPARED
+from nemo_pre.objectives.registry import compared_metrics
 from nemo_pre.report.runs import Run, read_run
 from nemo_pre.run_files.metrics import METRICS
 from nemo_pre.scaling.results import Result
 
 STEP_TIME = "step_time"
 WARM_UP = 0.1  # of the recorded steps, whose times do not count
-QUALITY = {"lm/loss", *(metric.name for metric in COMPARED)}
+QUALITY = {"lm/loss", *(metric.name for metric in compared_metrics())}
 
 
 def measured(planned: Result, run_dir: Path) -> Result | None:

@@ -1,21 +1,18 @@
-"""A grid of runs: experiments x GPUs x layouts x regularizers x PRe's target depths x how the batch grows."""
+"""A grid of runs: experiments x GPUs x layouts x regularizers x target depths x how the batch grows."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-WITH_STRUCTURE = ["model.attention=mixed", "model.rope=2d"]  # what LaVer needs of a model
-REGULARIZERS = {
-    "recipe": [],  # what the experiment says
-    "none": ["objective=none"],
-    "pre": ["objective=pre"],
-    "laver": ["objective=laver", *WITH_STRUCTURE],
-    "pre_laver": ["objective=pre_laver", *WITH_STRUCTURE],
-}
+from nemo_pre.objectives.objective import LayerObjective, Objective
+from nemo_pre.objectives.registry import enabled_options
+
+RECIPE = "recipe"  # as a regularizer or a layout: what the experiment says
 BATCHES = ("strong", "weak")  # the recipe's at every number of GPUs | in proportion to the GPUs, from the fewest on
 
 
@@ -26,7 +23,8 @@ class Point:
     Attributes:
         layout: ``best`` of the planner's search, ``recipe`` (the experiment's own), or a name of recipes/parallel;
             replicas follow from ``gpus``.
-        depth: PRe's target layer as a part of the decoder's depth; None: the objective's own.
+        regularizer: ``recipe``, or a name of recipes/objective.
+        depth: the objective's target layer as a part of the decoder's depth; None: its own.
         growth: of the batch beside the recipe's.
         overrides: options that all runs of the grid share.
     """
@@ -48,8 +46,8 @@ class Point:
     @property
     def words(self) -> list[str]:
         """The options of ``nemo-pre train``, but for layout, batch and target layer."""
-        layout = [] if self.layout in ("best", "recipe") else [f"parallel={self.layout}"]
-        return [f"experiment={self.experiment}", *REGULARIZERS[self.regularizer], *layout, *self.overrides]
+        layout = [] if self.layout in ("best", RECIPE) else [f"parallel={self.layout}"]
+        return [f"experiment={self.experiment}", *regularizer_words(self.regularizer), *layout, *self.overrides]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Grid:
     overrides: list[str] = field(default_factory=list)
 
     def points(self) -> list[Point]:
-        """Every combination; depths only with regularizers that have PRe.
+        """Every combination; depths only with regularizers that have target layers.
 
         Raises:
             ValueError: an axis is empty, or a value is unknown.
@@ -76,7 +74,7 @@ class Grid:
             self.experiments, self.regularizers, self.batches, self.layouts, self.gpus
         ):
             growth = gpus / min(self.gpus) if batch == "weak" else 1.0
-            for depth in self.depths if regularizer in ("recipe", "pre", "pre_laver") and self.depths else [None]:
+            for depth in self.depths if self.depths and has_target_layers(regularizer) else [None]:
                 found.append(
                     Point(name, gpus, layout, regularizer, depth, batch, growth, tuple(self.overrides)),
                 )
@@ -87,8 +85,8 @@ class Grid:
 
         known = {
             "experiments": recipes.choices("experiment"),
-            "layouts": ["best", "recipe", *recipes.choices("parallel")],
-            "regularizers": list(REGULARIZERS),
+            "layouts": ["best", RECIPE, *recipes.choices("parallel")],
+            "regularizers": [RECIPE, *recipes.choices("objective")],
             "batches": list(BATCHES),
         }
         for axis in ("experiments", "gpus"):
@@ -102,6 +100,28 @@ class Grid:
             raise ValueError(f"gpus={self.gpus} must be 1 or more.")
         if any(not 0 < depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths} must be above 0 and at most 1.")
+
+
+@cache
+def _objectives(regularizer: str) -> tuple[type[Objective], ...]:
+    """The objectives that a file of recipes/objective enables."""
+    from nemo_pre.config.compose import compose_config
+
+    objective = compose_config([f"objective={regularizer}"]).objective
+    return tuple(kind for kind, _ in enabled_options(objective))
+
+
+def regularizer_words(regularizer: str) -> list[str]:
+    """The options of ``nemo-pre train`` that give a run this regularizer, with what it needs of the model."""
+    if regularizer == RECIPE:
+        return []
+    needed = [word for objective in _objectives(regularizer) for word in objective.model_words]
+    return [f"objective={regularizer}", *dict.fromkeys(needed)]
+
+
+def has_target_layers(regularizer: str) -> bool:
+    """Whether a target depth may be asked of it; of a recipe it is known when the recipe is composed."""
+    return regularizer == RECIPE or any(issubclass(kind, LayerObjective) for kind in _objectives(regularizer))
 
 
 SIZES = ("qwen25_1_5b", "qwen25_3b", "qwen25_7b", "qwen25_14b", "qwen25_32b", "llama3_70b")

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.plan import DEFAULT_GPU, read_number
-from nemo_pre.scaling.grid import AXES, BATCHES, REGULARIZERS, STUDIES, Grid, Point, axis_values, read_grid
+from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
 from nemo_pre.scaling.results import SIMULATED, Result
 
 ACTIONS = ("simulate", "submit", "collect")
@@ -190,8 +190,8 @@ axes, in the file lists under the same keys (and overrides: options of all runs)
   experiments    names of recipes/experiment
   gpus           numbers of GPUs
   layouts        best (the planner's fastest that fits; default), recipe, or names of recipes/parallel
-  regularizers   {", ".join(REGULARIZERS)}; default recipe
-  depths         PRe's target layer as a part of the decoder's depth: 0.5 is L/2
+  regularizers   recipe (what the experiment says), or a name of recipes/objective; default {RECIPE}
+  depths         the objective's target layer as a part of the decoder's depth: 0.5 is L/2
   batches        {", ".join(BATCHES)}: the recipe's batch, or one in proportion to the GPUs; default strong
 studies: {", ".join(f"{name} ({len(grid.points())} runs)" for name, grid in STUDIES.items())}
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from nemo_pre.config.derived import target_layers, world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.derived import world_size
+from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.objective import LayerObjective, Objective
+from nemo_pre.objectives.registry import enabled, known
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.memory import fullest_rank
@@ -32,10 +34,20 @@ def compose_point(point: Point) -> RunConfig:
         raise ValueError(f"{point.name}: a batch of {batch:g} samples is none, choose multiples of the fewest gpus.")
     config.trainer.global_batch_size = int(batch)
     if point.depth is not None:
-        if not config.objective.pre.enabled:
-            raise ValueError(f"{point.name}: depths needs PRe, choose regularizers=pre or an experiment with it.")
-        config.objective.pre.layers = [max(1, round(point.depth * config.model.language.num_layers))]
+        on_layers = objectives_on_layers(config)
+        if not on_layers:
+            raise ValueError(
+                f"{point.name}: depths needs an objective with target layers, such as regularizers="
+                f"{next(name for name, kind in known().items() if issubclass(kind, LayerObjective))}."
+            )
+        for objective in on_layers:
+            objective.options.layers = [max(1, round(point.depth * config.model.language.num_layers))]
     return config
+
+
+def objectives_on_layers(config: RunConfig) -> list[Objective]:
+    """The run's enabled objectives that have target layers."""
+    return [objective for objective in enabled(config) if isinstance(objective, LayerObjective)]
 
 
 def simulate(point: Point, device: Device, efficiency: Efficiency) -> Result:
@@ -62,8 +74,8 @@ def simulate(point: Point, device: Device, efficiency: Efficiency) -> Result:
 
 
 def _facts(config: RunConfig, experiment: str) -> dict[str, Any]:
-    parts, pre = model_parameters(config), config.objective.pre
-    layers = list(target_layers(pre, config.model.language.num_layers)) if pre.enabled else []
+    parts = model_parameters(config)
+    layers = sorted({layer for objective in objectives_on_layers(config) for layer in objective.tapped_layers()})
     return {
         "parameters": sum(parts[part] for part in LANGUAGE),
         "target_layers": layers,
@@ -84,8 +96,10 @@ def recipe_samples(experiment: str) -> int:
 def _point_words(config: RunConfig, point: Point) -> list[str]:
     words = [f"trainer.global_batch_size={config.trainer.global_batch_size}"]
     if point.depth is not None:
-        assert config.objective.pre.layers is not None
-        words.append(f"objective.pre.layers=[{config.objective.pre.layers[0]}]")
+        words += [
+            f"{objective.option('layers')}=[{objective.options.layers[0]}]"
+            for objective in objectives_on_layers(config)
+        ]
     return words
 
 

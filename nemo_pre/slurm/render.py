@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_pre.config.derived import world_size
-from nemo_pre.config.schema import ClusterConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ClusterConfig
 
 BODY = Path(__file__).with_name("job.sh")
 

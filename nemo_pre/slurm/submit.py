@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.slurm.render import Job, command_job, sweep_job, training_job
 
 TIME_LIMIT = re.compile(r"\d+-\d+(:\d+){0,2}|\d+:\d+(:\d+)?|infinite", re.IGNORECASE)

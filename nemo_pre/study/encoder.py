@@ -18,7 +18,7 @@ from nemo_pre.study.training import train
 if TYPE_CHECKING:
     import torch
 
-    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.config.run import RunConfig
     from nemo_pre.diagnostics.samples import DiagnosticSample
 
 ENCODER, DESCRIPTION, VISION = "encoder", "encoder.json", "vision"

@@ -15,7 +15,7 @@ from nemo_pre.study.training import train
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_pre.config.schema import RunConfig
+    from nemo_pre.config.run import RunConfig
 
 LANGUAGE, DESCRIPTION = "language", "study.json"
 BATCH, LEARNING_RATE = 64, 1.5e-3

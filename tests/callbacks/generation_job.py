@@ -39,7 +39,7 @@ def generate_in_training(job: GenerationJob) -> GenerationRecord:
     cpu_backend.apply()
     from lightning.pytorch.callbacks import Callback
 
-    from nemo_pre.callbacks import PReCallback, StepPlanner
+    from nemo_pre.callbacks import PReCallback, StepPlanning
     from nemo_pre.generation import TokenSequence, answer_loss, generate
     from nemo_pre.neva.model import model_chunks
     from nemo_pre.train import build_model, build_trainer
@@ -86,7 +86,7 @@ def generate_in_training(job: GenerationJob) -> GenerationRecord:
             after = [module.training for chunk in chunks for module in chunk.language_model.modules()]
             records.append(GenerationRecord(answers, loss, (before, after)))
 
-    callbacks = [StepPlanner(), PReCallback(run.objective.pre, seed=run.seed), GenerateBetweenSteps()]
+    callbacks = [StepPlanning(), PReCallback(run.objective.pre, seed=run.seed), GenerateBetweenSteps()]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
     given = Job(job.parallel, None, data, job.state)
     trainer.fit(build_model(run, on_gpu=False), build_data(given, run))

@@ -8,7 +8,7 @@ import recipes
 from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import LaVerConfig
+from nemo_pre.objectives.laver import LaVerConfig
 from tests.checks.test_run import run_with
 
 LAVER = ["objective=laver/paper", "model.attention=mixed", "model.rope=2d"]

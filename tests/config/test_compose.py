@@ -10,7 +10,7 @@ import recipes
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run, missing_values, save_resolved
 from nemo_pre.config.derived import num_visual_tokens, world_size
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.run_files.saved_config import changed_options
 
 

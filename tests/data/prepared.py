@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_pre.config.schema import DataConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import DataConfig
 
 PREPARE = {"num_scenes": 400, "seed": 3, "val_fraction": 0.2, "scenes_per_shard": 64}
 

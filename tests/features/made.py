@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nemo_pre.cli import main
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from tests.data.prepared_sets import image_bytes, sample, write_set
 
 SHAPE = [

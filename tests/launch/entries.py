@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 

@@ -20,8 +20,8 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_pre.callbacks.laver import LaVerCallback
     from nemo_pre.neva.build import build_neva_config
+    from nemo_pre.objectives.laver.term import LaVerTerm
     from nemo_pre.train import prepare_process
     from tests.parity.shape import tiny_run
 
@@ -42,7 +42,7 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
     model_parallel_cuda_manual_seed(0)
     config = build_neva_config(run, on_gpu=False)
     if laver:
-        config.laver = LaVerCallback(run.objective.laver).spec(config)
+        LaVerTerm(run.objective.laver).prepare(config)
     torch.manual_seed(0)
     chunk = config.configure_model(tokenizer=None)
     if laver:
@@ -53,8 +53,8 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
 
 def run_branch(chunk: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Logits of the samples and states of the branch, image by image."""
-    from nemo_pre.neva.micro_batch import MicroBatch
     from nemo_pre.objectives.scale import StepPlan
+    from nemo_pre.parallel.micro_batch import MicroBatch
     from nemo_pre.parallel.sequence_layout import sequence_layout
     from nemo_pre.parallel.token_streams import VisualBranch, image_rows, packed_images
 
@@ -67,7 +67,7 @@ def run_branch(chunk: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         return output
 
     chunk.on_branch = [listen]
-    plan = StepPlan(1, tiny.MAX_LENGTH, 0, layout.num_visual_tokens, layout.num_images)
+    plan = StepPlan(1, tiny.MAX_LENGTH)
     with torch.no_grad():
         found["logits"] = chunk(
             input_ids=batch["tokens"],

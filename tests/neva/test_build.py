@@ -9,16 +9,18 @@ from tests.ranks import run_ranks
 
 
 def describe(experiments: list[str]) -> dict[str, dict[str, Any]]:
-    from nemo_pre.callbacks.pre import PReCallback
     from nemo_pre.config.compose import compose_run
     from nemo_pre.neva.build import build_neva_config
+    from nemo_pre.objectives.pre.term import PReTerm
 
     found = {}
     for name in experiments:
         run = compose_run([f"experiment={name}"])
         neva = build_neva_config(run, on_gpu=True)
         language = neva.language_transformer_config
-        heads = PReCallback(run.objective.pre).head_spec(neva)
+        term = PReTerm(run.objective.pre)
+        term.prepare(neva)
+        heads = term.head_spec()
         found[name] = {
             "per_token": (neva.calculate_per_token_loss, language.calculate_per_token_loss),
             "fused_rope": language.apply_rope_fusion,

@@ -10,8 +10,8 @@ from nemo_pre.config.schema import ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import transformers_values
 from nemo_pre.neva.build import build_projector_config
 from nemo_pre.neva.external_anchor import ExternalAnchor
-from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
+from nemo_pre.objectives.pre.head import PredictionHeadSpec
 
 SHAPE = dict(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=2)
 CLASS_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "aimv2": 0, "patch_mlp": 0}

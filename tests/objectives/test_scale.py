@@ -7,7 +7,7 @@ from nemo_pre.objectives.schedules import ramp
 
 
 def plan(loss_tokens=100, visual_tokens=40, images=4):
-    return StepPlan(2, 64, loss_tokens, visual_tokens, images)
+    return StepPlan(2, 64, {"loss_tokens": loss_tokens, "visual_tokens": visual_tokens, "images": images})
 
 
 @pytest.mark.parametrize("per_token, ranks, expected", [(True, 8, 100.0), (False, 8, 8.0)])

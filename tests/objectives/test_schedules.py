@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from nemo_pre.objectives.schedules import mask_ratio, ramp, teacher_momentum, update_interval, updates_teacher
+from nemo_pre.objectives.laver.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
+from nemo_pre.objectives.schedules import ramp
 
 T = 6250  # steps of LaVer's second stage
 

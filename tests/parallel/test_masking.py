@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pre.parallel.masking import visual_token_masks
+from nemo_pre.objectives.laver.masks import visual_token_masks
 
 IMAGES = [1, 0, 2, 1, 3, 0, 0, 1]  # of the samples of a global batch
 TOKENS = 16

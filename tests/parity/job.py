@@ -119,9 +119,9 @@ def train(job: Job) -> list[StepRecord]:
 def build_recorder(state: dict[str, Tensor], teacher: dict[str, Tensor]) -> Any:
     from lightning.pytorch.callbacks import Callback
 
-    from nemo_pre.callbacks.step_planner import step_planner
-    from nemo_pre.neva.micro_batch import raw_batch
+    from nemo_pre.callbacks.step_planning import step_planning
     from nemo_pre.neva.model import model_chunks
+    from nemo_pre.parallel.micro_batch import raw_batch
     from tests.ranks.sharded import gather_gradients, gradient_shards, load_full
 
     class Recorder(Callback):
@@ -142,7 +142,7 @@ def build_recorder(state: dict[str, Tensor], teacher: dict[str, Tensor]) -> Any:
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             gather_gradients([chunk.module for chunk in trainer.strategy.megatron_parallel])
-            planned = [raw_batch(item)["micro_batch"] for item in step_planner(trainer).items]
+            planned = [raw_batch(item)["micro_batch"] for item in step_planning(trainer).items]
             masks = [micro_batch.branch.masked_N for micro_batch in planned if micro_batch.branch is not None]
             self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer)), masks))
 

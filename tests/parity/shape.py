@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_pre.config.run import ObjectiveConfig, RunConfig
 from nemo_pre.config.schema import (
     DataConfig,
     LanguageConfig,
-    LaVerConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
-    PReConfig,
-    RunConfig,
     TrainerConfig,
     VisionConfig,
 )
+from nemo_pre.objectives.laver import LaVerConfig
+from nemo_pre.objectives.pre import PReConfig
 
 
 def tiny_run(

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_pre.parallel.masking import visual_token_masks
+from nemo_pre.objectives.laver.masks import visual_token_masks
 from tests.parity.job import Job
 from tests.parity.test_parity import (
     EVERY_LAYOUT,

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_pre.config.schema import ScheduleConfig
+from nemo_pre.objectives.schedules import ScheduleConfig
 from tests.parity.job import Job, StepRecord, train
 from tests.ranks import run_ranks
 from tests.ranks.sharded import assemble

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 
 def parameters_of_stages(config: RunConfig, stages: list[int]) -> list[dict[str, int]]:
@@ -50,21 +50,18 @@ def _parameters(config: RunConfig, stage: int) -> dict[str, int]:
 
 def _chunks(config: RunConfig) -> list:  # type: ignore[type-arg]
     """What the trainer's strategy and callbacks would build."""
-    from nemo_pre.callbacks.laver import LaVerCallback
-    from nemo_pre.callbacks.pre import PReCallback
     from nemo_pre.neva.build import build_neva_config
+    from nemo_pre.objectives.registry import enabled
 
-    layout, objective = config.parallel, config.objective
+    layout = config.parallel
     neva = build_neva_config(config, on_gpu=False)
     neva.tensor_model_parallel_size = layout.tensor
     neva.pipeline_model_parallel_size = layout.pipeline
     neva.virtual_pipeline_model_parallel_size = layout.virtual_pipeline
     neva.context_parallel_size = layout.context
     neva.sequence_parallel = layout.sequence and layout.tensor > 1
-    if objective.pre.enabled:
-        neva.pre_heads = PReCallback(objective.pre, config.seed).head_spec(neva)
-    if objective.laver.enabled:
-        neva.laver = LaVerCallback(objective.laver, seed=config.seed).spec(neva)
+    for objective in enabled(config):
+        objective.build_term().prepare(neva)
     if layout.virtual_pipeline is None:
         return [neva.configure_model(None)]
     return [neva.configure_model(None, vp_stage=chunk) for chunk in range(layout.virtual_pipeline)]

@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.schedule import Pass
 
 

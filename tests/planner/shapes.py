@@ -6,7 +6,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from nemo_pre.config.schema import LanguageConfig, RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import LanguageConfig
 
 LAVER = {"mask_schedule": "constant", "mask_ratio": 0.5, "head_hidden_width": 24}
 MIXED = {"attention": "mixed", "rope": "2d"}

@@ -8,11 +8,11 @@ import pytest
 
 import recipes
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
+from nemo_pre.planner.chunks import Chunk, chunks_of_stages
 from nemo_pre.planner.memory import stages_that_differ
 from nemo_pre.planner.parameters import (
     LANGUAGE,
-    chunks_of_stages,
     layer_parameters,
     model_parameters,
     rank_parameters,
@@ -78,7 +78,7 @@ PARTS = {
     "embedding": ["embedding"],
     "decoder": ["decoder"],
     "output": ["output_layer"],
-    "heads": ["pre_heads"],
+    "pre": ["pre_heads"],
     "laver": ["laver_head", "laver_mask_token"],
 }
 
@@ -127,7 +127,10 @@ def test_stages_together_hold_the_model_however_uneven_the_split(split: list[int
 
 def test_virtual_stages_deal_layers_out_in_turn() -> None:
     config = tiny(parallel={"pipeline": 2, "virtual_pipeline": 2})
-    assert chunks_of_stages(config) == [[range(0, 1), range(2, 3)], [range(1, 2), range(3, 4)]]
+    assert chunks_of_stages(config) == [
+        [Chunk(range(0, 1), True, False), Chunk(range(2, 3), False, False)],
+        [Chunk(range(1, 2), False, False), Chunk(range(3, 4), False, True)],
+    ]
 
 
 def test_a_split_that_does_not_fit_is_refused() -> None:

@@ -12,11 +12,12 @@ import pytest
 from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_run
 from nemo_pre.config.compose import compose_run
+from nemo_pre.objectives.laver import LaVer
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.memory import rank_memory, state_memory
-from nemo_pre.planner.parameters import laver_head_parameters, layer_parameters
+from nemo_pre.planner.parameters import layer_parameters
 from nemo_pre.planner.plan import plan, plan_help, plan_layout, read_options
 from nemo_pre.planner.step_time import calibrated, pass_seconds, step_time
 from tests.planner.shapes import llama3_70b
@@ -109,7 +110,7 @@ def test_the_teachers_weights_are_moved_and_gathered_by_hand() -> None:
     """TP2 x DP8 on two nodes of eight: four replicas' ranks share a node's adapters."""
     config = compose_run([LAVER])
     assert (config.parallel.tensor, config.parallel.data) == (2, 8)
-    averaged = 28 * layer_parameters(config, 2) + 3584 + laver_head_parameters(config)
+    averaged = 28 * layer_parameters(config, 2) + 3584 + LaVer(config).build_cost().head_parameters()
     ready = replace(ASSUMED, bandwidth=1.0)
     gather = averaged * 2 * 7 / 8 / (4 * 50e9)
     move = averaged / 8 * 10 / 3350e9

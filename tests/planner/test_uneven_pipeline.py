@@ -10,7 +10,7 @@ import pytest
 
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.planner.balance import balanced

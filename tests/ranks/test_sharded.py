@@ -30,7 +30,7 @@ def build_chunks(parallel, pre_layers, tie):
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from nemo_pre.neva.build import build_neva_config
-    from nemo_pre.neva.heads import PredictionHeadSpec
+    from nemo_pre.objectives.pre.head import PredictionHeadSpec
     from tests.parity.shape import tiny_run
 
     run = tiny_run("unused", parallel, None, 1, 1, 1, language={"tie_embeddings": tie})
@@ -39,7 +39,7 @@ def build_chunks(parallel, pre_layers, tie):
     ps.initialize_model_parallel(run.parallel.tensor, run.parallel.pipeline, virtual)
     model_parallel_cuda_manual_seed(dist.get_rank())
     config = build_neva_config(run, on_gpu=False)
-    config.pre_heads = PredictionHeadSpec(pre_layers, tiny.WIDTH, 8, tiny.WIDTH, "gelu", False, 0)
+    config.parts["pre_heads"] = PredictionHeadSpec(pre_layers, tiny.WIDTH, 8, tiny.WIDTH, "gelu", False, 0)
     config.tensor_model_parallel_size = run.parallel.tensor
     config.pipeline_model_parallel_size = run.parallel.pipeline
     config.virtual_pipeline_model_parallel_size = virtual

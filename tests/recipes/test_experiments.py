@@ -13,8 +13,10 @@ import recipes
 from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run
-from nemo_pre.config.derived import num_visual_tokens, target_layers, world_size
-from nemo_pre.config.schema import PrecisionConfig, RunConfig
+from nemo_pre.config.derived import num_visual_tokens, world_size
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import PrecisionConfig
+from nemo_pre.objectives.objective import target_layers
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.step_time import step_time
@@ -81,9 +83,9 @@ def test_hyperparameters_are_the_papers(name):
     assert (objective.lm_weight, config.precision.name) == (1.0, "bf16")
     if pre:
         layers = config.model.language.num_layers
-        assert (objective.pre.weight, target_layers(objective.pre, layers)) == (0.5, (layers // 2,))
+        assert (objective.pre.weight, target_layers(objective.pre.layers, layers, "layers")) == (0.5, (layers // 2,))
         expected = next((layer for model, layer in MIDDLE.items() if model in name), layers // 2)
-        assert target_layers(objective.pre, layers) == (expected,)
+        assert target_layers(objective.pre.layers, layers, "layers") == (expected,)
     spatial = ("causal", "mrope" if name.startswith("qwen25vl") else "1d")
     if "laver" in stage:
         spatial = ("mixed", "mrope" if stage.endswith("released_code") else "2d")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 # In the run's directory, a line each: the numbers of global batches of the whole stream, and the factor by which such
 # a batch multiplies the weights of the last rank before its step.

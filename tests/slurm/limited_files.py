@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 
 LIMIT = "largest_file"  # in the run's directory
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.study.encoder import VISION, _pictures, prepare_encoder, prepare_start, start_directory
 
 SMALL = ("experiment=digits_tiny", "model.vision.num_layers=1", "model.language.num_layers=2")

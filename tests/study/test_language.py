@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_pre.config.compose import compose_run
-from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.run import RunConfig
 from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.shards import ShardedSamples
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path

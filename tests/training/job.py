@@ -13,7 +13,7 @@ def run(overrides: list[str]) -> None:
 
 def run_forgetting_the_teacher(overrides: list[str]) -> None:
     """The same, but a checkpoint's float32 average is not read: it starts as the student."""
-    from nemo_pre.neva.teacher import Teacher
+    from nemo_pre.objectives.laver.teacher import Teacher
 
     Teacher._load = lambda self, values: None  # type: ignore[method-assign]
     run(overrides)

@@ -22,10 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from nemo_pre.neva.heads import ReconstructionHeadSpec
 from nemo_pre.parallel.sharded_average import ShardedAverage, move_averages
-
-MEMORIES = ("resident", "gathered")
 
 
 @dataclass
@@ -63,14 +60,12 @@ class Teacher(nn.Module):
 
     Args:
         language_model: the student's chunk of the language model (Megatron's ``GPTModel``).
-        head: the visual head, on the last stage; None elsewhere.
+        head: a visual head of the teacher's own, on the last stage; None elsewhere.
         memory: ``resident`` or ``gathered``.
     """
 
-    def __init__(self, language_model: Any, head: ReconstructionHeadSpec | None, memory: str) -> None:
+    def __init__(self, language_model: Any, head: nn.Module | None, memory: str) -> None:
         super().__init__()
-        if memory not in MEMORIES:
-            raise ValueError(f"objective.laver.teacher_memory is '{memory}': choose one of {', '.join(MEMORIES)}.")
         self.memory = memory
         config = copy.copy(language_model.config)
         # Transformer Engine would keep FP8 copies of all layers' weights.
@@ -84,9 +79,10 @@ class Teacher(nn.Module):
             pg_collection=language_model.pg_collection,
             vp_stage=language_model.vp_stage,
         )
-        self.head = head.build() if head is not None else None
+        self.head = head
         # Of the teacher's logits, for centring; a plain attribute, or bf16 training would round it.
-        self.center = torch.zeros(head.width, dtype=torch.float32) if head is not None else None
+        width = language_model.config.hidden_size
+        self.center = torch.zeros(width, dtype=torch.float32) if head is not None else None
         self.requires_grad_(False)
         self._units: list[_Unit] = []
         self.register_load_state_dict_pre_hook(self._take_over)

@@ -23,7 +23,7 @@ class MicroBatch:
         index: the micro-batch's number in the step; the same on every stage and virtual stage.
         plan: the step's global counts and weights.
         layout: the combined sequence; on the CPU until :meth:`on_this_rank`.
-        branch: LaVer's second sequence, or None; stays on the CPU.
+        branch: the second sequence beside the samples, or None; stays on the CPU.
         pixels: on the first stage, of images whose features are read, where a loss looks at them.
 
     Set by :meth:`on_this_rank`:
@@ -72,6 +72,35 @@ class MicroBatch:
             streams=None if plain else decoder_streams(self.layout, branch, shape).to(device),
             teacher_streams=decoder_streams(None, branch, shape).to(device) if branch else None,
         )
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of a micro-batch on the first stage, in the layout's numbering.
+
+    Attributes:
+        features: ``[n, d_vision]``, the encoder's, before the projector.
+        tokens: ``[n, d]``, the projector's output: what enters the language model.
+        images: ``[num_tiles, 3, H, W]``, as the data loader normalised them, with native resolution
+            ``[n, patches, pixels]``; None where it read features alone.
+    """
+
+    features: Tensor
+    tokens: Tensor
+    images: Tensor | None
+
+
+@dataclass
+class BranchStates:
+    """The branch's final hidden states on the last stage, after the final norm, ``[L * B, d]`` of this rank's shard.
+
+    Attributes:
+        student: of the masked branch, with a graph.
+        teacher: of the unmasked branch through the teacher.
+    """
+
+    student: Tensor
+    teacher: Tensor
 
 
 def raw_batch(item: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SAMPLINGS = ("bernoulli", "count")
+from nemo_pre.objectives.laver import LaVerConfig
+from nemo_pre.options import choices_of
 
 
 def visual_token_masks(
@@ -33,8 +34,9 @@ def visual_token_masks(
         seed, step: of the run, and optimizer steps done.
         first_sample: place of the micro-batch's first sample in the global batch; its samples are consecutive there.
     """
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"Masks are drawn by '{sampling}': choose one of {', '.join(SAMPLINGS)}.")
+    samplings = choices_of(LaVerConfig, "mask_sampling")
+    if sampling not in samplings:
+        raise ValueError(f"Masks are drawn by '{sampling}': choose one of {', '.join(samplings)}.")
     masks, sizes = [], iter(tokens_per_image)
     for sample, num_images in enumerate(images_per_sample):
         for image in range(num_images):

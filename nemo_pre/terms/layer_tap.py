@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_pre.neva.micro_batch import MicroBatch
-from nemo_pre.neva.model import MCoreVisualNevaModel
+from nemo_pre.parallel.micro_batch import MicroBatch
+from nemo_pre.terms.training import VisualChunk
 
 Visitor = Callable[[int, MicroBatch, Tensor], Tensor]
 
@@ -23,7 +23,7 @@ class LayerTap:
     passes, so the micro-batches wait in a queue, and the visit is made when the layer runs with a graph.
     """
 
-    def __init__(self, chunk: MCoreVisualNevaModel, number: int, layer: nn.Module, visit: Visitor) -> None:
+    def __init__(self, chunk: VisualChunk, number: int, layer: nn.Module, visit: Visitor) -> None:
         self._chunk = chunk
         self._number = number
         self._visit = visit

@@ -1,0 +1,88 @@
+"""PRe, Predictive Regularization (arXiv 2603.20808): a middle decoder layer's visual tokens predict, through a 2-layer
+MLP and a cosine loss, the stop-gradient visual tokens that entered the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nemo_pre.config.vision_families import is_native
+from nemo_pre.objectives.metrics import TermMetric
+from nemo_pre.objectives.objective import LayerObjective
+from nemo_pre.objectives.schedules import ScheduleConfig
+from nemo_pre.options import choice, fraction, number
+
+NAME = "pre"
+
+
+@dataclass
+class PReConfig:
+    """Options of PRe (arXiv 2603.20808)."""
+
+    enabled: bool = False
+    weight: float = number(0.5, least=0)  # lambda
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    layers: list[int] | None = None  # 1-based decoder layers; null: L/2; -1: the last
+    variant: str = choice("patch", {"patch": "every visual token", "global": "mean-pooled per image"})
+    anchor: str = choice(
+        "pre_llm",
+        {
+            "pre_llm": "what enters the language model",
+            "pre_projector": "the encoder's features",
+            "external": "features of the vision model external_path",
+        },
+    )
+    external_path: str | None = None  # HF vision model for anchor=external
+    external_image_size: int | None = number(None, least=1)  # pixels; null: the external model's own
+    ema_momentum: float | None = fraction(None)  # moving anchor: EMA of the projector; null: the live projector
+    head_hidden_ratio: float = number(0.25, above=0)  # hidden width of the MLP as a fraction of the decoder's width
+    head_activation: str = choice("gelu", ("gelu", "relu", "silu"))
+    head_norm: bool = False  # LayerNorm before the MLP
+
+
+class PRe(LayerObjective):
+    name = NAME
+    title = "PRe"
+    source = "PRe, Predictive Regularization ([arXiv 2603.20808](https://arxiv.org/abs/2603.20808))"
+    Options = PReConfig
+    term = "nemo_pre.objectives.pre.term:PReTerm"
+    cost = "nemo_pre.objectives.pre.cost:PReCost"
+    metrics = (
+        TermMetric("pre/cosine", "PRe: cosine of prediction and anchor", progress="pre/cosine", at_most=1),
+        TermMetric("pre/weight", "PRe: its weight", compared=False, zero=True, smoothed=False),
+    )
+    trained = ("pre_heads.",)
+    averaged = ("ema_projection.",)
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        pre = self.options
+        if pre.anchor == "external" and not pre.external_path:
+            yield f"{self.option('anchor')}=external needs {self.option('external_path')}, a vision model's directory."
+        if pre.ema_momentum is not None and pre.anchor != "pre_llm":
+            yield (
+                f"{self.option('ema_momentum')} averages the projector and needs {self.option('anchor')}=pre_llm, "
+                f"not {pre.anchor}."
+            )
+        vision = self.config.model.vision
+        if is_native(vision) and pre.anchor == "external":
+            yield (
+                f"{self.option('anchor')}=external needs a fixed resolution, not model.vision.family={vision.family}: "
+                f"set it to pre_llm or pre_projector."
+            )
+
+    def ignored(self) -> Iterator[str]:
+        pre = self.options
+        if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
+            yield (
+                f"{self.option('external_path')} and external_image_size have no effect with "
+                f"{self.option('anchor')}={pre.anchor}."
+            )
+        yield from super().ignored()
+
+    def files(self) -> Iterator[tuple[str, str, str]]:
+        if self.options.anchor == "external" and self.options.external_path:
+            yield self.option("external_path"), self.options.external_path, "config.json"
+
+    def looks_at_pictures(self) -> bool:
+        return self.options.anchor == "external"

@@ -1,0 +1,104 @@
+"""What a field of the configuration may hold, said where the field is declared.
+
+A dataclass field made by :func:`choice` or :func:`number` carries its rule with it. The check of a run, the help of
+the command line and the code that reads the field all ask the field, so that no list of allowed values stands twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+RULE = "nemo_pre"  # the key of a field's metadata
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be; None as a value is always allowed, where the field's type allows it.
+
+    Attributes:
+        choices: the allowed words, each with what it means, or an empty text.
+        least: the smallest number allowed.
+        above: what a number must be larger than.
+        most: the largest number allowed.
+    """
+
+    choices: Mapping[str, str] | None = None
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """The sentence that refuses ``name=value``; None where it is allowed."""
+        if value is None or (isinstance(value, str) and value == "???"):
+            return None
+        if self.choices is not None:
+            allowed = value in self.choices
+            return None if allowed else f"{name}={value} is unknown: choose one of {', '.join(self.choices)}."
+        inside = (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+        return None if inside else f"{name}={value} must {self.range}."
+
+    @property
+    def range(self) -> str:
+        """The allowed numbers in words, as they follow "must"."""
+        if self.above is not None:
+            return f"be more than {self.above:g}"
+        if self.most is not None:
+            return f"lie between {self.least or 0:g} and {self.most:g}"
+        return f"be {self.least or 0:g} or more"
+
+    @property
+    def help(self) -> str:
+        """The rule as one line of a help text."""
+        if self.choices is None:
+            return f"must {self.range}"
+        return " | ".join(word + (f" ({meaning})" if meaning else "") for word, meaning in self.choices.items())
+
+
+def choice(default: Any, choices: Mapping[str, str] | Sequence[str]) -> Any:
+    """A dataclass field that holds one of the words ``choices``, which may say what each means."""
+    words = dict(choices) if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
+    return field(default=default, metadata={RULE: Rule(choices=words)})
+
+
+def number(default: Any, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
+    """A dataclass field that holds a number within bounds, or None where its type allows it."""
+    return field(default=default, metadata={RULE: Rule(least=least, above=above, most=most)})
+
+
+def fraction(default: Any) -> Any:
+    """A dataclass field that holds a number between 0 and 1."""
+    return number(default, least=0, most=1)
+
+
+def choices_of(owner: type, name: str) -> tuple[str, ...]:
+    """The words that the field ``name`` of the dataclass ``owner`` may hold."""
+    rule = next(f for f in dataclasses.fields(owner) if f.name == name).metadata[RULE]
+    return tuple(rule.choices)
+
+
+def value_problems(values: Any, prefix: str = "") -> Iterator[str]:
+    """Every value in a dataclass, and in those inside it, that its field's rule refuses, as one sentence each."""
+    for part in dataclasses.fields(values):
+        name, value = prefix + part.name, getattr(values, part.name)
+        if dataclasses.is_dataclass(value):
+            yield from value_problems(value, f"{name}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                yield from value_problems(item, f"{name}[{index}].")
+        elif RULE in part.metadata:
+            problem = part.metadata[RULE].problem(name, value)
+            if problem is not None:
+                yield problem
+
+
+def changed_fields(values: Any) -> list[str]:
+    """The names of a dataclass's fields that are not at their defaults."""
+    default = type(values)()
+    return [f.name for f in dataclasses.fields(values) if getattr(values, f.name) != getattr(default, f.name)]
