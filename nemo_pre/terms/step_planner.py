@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,22 +116,21 @@ class StepPlanner:
         Raises:
             ValueError: two terms count something of one name.
         """
-        found = Counter({LOSS_TOKENS: 0, VISUAL_TOKENS: 0, IMAGES: 0})
+        found = {LOSS_TOKENS: 0, VISUAL_TOKENS: 0, IMAGES: 0}
         for batch, layout in zip(batches, layouts, strict=True):
             loss_mask = expand_labels(layout, batch["labels"], batch["loss_mask"], IGNORE_INDEX)[1]
             found[LOSS_TOKENS] += int(loss_mask.sum())
             found[VISUAL_TOKENS] += layout.num_visual_tokens
             found[IMAGES] += layout.num_images
         for term in self._terms:
-            own: Counter[str] = Counter()
+            own: dict[str, int] = {}  # with those that are 0: ranks must agree on the names
             for layout, branch in zip(layouts, branches, strict=True):
-                counts = term.counts(layout, branch)
-                own.update(dict.fromkeys(counts, 0))  # also where all are 0: ranks must agree on the names
-                own.update(counts)
+                for name, count in term.counts(layout, branch).items():
+                    own[name] = own.get(name, 0) + count
             if twice := own.keys() & found.keys():
                 raise ValueError(f"Two terms count '{min(twice)}': give each count a name of its own.")
-            found |= {name: own[name] for name in own}
-        return dict(found)
+            found |= own
+        return found
 
 
 def sum_over_data_parallel(counts: dict[str, int]) -> dict[str, int]:
