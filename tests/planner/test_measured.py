@@ -168,7 +168,7 @@ def test_weights_gradients_optimizer_and_teacher_take_what_was_planned(run):
     for rank, measured in enumerate(ranks):
         planned = state_memory(config, stage_of(config, rank))
         for kind, size in measured.state.items():
-            assert size == pytest.approx(planned[kind], rel=0.02), kind
+            assert size == pytest.approx(planned.get(kind, 0), rel=0.02), kind
 
 
 def test_flops_of_all_ranks_together_are_the_counted_ones(run):
