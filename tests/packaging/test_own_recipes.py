@@ -75,10 +75,8 @@ def test_a_name_that_the_package_has_too_is_refused_with_both_files(own, name):
     mine = write(own / f"{name}.yaml", "name: mine\n")
     with pytest.raises(ValueError) as refusal:
         compose_run(["experiment=mine"])
-    packaged = recipes.DIRECTORY / f"{name}.yaml"
-    assert str(refusal.value) == (
-        f"{mine.relative_to(own.parent)} has the name of {packaged}, which comes with nemo-pre: give yours another name."
-    )
+    both = f"{mine.relative_to(own.parent)} has the name of {recipes.DIRECTORY / name}.yaml"
+    assert str(refusal.value) == f"{both}, which comes with nemo-pre: give yours another name."
 
 
 def test_in_a_clone_the_folder_of_recipes_is_the_packages_own(monkeypatch):
