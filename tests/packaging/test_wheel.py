@@ -1,4 +1,4 @@
-"""The wheel is complete: where the clone cannot be imported, it composes every recipe and trains the demo's."""
+"""The wheel is complete: where no clone can be imported, it composes every recipe and trains two steps."""
 
 import json
 import os
