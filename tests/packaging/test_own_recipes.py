@@ -1,5 +1,6 @@
 """A user's own recipes are found beside the packaged ones, and nothing takes the place of another in silence."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_an_experiment_in_the_working_directory_composes_with_a_model_beside_it(
     assert (run.name, run.trainer.max_steps, run.optim.lr, run.parallel.data) == ("mine", 7, 0.5, 2)
     assert (run.model.name, run.model.language.num_layers) == ("mine", 6)
     assert run.model.language.hidden_size == compose_run(["experiment=digits_tiny"]).model.language.hidden_size
+
+
+def test_the_examples_of_the_manual_compose(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(recipes.OWN_VARIABLE, raising=False)
+    for page in ("training", "cluster"):
+        text = (recipes.DIRECTORY.parent / "docs" / f"{page}.md").read_text()
+        for example, name in re.findall(r"```yaml\n(# (recipes/\S+)\n.*?)```", text, re.DOTALL):
+            write(tmp_path / name, example)
+    run = compose_run(["experiment=mine", "cluster=mysite"])
+    assert (run.name, run.objective.pre.enabled, run.objective.pre.layers) == ("mine", True, [7, 14])
+    assert (run.model.name, run.model.vision.feature_layer) == ("mine_siglip2_qwen25_7b", -1)
+    assert (run.cluster.name, run.cluster.partition, run.cluster.cpus_per_task) == ("mysite", "h100", 12)
 
 
 def test_the_variable_names_a_folder_instead_of_the_working_directorys(own, tmp_path, monkeypatch):
