@@ -59,8 +59,8 @@ def test_the_examples_of_the_manual_compose(tmp_path, monkeypatch):
     monkeypatch.delenv(recipes.OWN_VARIABLE, raising=False)
     for page in ("training", "cluster"):
         text = (recipes.DIRECTORY.parent / "docs" / f"{page}.md").read_text()
-        for example, name in re.findall(r"```yaml\n(# (recipes/\S+)\n.*?)```", text, re.DOTALL):
-            write(tmp_path / name, example)
+        for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+            write(tmp_path / re.search(r"# (recipes/\S+)\n", example)[1], example)
     run = compose_run(["experiment=mine", "cluster=mysite"])
     assert (run.name, run.objective.pre.enabled, run.objective.pre.layers) == ("mine", True, [7, 14])
     assert (run.model.name, run.model.vision.feature_layer) == ("mine_siglip2_qwen25_7b", -1)
