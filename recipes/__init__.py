@@ -16,7 +16,8 @@ def own_directory() -> Path | None:
     """The folder of the user's own recipes; None where there is none, and in a clone, whose recipes are the package's.
 
     Raises:
-        ValueError: the variable names no folder, or a file there has the name of one that comes with the package.
+        ValueError: the variable names no folder, a file there has the name of one that comes with the package, or the
+            folder could be imported in the package's place.
     """
     named = os.environ.get(OWN_VARIABLE)
     own = Path(named or "recipes")
@@ -29,7 +30,13 @@ def own_directory() -> Path | None:
     for packaged in sorted(DIRECTORY.rglob("*.yaml")):
         file = own / packaged.relative_to(DIRECTORY)
         if file.exists():
-            raise ValueError(f"{file} has the name of {packaged}, which comes with nemo-pre: give yours another name.")
+            raise ValueError(
+                f"{file} has the name of {packaged}, which comes with nemo-pre: give yours another name, or work "
+                f"outside of that folder."
+            )
+    module = own / "__init__.py"
+    if module.exists():
+        raise ValueError(f"{module} lets `python -m nemo_pre.cli` take your recipes for nemo-pre's own: remove it.")
     return own
 
 

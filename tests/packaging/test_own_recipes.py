@@ -90,7 +90,17 @@ def test_a_name_that_the_package_has_too_is_refused_with_both_files(own, name):
     with pytest.raises(ValueError) as refusal:
         compose_run(["experiment=mine"])
     both = f"{mine.relative_to(own.parent)} has the name of {recipes.DIRECTORY / name}.yaml"
-    assert str(refusal.value) == f"{both}, which comes with nemo-pre: give yours another name."
+    assert str(refusal.value) == (
+        f"{both}, which comes with nemo-pre: give yours another name, or work outside of that folder."
+    )
+
+
+def test_a_folder_that_could_be_imported_in_the_packages_place_is_refused(own):
+    write(own / "__init__.py", "")
+    with pytest.raises(
+        ValueError, match=r"^recipes/__init__.py lets .* take your recipes for nemo-pre's own: remove it"
+    ):
+        compose_run(["experiment=mine"])
 
 
 def test_in_a_clone_the_folder_of_recipes_is_the_packages_own(monkeypatch):
