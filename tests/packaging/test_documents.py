@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import recipes
 from nemo_pre import __version__
 
 CLONE = Path(__file__).parents[2]
@@ -30,6 +31,17 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CLONE)))
+def test_every_recipe_that_a_page_runs_exists(page):
+    own = {"mine", "mysite", "mine_siglip2_qwen25_7b"}  # examples, which test_own_recipes composes
+    text = page.read_text().replace("${M}", "siglip2_qwen25_7b_laver")
+    for group in recipes.groups():
+        for name in re.findall(rf"(?<![\w./]){group}=([a-z][\w/-]*)", text):
+            assert name in {*recipes.choices(group), *own}, f"{group}={name}"
+    for chain in re.findall(r"chain=\[([a-z][^\]]*)\]", text):
+        assert {*chain.split(",")} <= {*recipes.choices("experiment"), "export", "evaluate"}, chain
 
 
 def test_the_table_of_contents_names_every_page():
