@@ -205,6 +205,8 @@ Trains, starting the ranks of the layout on this machine unless torchrun or srun
 groups and their choices:
 {choices}
 
+Your own are found too: recipes/GROUP/NAME.yaml where you stand, or in the folder that {recipes.OWN_VARIABLE} names.
+
 Every option, its unit and default: nemo_pre/config/schema.py. Results go to output_dir (runs/NAME)."""
 
 

@@ -1,4 +1,4 @@
-"""From ``recipes/`` and a user's overrides to a :class:`~nemo_pre.config.run.RunConfig`.
+"""From ``recipes/``, a user's own recipes and overrides to a :class:`~nemo_pre.config.run.RunConfig`.
 
 Hydra merges the YAML groups into the dataclasses of the schema, so an unknown key or a value of the wrong type is
 refused here. Hydra's errors are several lines long and name its own classes; a user sees one sentence instead.
@@ -6,6 +6,7 @@ refused here. Hydra's errors are several lines long and name its own classes; a 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,12 +30,43 @@ def compose_config(overrides: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
     ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
+    _search_own_recipes_too()
+    _refuse_search_path(overrides)
     with _one_sentence(), initialize_config_dir(config_dir=str(recipes.DIRECTORY), version_base="1.3"):
         composed = compose("config", overrides=list(overrides), return_hydra_config=True)
         values = OmegaConf.to_container(composed, resolve=False)
         assert isinstance(values, dict)
-        values["experiment"] = values.pop("hydra")["runtime"]["choices"].get("experiment")
+        values["experiment"] = _with_origin(values.pop("hydra")["runtime"]["choices"].get("experiment"))
         return OmegaConf.merge(OmegaConf.structured(RunConfig), values)  # refuses what a "+key" override added
+
+
+@functools.cache
+def _search_own_recipes_too() -> None:
+    """Tell Hydra to look into the user's own recipes behind the packaged ones, whenever it starts."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class OwnRecipes(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            own = recipes.own_directory()
+            if own is not None:
+                search_path.append("own recipes", f"file://{own.resolve()}")
+
+    Plugins.instance().register(OwnRecipes)
+
+
+def _refuse_search_path(overrides: Sequence[str]) -> None:
+    """A search path of Hydra's would be passed over in silence where the package has a file of the same name."""
+    if any(word.lstrip("+~").startswith("hydra.searchpath") for word in overrides):
+        raise ValueError(f"hydra.searchpath cannot be set: name the folder of your recipes by {recipes.OWN_VARIABLE}.")
+
+
+def _with_origin(experiment: str | None) -> str | None:
+    """The experiment's name, and which file it is where it is the user's own: a saved run says so."""
+    own = recipes.own_directory()
+    file = None if own is None else own / "experiment" / f"{experiment}.yaml"
+    return f"{experiment}, from {file}" if file is not None and file.is_file() else experiment
 
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:

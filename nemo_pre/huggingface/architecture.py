@@ -152,7 +152,7 @@ def new_tower(recipe: Path) -> VisionConfig:
     """
     from omegaconf import OmegaConf
 
-    values = OmegaConf.load(recipes.DIRECTORY / "model" / "vision" / f"{recipe}.yaml").model.vision
+    values = OmegaConf.load(recipes.find("model/vision", str(recipe))).model.vision
     described = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(VisionConfig), values))
     assert isinstance(described, VisionConfig)
     if FAMILIES[described.family].classes is not None:

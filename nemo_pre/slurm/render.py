@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import recipes
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ClusterConfig
@@ -96,7 +97,11 @@ def _header(cluster: ClusterConfig, name: str, log: Path, nodes: int, tasks: int
 
 
 def _surroundings(cluster: ClusterConfig) -> list[str]:
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    # Sites may keep the submitting shell's variables from a job, which composes the run again.
+    own = os.environ.get(recipes.OWN_VARIABLE)
+    environment = {recipes.OWN_VARIABLE: os.path.abspath(own)} if own else {}
+    environment |= cluster.environment
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return ["", *cluster.setup, *exports]
 
 

@@ -46,7 +46,7 @@ cluster=SITE is a file of recipes/cluster: partition, account, time limit, conta
   nemo-pre submit experiment=NAME cluster=SITE sweep=optim.lr=1e-4,3e-4    an array; several sweeps: every combination
 
 A job that is preempted, reaches its time limit, or loses a rank or node goes back into the queue and continues from
-its newest checkpoint. Logs: OUTPUT_DIR/slurm/JOB.RESTART.log. More: slurm/README.md."""
+its newest checkpoint. Logs: OUTPUT_DIR/slurm/JOB.RESTART.log. More: docs/cluster.md."""
 
 
 @dataclass

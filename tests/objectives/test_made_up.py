@@ -21,6 +21,7 @@ RUN = [
     "trainer.micro_batch_size=2",
     "trainer.val_samples=0",
     "trainer.checkpoint_every=2",
+    "trainer.log_every=1",
     "objective.shift.enabled=true",
     "objective.shift.layers=[3]",
 ]
