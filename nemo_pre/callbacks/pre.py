@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from nemo_pre.callbacks.layer_objective import LayerObjective
 from nemo_pre.config.derived import target_layers
 from nemo_pre.config.schema import PReConfig
+from nemo_pre.config.targets import Target, external_anchor
+from nemo_pre.data.features import read_features
 from nemo_pre.losses import predictive_loss
-from nemo_pre.neva.external_anchor import ExternalAnchor
+from nemo_pre.neva.frozen_vision import FrozenVision, vision_facts
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens
@@ -42,7 +44,7 @@ class PReCallback(LayerObjective):
         self.seed = seed
         self._heads: dict[int, nn.Module] = {}
         self._averaged: list[MCoreVisualNevaModel] = []
-        self._external: ExternalAnchor | None = None
+        self._external: FrozenVision | None = None
 
     # --- what it adds to the model ------------------------------------------------------------------------------
 
@@ -72,10 +74,16 @@ class PReCallback(LayerObjective):
 
     def _anchor_width(self, neva: VisualNevaConfig) -> int:
         if self.config.anchor == "external":
-            return ExternalAnchor.width(self.config.external_path)
+            return self._target_width(external_anchor(self.config))
         if self.config.anchor == "pre_projector":
             return neva.vision_projection_config.input_size
         return neva.language_transformer_config.hidden_size
+
+    @staticmethod
+    def _target_width(target: Target) -> int:
+        if target.features is not None:
+            return read_features(target.features, target.option("features")).width
+        return vision_facts(target).width
 
     def prepare_chunk(self, chunk: MCoreVisualNevaModel) -> None:
         """The heads of this chunk's layers; on the first stage what computes the anchor beside the live model."""
@@ -86,15 +94,10 @@ class PReCallback(LayerObjective):
             chunk.ema_projection.float()  # a bf16 average loses updates smaller than its rounding
             chunk.ema_projection.load_state_dict(chunk.vision_projection.state_dict())
             self._averaged.append(chunk)
-        if self.config.anchor == "external":
-            vision = self.neva.vision_transformer_config
-            self._external = ExternalAnchor(
-                self.config.external_path,
-                self.config.external_image_size,
-                next(chunk.vision_projection.parameters()).device,
-                vision.image_mean,
-                vision.image_std,
-            )
+        if self.config.anchor == "external" and self.config.external_features is None:
+            vision, device = self.neva.vision_transformer_config, next(chunk.vision_projection.parameters()).device
+            target = external_anchor(self.config)
+            self._external = FrozenVision(target, device, vision.image_mean, vision.image_std)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -111,10 +114,12 @@ class PReCallback(LayerObjective):
         if self.config.anchor == "pre_projector":
             return visual.features
         if self.config.anchor == "external":
-            assert self._external is not None
-            if visual.images is None:
+            if not len(visual.tokens):
                 return visual.tokens.new_zeros(0, self.anchor_width)
-            return self._external(visual.images, chunk.tile_tokens)
+            if self._external is None:
+                return visual.targets["pre"]
+            assert visual.images is not None
+            return self._external(visual.images, chunk.tile_tokens).flatten(0, 1)
         if self.config.ema_momentum is not None:
             return chunk.ema_projection(visual.features.float())
         return super().anchor(chunk, visual)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from nemo_pre.config.schema import RunConfig
+from nemo_pre.config.targets import wanted_targets
 
 
 def check_presence(config: RunConfig) -> str:
@@ -16,7 +17,7 @@ def check_presence(config: RunConfig) -> str:
     """
     from nemo_pre.data.manifest import check_data
 
-    model, pre = config.model, config.objective.pre
+    model = config.model
     manifest = check_data(config.data.path, None if model.tokenizer else model.language.vocab_size)
     if model.tokenizer:
         find_hf_file("model.tokenizer", model.tokenizer, "tokenizer_config.json")
@@ -24,8 +25,9 @@ def check_presence(config: RunConfig) -> str:
         raise ValueError(
             f"No tokenizer lies with data.path={config.data.path}: set model.tokenizer to an HF tokenizer directory."
         )
-    if pre.enabled and pre.anchor == "external" and pre.external_path:
-        find_hf_file("objective.pre.external_path", pre.external_path, "config.json")
+    for target in wanted_targets(config).values():
+        for name in ("config.json", "preprocessor_config.json") if target.path is not None else ():
+            find_hf_file(target.option("path"), str(target.path), name)
     if config.init_from and not Path(config.init_from).expanduser().is_dir():
         raise ValueError(
             f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."

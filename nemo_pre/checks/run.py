@@ -30,6 +30,7 @@ from nemo_pre.checks.visual import (
 )
 from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, target_layers, world_size
 from nemo_pre.config.schema import DataConfig, PReConfig, RunConfig
+from nemo_pre.config.targets import target_problems, wanted_targets
 from nemo_pre.config.vision_families import is_native
 from nemo_pre.launch.environment import external_job, uses_gpu, visible_gpus
 from nemo_pre.optim import MODULE_RATES
@@ -92,6 +93,11 @@ def check_run(config: RunConfig) -> Report:
         from nemo_pre.features.check import check_features
 
         warnings += check_features(config)
+    for target in wanted_targets(config).values():
+        if target.features is not None:
+            from nemo_pre.features.check import check_target_features
+
+            warnings += check_target_features(config, target)
     layout = config.parallel
     report = Report(
         config=config,
@@ -322,6 +328,9 @@ def _sequence(config: RunConfig) -> Iterator[str]:
 
 
 def _features(config: RunConfig) -> Iterator[str]:
+    for target in wanted_targets(config).values():
+        if target.features is not None:
+            yield from target_problems(config, target)
     data = config.data
     if data.features is None:
         return
@@ -363,7 +372,7 @@ def _objective(config: RunConfig) -> Iterator[str]:
     if not pre.enabled:
         return
     target_layers(pre, count)  # raises the sentence itself
-    if pre.anchor == "external" and not pre.external_path:
+    if pre.anchor == "external" and not (pre.external_path or pre.external_features):
         yield "objective.pre.anchor=external needs objective.pre.external_path, a vision model's directory or hub id."
     if pre.ema_momentum is not None and pre.anchor != "pre_llm":
         yield (
@@ -445,9 +454,9 @@ def _ignored_pre_options(pre: PReConfig) -> Iterator[str]:
         if changed:
             yield f"objective.pre.{', '.join(changed)} have no effect with objective.pre.enabled=false."
         return
-    if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
+    if pre.anchor != "external" and (pre.external_path or pre.external_image_size or pre.external_features):
         yield (
-            f"objective.pre.external_path and external_image_size have no effect with "
+            f"objective.pre.external_path, external_image_size and external_features have no effect with "
             f"objective.pre.anchor={pre.anchor}."
         )
     if pre.schedule.kind == "constant" and (pre.schedule.start, pre.schedule.steps) != (0.0, 0):

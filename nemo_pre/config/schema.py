@@ -176,6 +176,7 @@ class PReConfig:
     anchor: str = "pre_llm"  # pre_llm | pre_projector | external
     external_path: str | None = None  # HF vision model for anchor=external
     external_image_size: int | None = None  # pixels; null: the external model's own
+    external_features: str | None = None  # directory of `nemo-pre data features of=objective.pre`: the model's output
     ema_momentum: float | None = None  # moving anchor: EMA of the projector; null: the live projector
     head_hidden_ratio: float = 0.25  # hidden width of the MLP as a fraction of the decoder's width
     head_activation: str = "gelu"  # gelu | relu | silu

@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens
 from nemo_pre.config.schema import RunConfig, VisionConfig
+from nemo_pre.config.targets import wanted_targets
 from nemo_pre.config.vision_families import is_native, merge_size
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.native_images import NativeResolution
@@ -30,9 +31,8 @@ def num_text_tokens(config: RunConfig) -> int:
 
 
 def looks_at_pixels(config: RunConfig) -> bool:
-    """Whether anything but the encoder does."""
-    pre = config.objective.pre
-    return pre.enabled and pre.anchor == "external"
+    """Whether anything but the encoder does: a frozen model whose features are not read."""
+    return any(target.features is None for target in wanted_targets(config).values())
 
 
 def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessing:
@@ -62,6 +62,11 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         native=native_resolution(vision),
         features=config.data.features,
         pixels=looks_at_pixels(config),
+        targets=tuple(
+            (name, target.features, target.option("features"))
+            for name, target in wanted_targets(config).items()
+            if target.features is not None
+        ),
     )
 
 

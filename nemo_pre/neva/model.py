@@ -56,11 +56,13 @@ class VisualTokens:
         tokens: ``[n, d]``, the projector's output: what enters the language model.
         images: ``[num_tiles, 3, H, W]``, as the data loader normalised them, with native resolution
             ``[n, patches, pixels]``; None where it read features alone.
+        targets: by objective ``[n, width]``, what it compares them with where that is read instead of computed.
     """
 
     features: Tensor
     tokens: Tensor
     images: Tensor | None
+    targets: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -465,6 +467,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         if images is not None and len(images) > 0:
             grids = [grid for tiles in micro_batch.layout.image_tiles for grid in tiles] if self.native else None
             visual = self._encode(images, grids, micro_batch.pixels)
+            visual.targets = {name: stored.flatten(0, 1) for name, stored in micro_batch.targets.items()}
         else:
             visual = self._no_visual_tokens(text_BTd.shape[2])
             text_BTd = text_BTd + self._zero_from_vision()

@@ -13,7 +13,7 @@ FILE = "config.yaml"
 ELSEWHERE = (
     *("name", "experiment", "platform", "output_dir", "dry_run", "init_from", "resume"),
     *("parallel.", "cluster.", "trainer."),
-    *("objective.name", "model.name", "model.tokenizer", "model.attention_backend"),
+    *("objective.name", "objective.pre.external_features", "model.name", "model.tokenizer", "model.attention_backend"),
     *("data.path", "data.num_workers", "data.features", "data.record_samples"),
 )
 SAME_RUN = ("trainer.max_steps", "trainer.global_batch_size")
