@@ -19,10 +19,11 @@ from nemo_pre.config.schema import PReConfig
 from nemo_pre.config.targets import Target, external_anchor
 from nemo_pre.data.features import read_features
 from nemo_pre.losses import predictive_loss
-from nemo_pre.neva.frozen_vision import FrozenVision, vision_facts
+from nemo_pre.neva.frozen_vision import FrozenVision
 from nemo_pre.neva.heads import PredictionHeadSpec
 from nemo_pre.neva.micro_batch import MicroBatch
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualNevaConfig, VisualTokens
+from nemo_pre.neva.vision_facts import vision_facts
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.image_pooling import mean_per_image, share_of_replicated_sum
 

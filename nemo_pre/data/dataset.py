@@ -40,7 +40,7 @@ class Preprocessing:
         features: directory of an encoder's outputs, which are read instead of images.
         pixels: read the images too, for a loss that looks at them.
         targets: of each objective that reads a frozen model's features, its name, their directory and the option that
-            names it.
+            names it; read of the training split.
     """
 
     tokenizer: Any
@@ -120,7 +120,8 @@ class ConversationDataset:
         self.preprocessing = preprocessing
         shards = self.samples.shards
         self.features = CachedFeatures(preprocessing.features, shards) if preprocessing.features else None
-        self.targets = {name: CachedFeatures(at, shards, option) for name, at, option in preprocessing.targets}
+        wanted = preprocessing.targets if split == "train" else ()  # objectives are for training alone
+        self.targets = {name: CachedFeatures(at, shards, option) for name, at, option in wanted}
         self.on_error = on_error
         # Shared memory with a slot per loader process: no two write to the same one, so no lock is needed.
         self._counters = {name: multiprocessing.RawArray("q", MAX_LOADERS + 1) for name in ("skipped", "cut")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -158,7 +157,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         self.tokenizer = preprocessing.tokenizer
         self.num_workers = num_workers
         self.train_dataset = ConversationDataset(self.training, "train", preprocessing, on_error)
-        self.val_dataset = ConversationDataset(manifest, "val", replace(preprocessing, targets=()), on_error)
+        self.val_dataset = ConversationDataset(manifest, "val", preprocessing, on_error)
         padding, native = padding_id(preprocessing.tokenizer), preprocessing.native is not None
         self.collate = Collate(preprocessing.max_text_tokens, padding, native)
         self.packing = None
