@@ -33,7 +33,8 @@ from nemo_pre.neva.model import (
 from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
 from nemo_pre.objectives.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
-from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms, whole_images
+from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms
+from nemo_pre.parallel.image_tokens import whole_images
 from nemo_pre.parallel.masking import visual_token_masks
 from nemo_pre.parallel.sequence_cut import groups_that_cut, reports_its_tokens
 from nemo_pre.parallel.sequence_layout import SequenceLayout
