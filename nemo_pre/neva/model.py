@@ -496,12 +496,13 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         if isinstance(self.vision_model, StoredTower):
             features = images.to(next(self.vision_projection.parameters()).dtype)
         else:
-            pixels = images.to(next(self.vision_model.parameters()).dtype)
+            pixels = images  # as they came: what looks at them rounds them itself
+            seen = images.to(next(self.vision_model.parameters()).dtype)
             tower = self.vision_model.eval()
             if grids is not None:
-                features = tower(pixels, grids)
+                features = tower(seen, grids)
                 return VisualTokens(features, self.vision_projection(features), pixels)
-            features = encoder_features(tower, pixels, self.config.vision_feature_layer, self.tile_tokens)
+            features = encoder_features(tower, seen, self.config.vision_feature_layer, self.tile_tokens)
         # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
         tokens = self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)
         return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), pixels)

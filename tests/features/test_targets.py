@@ -244,6 +244,17 @@ def test_losses_and_gradient_norms_are_those_of_the_computed_features(
             assert found[step][term] == pytest.approx(expected[step][term], rel=1e-6), (step, term)
 
 
+def test_a_bf16_run_compares_with_the_same_features_read_or_computed(digits, digits_targets, external_model, tmp_path):
+    """The external model computes in float32, of pixels that the encoder's bfloat16 has not rounded."""
+    more = ["precision=bf16", "trainer.max_steps=2", "trainer.val_samples=0"]
+    for name, word in (("live", f"{OPTION}=null"), ("read", f"{OPTION}={digits_targets}")):
+        given = run_words(tmp_path / name, digits, *anchored(external_model, word, *more))
+        run_ranks(run, 1, given, timeout=150)
+    one, other = lines(tmp_path / "live"), lines(tmp_path / "read")
+    for step in (1, 2):
+        assert other[step]["pre/loss"] == pytest.approx(one[step]["pre/loss"], rel=1e-6), step
+
+
 def test_a_run_continues_with_features_in_another_layout(computed, digits, digits_targets, external_model, tmp_path):
     """Its first stage reads the features; the layer's stage gets them over the pipeline."""
     output = tmp_path / "run"
