@@ -1,5 +1,6 @@
 """The suite proves its claims on CPU ranks, on every machine alike: GPUs are hidden, and nothing is downloaded."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -43,4 +44,7 @@ def external_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = Dinov2Config(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     Dinov2Model(config).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]})
+    )
     return path

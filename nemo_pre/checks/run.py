@@ -20,7 +20,8 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import DataConfig
 from nemo_pre.config.vision_families import is_native
 from nemo_pre.launch.environment import external_job, uses_gpu, visible_gpus
-from nemo_pre.objectives.registry import enabled, known
+from nemo_pre.objectives.registry import enabled, known, wanted_targets
+from nemo_pre.objectives.target import Target
 from nemo_pre.options import value_problems
 from nemo_pre.planner.chunks import chunks_of_stages, layers_problem
 
@@ -73,6 +74,11 @@ def check_run(config: RunConfig) -> Report:
         from nemo_pre.features.check import check_features
 
         warnings += check_features(config)
+    for target in wanted_targets(config).values():
+        if target.features is not None:
+            from nemo_pre.features.check import check_target_features
+
+            warnings += check_target_features(config, target)
     layout = config.parallel
     report = Report(
         config=config,
@@ -217,6 +223,9 @@ def _sequence(config: RunConfig) -> Iterator[str]:
 
 
 def _features(config: RunConfig) -> Iterator[str]:
+    for target in wanted_targets(config).values():
+        if target.features is not None:
+            yield from _target_problems(config, target)
     data = config.data
     if data.features is None:
         return
@@ -231,6 +240,15 @@ def _features(config: RunConfig) -> Iterator[str]:
             "trainer.log_diagnostics_every looks at pictures through the encoder, which data.features leaves out: set "
             "one of them to null."
         )
+
+
+def _target_problems(config: RunConfig, target: Target) -> Iterator[str]:
+    """Why the run cannot read features of an objective's frozen model."""
+    option = target.option("features")
+    if config.data.max_tiles > 1:
+        yield f"{option} holds one tile an image, not data.max_tiles={config.data.max_tiles}: set one of them back."
+    if is_native(config.model.vision):
+        yield f"{option} holds as many tokens for every image, unlike native resolution: set it to null."
 
 
 def _batch(config: RunConfig) -> Iterator[str]:

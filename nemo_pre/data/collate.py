@@ -23,7 +23,8 @@ class Collate:
     where no item has an image (of items with features [num_tiles, tokens, d_vision], and ``pixels`` are the images if
     they are wanted), ``num_media_tiles``, the tiles of each image, and ``keys``, the items' names. With ``native``
     resolution ``media`` is [visual tokens, patches, pixels], each image is one tile, and ``media_grids`` has its rows
-    and columns.
+    and columns. Where objectives read features, ``targets`` has by objective [num_tiles, tokens, width]; it is empty
+    where no item has an image.
     """
 
     text_tokens: int
@@ -51,7 +52,17 @@ class Collate:
             **joined_images(images, self.native),
             "keys": [item.key for item in items],
             **({"pixels": torch.cat(pixels)} if pixels else {}),
+            **({"targets": joined_targets(items)} if any(item.targets for item in items) else {}),
         }
+
+
+def joined_targets(items: list[Item]) -> dict[str, torch.Tensor]:
+    """The features of all items' images, by objective; an objective without an image is left out."""
+    import torch
+
+    names = dict.fromkeys(name for item in items for name in item.targets)
+    found = {name: [image for item in items for image in item.targets.get(name, [])] for name in names}
+    return {name: torch.cat(images) for name, images in found.items() if images}
 
 
 def joined_images(images: list[torch.Tensor], native: bool) -> dict[str, Any]:

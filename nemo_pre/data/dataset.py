@@ -39,6 +39,8 @@ class Preprocessing:
         native: how images keep their aspect ratio; None: they become squares.
         features: directory of an encoder's outputs, which are read instead of images.
         pixels: read the images too, for a loss that looks at them.
+        targets: of each objective that reads a frozen model's features, its name, their directory and the option that
+            names it; read of the training split.
     """
 
     tokenizer: Any
@@ -54,6 +56,7 @@ class Preprocessing:
     native: NativeResolution | None = None
     features: str | None = None
     pixels: bool = False
+    targets: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def sequence_length(self) -> int:
@@ -75,13 +78,15 @@ class Preprocessing:
 @dataclass(frozen=True)
 class Item:
     """``tokens`` and ``labels`` of the same length (at most T); ``images`` as :meth:`Preprocessing.encode_image` gives
-    them, or their features [1, tokens, d_vision], beside which ``pixels`` are the images if they are wanted."""
+    them, or their features [1, tokens, d_vision], beside which ``pixels`` are the images if they are wanted;
+    ``targets`` has by objective the features [1, tokens, width] of each image that it compares visual tokens with."""
 
     key: str
     tokens: list[int]
     labels: list[int]
     images: list[torch.Tensor]
     pixels: list[torch.Tensor] = field(default_factory=list)
+    targets: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class ConversationDataset:
@@ -113,7 +118,10 @@ class ConversationDataset:
         self.samples = ShardedSamples([shard for manifest in manifests for shard in manifest.shards[split]])
         self.sizes = [manifest.num_samples(split) for manifest in manifests]
         self.preprocessing = preprocessing
-        self.features = CachedFeatures(preprocessing.features, self.samples.shards) if preprocessing.features else None
+        shards = self.samples.shards
+        self.features = CachedFeatures(preprocessing.features, shards) if preprocessing.features else None
+        wanted = preprocessing.targets if split == "train" else ()  # objectives are for training alone
+        self.targets = {name: CachedFeatures(at, shards, option) for name, at, option in wanted}
         self.on_error = on_error
         # Shared memory with a slot per loader process: no two write to the same one, so no lock is needed.
         self._counters = {name: multiprocessing.RawArray("q", MAX_LOADERS + 1) for name in ("skipped", "cut")}
@@ -149,6 +157,7 @@ class ConversationDataset:
         raw = self.samples.read(position, images=self.features is None or how.pixels)
         pixels = [how.encode_image(image, raw.where) for image in raw.images]
         images = pixels if self.features is None else self.features.read(position, raw.where)
+        targets = {name: features.read(position, raw.where) for name, features in self.targets.items()}
         encoded = encode(
             raw.record["conversations"],
             how.tokenizer,
@@ -159,7 +168,7 @@ class ConversationDataset:
         )
         if encoded.cut:
             self._count("cut")
-        return Item(raw.key, encoded.tokens, encoded.labels, images, pixels if self.features else [])
+        return Item(raw.key, encoded.tokens, encoded.labels, images, pixels if self.features else [], targets)
 
     def pass_over(self, why: str) -> None:
         """Count a sample that is not trained on, and name it in the log."""

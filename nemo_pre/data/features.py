@@ -1,11 +1,12 @@
-"""Outputs of a frozen encoder, read in the place of images; ``nemo-pre data features`` writes them.
+"""Outputs of frozen vision models, read instead of computed; ``nemo-pre data features`` writes them.
 
-A directory holds ``features.json`` (of which encoder, preprocessing and shards), the encoder's weights, and a
-safetensors file per shard with three tensors:
+They are the run's encoder's (``data.features``, read in the place of images) or those of a model that an objective
+compares visual tokens with. A directory holds ``features.json`` (of which model, preprocessing and shards), of the
+encoder its weights, and a safetensors file per shard with three tensors:
 
 - ``image_ends`` int64 ``[samples]``: sample i of the shard has images ``image_ends[i - 1]`` to ``image_ends[i] - 1``;
 - ``crc32`` int64 ``[images]``: of each image's features, or :data:`UNREADABLE`;
-- ``features`` ``[images, tokens, width]``: what enters the projector.
+- ``features`` ``[images, tokens, width]``: what enters the projector, or what visual tokens are compared with.
 
 They are read by position and not mapped into memory: a file that is cut while a run reads it would end the process.
 """
@@ -115,13 +116,19 @@ class FeaturesManifest:
     """What ``features.json`` says.
 
     Attributes:
+        option: the option of a run that names the directory.
+        tokens, width: of an image's features.
         described: by option of a run, what the features depend on beside the weights.
-        tower: ``float32`` and ``bfloat16``, the sha256 of the weights in that type, and ``bytes`` of their file.
+        tower: ``float32`` and ``bfloat16``, the sha256 of the weights in that type, ``source``, where they are from,
+            and of the run's encoder ``bytes`` of their file.
         files: by the sha256 of the shard.
     """
 
     directory: Path
+    option: str
     dtype: str
+    tokens: int
+    width: int
     described: dict[str, Any]
     tower: dict[str, Any]
     files: dict[str, FeatureFile]
@@ -132,7 +139,7 @@ class FeaturesManifest:
             ValueError: no features of this shard were computed.
         """
         if shard.sha256 not in self.files:
-            raise ValueError(f"data.features={self.directory} has no features of {shard.path}: {AGAIN}.")
+            raise ValueError(f"{self.option}={self.directory} has no features of {shard.path}: {AGAIN}.")
         file = self.files[shard.sha256]
         if file.samples != shard.samples:
             raise ValueError(
@@ -142,8 +149,11 @@ class FeaturesManifest:
         return file
 
 
-def read_features(directory: str | Path) -> FeaturesManifest:
+def read_features(directory: str | Path, option: str = "data.features") -> FeaturesManifest:
     """
+    Args:
+        option: of the run, which names the directory.
+
     Raises:
         ValueError: there are no features, or not of this format.
     """
@@ -160,9 +170,10 @@ def read_features(directory: str | Path) -> FeaturesManifest:
             digest: FeatureFile(directory / entry["file"], digest, int(entry["samples"]), int(entry["images"]), *shape)
             for digest, entry in raw["shards"].items()
         }
-        found = FeaturesManifest(directory, raw["dtype"], dict(raw["described"]), dict(raw["tower"]), files)
+        described, tower = dict(raw["described"]), dict(raw["tower"])
+        found = FeaturesManifest(directory, option, raw["dtype"], *shape[:2], described, tower, files)
     except FileNotFoundError as error:
-        raise ValueError(f"data.features={directory} has no {MANIFEST}: {AGAIN}.") from error
+        raise ValueError(f"{option}={directory} has no {MANIFEST}: {AGAIN}.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a manifest of {FORMAT} version {FORMAT_VERSION} ({error!r}): name another directory."
@@ -177,8 +188,8 @@ class CachedFeatures:
         ValueError: a shard has none, or a file is missing or cut.
     """
 
-    def __init__(self, directory: str | Path, shards: list[Shard]) -> None:
-        manifest = read_features(directory)
+    def __init__(self, directory: str | Path, shards: list[Shard], option: str = "data.features") -> None:
+        manifest = read_features(directory, option)
         self.files = [manifest.file_of(shard) for shard in shards]
         for file in self.files:
             file.verify()

@@ -65,4 +65,8 @@ def _joined(items: list[Item]) -> Item:
         labels=[label for item in items for label in item.labels],
         images=[image for item in items for image in item.images],
         pixels=[image for item in items for image in item.pixels],
+        targets={
+            name: [image for item in items for image in item.targets[name]]
+            for name in (items[0].targets if items else {})
+        },
     )

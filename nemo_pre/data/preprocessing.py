@@ -11,7 +11,7 @@ from nemo_pre.config.vision_families import is_native, merge_size
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
-from nemo_pre.objectives.registry import enabled
+from nemo_pre.objectives.registry import enabled, wanted_targets
 
 
 def num_text_tokens(config: RunConfig) -> int:
@@ -32,7 +32,7 @@ def num_text_tokens(config: RunConfig) -> int:
 
 
 def looks_at_pixels(config: RunConfig) -> bool:
-    """Whether anything but the encoder does."""
+    """Whether anything but the encoder does: a frozen model whose features are not read."""
     return any(objective.looks_at_pictures() for objective in enabled(config))
 
 
@@ -63,6 +63,11 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         native=native_resolution(vision),
         features=config.data.features,
         pixels=looks_at_pixels(config),
+        targets=tuple(
+            (name, target.features, target.option("features"))
+            for name, target in wanted_targets(config).items()
+            if target.features is not None
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""``nemo-pre data features``: run the frozen encoder of a run over every image it reads, once."""
+"""``nemo-pre data features``: run a frozen vision model of a run over every image the run reads, once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_pre.config.derived import num_visual_tokens
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import DTYPES, MANIFEST, FeatureFile, read_features
 from nemo_pre.data.manifest import Shard, verify_shards
 from nemo_pre.data.shards import ShardedSamples
-from nemo_pre.features.check import shards_of
-from nemo_pre.features.work import Options, Work
+from nemo_pre.features.check import shards_of, training_shards
+from nemo_pre.features.work import Options, Wanted, Work, wanted_features
 from nemo_pre.launch.environment import external_job, is_first_rank, prepare_environment
 
 
@@ -25,12 +24,17 @@ def features_help() -> str:
 Runs the frozen encoder of the run with these options over all images it reads, and writes what the projector sees into
 DIR. The same run with data.features=DIR then reads that: it neither decodes images nor holds or runs the encoder.
 
+  nemo-pre data features of=objective.pre objective.pre.external_features=DIR experiment=NAME [OPTION=VALUE ...]
+
+runs the frozen model that an objective compares visual tokens with, and writes what the same run then reads.
+
   nemo-pre data features experiment=NAME data.features=DIR optim.freeze_vision=true dry_run=true     how many bytes
   nemo-pre data features experiment=NAME data.features=DIR optim.freeze_vision=true
   srun -n 16 nemo-pre data features ...                          16 processes, each on a GPU of its own
   nemo-pre data features ... part=3/16                           the third of 16 processes, started by hand
 
-dtype=bfloat16     float32 doubles the bytes; the encoder computes in this type, as a run of that precision would
+dtype=bfloat16     float32 doubles the bytes; the encoder computes in this type, as a run of that precision would (an
+                   objective's model computes in float32, and is rounded)
 batch=32           images the encoder runs on at a time
 data.num_workers   processes that decode images
 
@@ -50,17 +54,16 @@ def features(arguments: Sequence[str]) -> None:
 
     config = compose_run(overrides)
     check_options(config)
-    if config.data.features is None:
-        raise ValueError("Name the directory that features are written to: data.features=DIR.")
     prepare_environment(config.platform)
-    work = plan(config, options)
+    wanted = wanted_features(config, options.of)
+    work = plan(config, options, wanted)
     missing = [each for each in work if not each.file.is_whole]
-    check_room(Path(config.data.features), work, missing)
+    check_room(wanted.directory, work, missing)
     if config.dry_run:
         return
     from nemo_pre.features.encode import compute
 
-    compute(config, options, work)
+    compute(config, options, wanted, work)
 
 
 def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
@@ -81,6 +84,8 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"{word} must be a whole number of 1 or more.")
             options.batch = int(value)
+        elif name == "of":
+            options.of = value
         else:
             overrides.append(word)
     return overrides, options
@@ -92,16 +97,17 @@ def own_part() -> tuple[int, int]:
     return (int(job["RANK"]) + 1, int(job["WORLD_SIZE"])) if job else (1, 1)
 
 
-def plan(config: RunConfig, options: Options) -> list[Work]:
+def plan(config: RunConfig, options: Options, wanted: Wanted) -> list[Work]:
     """All shards of the run, each once.
 
     Raises:
         ValueError: a shard is missing or cut.
     """
-    directory, shards = Path(str(config.data.features)), {shard.sha256: shard for shard in shards_of(config)}
+    directory, read = wanted.directory, training_shards(config) if wanted.target else shards_of(config)
+    shards = {shard.sha256: shard for shard in read}
     verify_shards(list(shards.values()))
-    named = read_features(directory).files if (directory / MANIFEST).is_file() else {}
-    shape = (num_visual_tokens(config.model), config.model.vision.hidden_size, options.dtype)
+    named = read_features(directory, wanted.option).files if (directory / MANIFEST).is_file() else {}
+    shape = (wanted.tokens, wanted.width, options.dtype)
     work = []
     for digest, shard in shards.items():
         images = _images_of_samples(shard)

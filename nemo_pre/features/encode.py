@@ -1,4 +1,4 @@
-"""Running the encoder over the images of shards, and writing what it gives."""
+"""Running a frozen model over the images of shards, and writing what it gives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,27 +15,31 @@ from data_prep.progress import Progress
 from nemo_pre.config.derived import num_visual_tokens
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.errors import SampleError
-from nemo_pre.data.features import TOWER
 from nemo_pre.data.images import image_tensor
 from nemo_pre.data.shards import ShardedSamples
-from nemo_pre.features.check import described
-from nemo_pre.features.tower import tower_weights
-from nemo_pre.features.work import Options, Work
+from nemo_pre.features.check import described, target_described
+from nemo_pre.features.tower import target_weights, tower_weights
+from nemo_pre.features.work import Options, Wanted, Work
 from nemo_pre.features.writer import ShardFeatures, claim
 from nemo_pre.launch.environment import uses_gpu
+from nemo_pre.neva.frozen_vision import FrozenVision
 from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
+from nemo_pre.objectives.target import Target
 
 NAMED = 20  # unreadable samples; the rest are counted
 
 
-def compute(config: RunConfig, options: Options, work: list[Work]) -> None:
+def compute(config: RunConfig, options: Options, wanted: Wanted, work: list[Work]) -> None:
     """Write this process' part of the files that are missing."""
-    directory = Path(str(config.data.features))
-    weights, source = tower_weights(config)
-    claim(directory, options.dtype, described(config), weights, source, [each.file for each in work])
+    encoder: Encoder | TargetModel
+    if wanted.target is None:
+        encoder, how = Encoder(config, options), described(config)
+    else:
+        encoder, how = TargetModel(config, options, wanted.target), target_described(config, wanted.target)
+    claim(wanted, options.dtype, how, encoder.weights, encoder.source, [each.file for each in work])
+    directory = wanted.directory
     number, count = options.part
     mine = [each for each in work[number - 1 :: count] if not each.file.is_whole]
-    encoder = Encoder(config, options, weights)
     progress = Progress(f"features in {directory}, images", max(sum(each.file.images for each in mine), 1))
     unreadable, elsewhere = 0, 0
     for each in mine:
@@ -59,20 +62,32 @@ def compute(config: RunConfig, options: Options, work: list[Work]) -> None:
         print(f"{unreadable:,} sample(s) have unreadable images; data.on_error decides about them", file=sys.stderr)
     if elsewhere:
         print(f"{elsewhere:,} shard(s) are being done by other processes", file=sys.stderr)
-    print(f"{directory} ({TOWER}, {len(mine) - elsewhere:,} shards written)")
+    print(f"{directory} ({encoder.source}, {len(mine) - elsewhere:,} shards written)")
+
+
+def own_device(config: RunConfig) -> torch.device:
+    """This process' device."""
+    place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return (
+        torch.device("cuda", place % torch.cuda.device_count()) if uses_gpu(config.platform) else torch.device("cpu")
+    )
 
 
 class Encoder:
-    """The run's vision tower on this process' device."""
+    """The run's vision tower on this process' device.
 
-    def __init__(self, config: RunConfig, options: Options, weights: dict[str, Tensor]) -> None:
-        place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        gpu = uses_gpu(config.platform)
-        self.device = torch.device("cuda", place % torch.cuda.device_count()) if gpu else torch.device("cpu")
+    Attributes:
+        weights: by name within the tower.
+        source: where they are from.
+    """
+
+    def __init__(self, config: RunConfig, options: Options) -> None:
+        self.weights, self.source = tower_weights(config)
+        self.device = own_device(config)
         self.dtype = getattr(torch, options.dtype)
         self.layer, self.tokens = config.model.vision.feature_layer, num_visual_tokens(config.model)
         tower = VisionTowerConfig(config.model.vision, config.seed).configure_model()
-        tower.load_state_dict(weights)
+        tower.load_state_dict(self.weights)
         self.tower = tower.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -81,7 +96,29 @@ class Encoder:
         return encoder_features(self.tower, pixels, self.layer, self.tokens).cpu()
 
 
-def write_shard(config: RunConfig, work: Work, encoder: Encoder, batch: int, progress: Progress) -> list[str]:
+class TargetModel:
+    """An objective's frozen vision model on this process' device; it computes in float32.
+
+    Attributes:
+        weights: by name within the model.
+        source: where they are from.
+    """
+
+    def __init__(self, config: RunConfig, options: Options, target: Target) -> None:
+        vision = config.model.vision
+        self.model = FrozenVision(target, own_device(config), list(vision.image_mean), list(vision.image_std))
+        self.weights, self.source = target_weights(self.model.model), str(target.path)
+        self.device, self.dtype = own_device(config), getattr(torch, options.dtype)
+        self.tokens = num_visual_tokens(config.model)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[images, 3, H, W]`` to ``[images, tokens, width]`` on the CPU."""
+        return self.model(pixels.to(self.device), self.tokens).to(self.dtype).cpu()
+
+
+def write_shard(
+    config: RunConfig, work: Work, encoder: Encoder | TargetModel, batch: int, progress: Progress
+) -> list[str]:
     """Write the file of one shard; returns what was wrong with samples that have no features.
 
     Raises:

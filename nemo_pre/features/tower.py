@@ -1,4 +1,5 @@
-"""The weights of the vision tower that a run starts with, and how two of them are told apart."""
+"""The weights of the vision tower that a run starts with and of objectives' models, and how two of them are told
+apart."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
 from nemo_pre.launch.silence import silence
+from nemo_pre.neva.frozen_vision import NOT_USED, load_model
+from nemo_pre.objectives.target import Target
 from nemo_pre.run_files.checkpoints import start_checkpoint
 from nemo_pre.run_files.saved_config import check_same_weights
 
@@ -38,6 +41,12 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     if not names:
         raise ValueError(f"{source} has no vision tower: name a checkpoint of a run or an import.")
     return {name.removeprefix(PREFIX): reader.read(name) for name in names}, source
+
+
+def target_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Of a frozen vision model what its patch features depend on, on the CPU, by name."""
+    state = model.state_dict()
+    return {name: tensor.cpu() for name, tensor in state.items() if not set(name.split(".")) & set(NOT_USED)}
 
 
 def digest(weights: dict[str, Tensor], dtype: torch.dtype) -> str:
@@ -69,6 +78,19 @@ def check_weights(config: RunConfig, features: FeaturesManifest) -> None:
             f"data.features={features.directory} was computed with another vision tower ({features.tower['source']}) "
             f"than this run starts with ({source}): compute features with the options of this run in a directory of "
             f"their own."
+        )
+
+
+def check_target_weights(target: Target, features: FeaturesManifest) -> None:
+    """Compare the objective's model with the one whose features they are.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if digest(target_weights(load_model(target)), torch.float32) != features.tower["float32"]:
+        raise ValueError(
+            f"{features.option}={features.directory} was computed with other weights ({features.tower['source']}) "
+            f"than {target.option('path')}={target.path}: compute features of it in a directory of their own."
         )
 
 

@@ -30,6 +30,7 @@ from nemo_pre.data.features import (
     read_features,
 )
 from nemo_pre.features.tower import digests
+from nemo_pre.features.work import Wanted
 
 LOCK = "features.lock"
 
@@ -100,29 +101,31 @@ def partial_path(file: FeatureFile) -> Path:
 
 
 def claim(
-    directory: Path,
+    wanted: Wanted,
     dtype: str,
     described: dict[str, Any],
     tower: dict[str, Tensor],
     source: str,
     files: list[FeatureFile],
 ) -> FeaturesManifest:
-    """Write the encoder's weights and the manifest, or add the shards to one that is there.
+    """Write the manifest, and of the run's encoder the weights, which its checkpoints need; or add the shards to a
+    manifest that is there.
 
     Args:
         source: where the weights are from, for messages.
 
     Raises:
-        ValueError: the directory holds features of another encoder, preprocessing or type.
+        ValueError: the directory holds features of another model, preprocessing or type.
     """
+    directory = wanted.directory
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory / LOCK):
         sums = digests(tower)
         if (directory / MANIFEST).exists():
-            _check_same(read_features(directory), dtype, described, sums)
+            _check_same(read_features(directory, wanted.option), dtype, described, sums)
             raw = json.loads((directory / MANIFEST).read_text())
         else:
-            size = _write_tower(directory / TOWER, tower)
+            kept = {} if wanted.target else {"bytes": _write_tower(directory / TOWER, tower)}
             raw = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -130,23 +133,23 @@ def claim(
                 "tokens": files[0].tokens,
                 "width": files[0].width,
                 "described": described,
-                "tower": {**sums, "bytes": size, "source": source},
+                "tower": {**sums, **kept, "source": source},
                 "shards": {},
             }
         for file in files:
             entry = {"file": file.path.name, "samples": file.samples, "images": file.images, "bytes": file.bytes}
             raw["shards"].setdefault(file.shard_sha256, entry)
         _write_whole(directory / MANIFEST, json.dumps(raw, indent=1).encode())
-    return read_features(directory)
+    return read_features(directory, wanted.option)
 
 
 def _check_same(found: FeaturesManifest, dtype: str, described: dict[str, Any], sums: dict[str, str]) -> None:
     differing = [name for name, value in described.items() if found.described.get(name) != value]
     differing += ["dtype"] if found.dtype != dtype else []
-    differing += ["the encoder's weights"] if found.tower["float32"] != sums["float32"] else []
+    differing += ["the weights"] if found.tower["float32"] != sums["float32"] else []
     if differing:
         raise ValueError(
-            f"data.features={found.directory} holds features with another {', '.join(differing)}: name another "
+            f"{found.option}={found.directory} holds features with another {', '.join(differing)}: name another "
             f"directory, or remove it."
         )
 

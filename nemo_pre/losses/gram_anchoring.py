@@ -1,4 +1,5 @@
-"""Gram-anchoring, clipped or symmetric, of LaVer (Latent Visual Reconstruction, arXiv 2512.06281, L_CGA and L_GA)."""
+"""Gram-anchoring, clipped or symmetric, of LaVer (Latent Visual Reconstruction, arXiv 2512.06281, L_CGA and L_GA); the
+symmetric one is also the relational form of VIRAL (arXiv 2509.07979)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def gram_anchoring_loss(
 
     Args:
         student: ``[n, k]`` visual tokens ``Z~``.
-        teacher: ``[n, k]`` the teacher's ``Z^``. It is detached here.
+        teacher: ``[n, j]`` the teacher's ``Z^`` of the same tokens, of any width: only its angles are compared. It is
+            detached here.
         image_ids: integers ``[n]``, the image of each token, in any order; one id for all tokens compares them all.
             Better on the CPU: on a GPU, cutting by image waits for the device.
         clipped: L_CGA rather than L_GA.
@@ -32,12 +34,13 @@ def gram_anchoring_loss(
         ``student``'s graph.
 
     Raises:
-        ValueError: if the shapes differ or are not ``[n, k]`` and ``[n]``.
+        ValueError: if the shapes are not ``[n, k]``, ``[n, j]`` and ``[n]``.
     """
-    if student.ndim != 2 or student.shape != teacher.shape or image_ids.shape != student.shape[:1]:
+    rows = student.shape[:1]
+    if student.ndim != 2 or teacher.ndim != 2 or teacher.shape[:1] != rows or image_ids.shape != rows:
         raise ValueError(
-            f"student and teacher must have the same shape [n, k] and image_ids [n], got {list(student.shape)}, "
-            f"{list(teacher.shape)} and {list(image_ids.shape)}."
+            f"student and teacher must have the shapes [n, k] and [n, j], and image_ids [n], got "
+            f"{list(student.shape)}, {list(teacher.shape)} and {list(image_ids.shape)}."
         )
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     by_image = image_ids.argsort(stable=True)

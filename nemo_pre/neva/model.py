@@ -392,6 +392,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         if images is not None and len(images) > 0:
             grids = [grid for tiles in micro_batch.layout.image_tiles for grid in tiles] if self.native else None
             visual = self._encode(images, grids, micro_batch.pixels)
+            visual.targets = {name: stored.flatten(0, 1) for name, stored in micro_batch.targets.items()}
         else:
             visual = self._no_visual_tokens(text_BTd.shape[2])
             text_BTd = text_BTd + self._zero_from_vision()
@@ -415,12 +416,13 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         if isinstance(self.vision_model, StoredTower):
             features = images.to(next(self.vision_projection.parameters()).dtype)
         else:
-            pixels = images.to(next(self.vision_model.parameters()).dtype)
+            pixels = images  # as they came: what looks at them rounds them itself
+            seen = images.to(next(self.vision_model.parameters()).dtype)
             tower = self.vision_model.eval()
             if grids is not None:
-                features = tower(pixels, grids)
+                features = tower(seen, grids)
                 return VisualTokens(features, self.vision_projection(features), pixels)
-            features = encoder_features(tower, pixels, self.config.vision_feature_layer, self.tile_tokens)
+            features = encoder_features(tower, seen, self.config.vision_feature_layer, self.tile_tokens)
         # NeVA's projectors see [tile_tokens, num_tiles, d_vision].
         tokens = self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)
         return VisualTokens(features.flatten(0, 1), tokens.flatten(0, 1), pixels)

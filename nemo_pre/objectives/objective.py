@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.schedules import ScheduleConfig, ignored_schedule_options
+from nemo_pre.objectives.target import Target
 from nemo_pre.options import changed_fields
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Objective:
         averaged: the same of moving averages, which no optimizer sees.
         compared_on_resume: names whose shapes a resume compares; None: all of the two above. A teacher with the names
             and shapes of the model's own layers can leave those out.
+        free_on_resume: options that say where something lies, and may change while a run stays the same run.
         model_words: the options that give a model what the objective needs of it, such as ``model.attention=mixed``.
     """
 
@@ -55,6 +57,7 @@ class Objective:
     trained: ClassVar[tuple[str, ...]] = ()
     averaged: ClassVar[tuple[str, ...]] = ()
     compared_on_resume: ClassVar[tuple[str, ...] | None] = None
+    free_on_resume: ClassVar[tuple[str, ...]] = ()
     model_words: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RunConfig) -> None:
@@ -81,13 +84,21 @@ class Objective:
         if changed := changed_fields(options):
             yield f"objective.{cls.name}.{', '.join(changed)} have no effect with objective.{cls.name}.enabled=false."
 
+    def target(self) -> Target | None:
+        """The frozen vision model whose patch features it compares visual tokens with; None where there is none."""
+        return None
+
     def files(self) -> Iterator[tuple[str, str, str]]:
         """What must lie on disk or within reach before the run starts: option, directory or hub id, a file in it."""
-        yield from ()
+        target = self.target()
+        if target is not None and target.path is not None:
+            for name in ("config.json", "preprocessor_config.json"):
+                yield target.option("path"), target.path, name
 
     def looks_at_pictures(self) -> bool:
         """Whether its term needs the pixels of images, also where the encoder's features are read instead."""
-        return False
+        target = self.target()
+        return target is not None and target.features is None
 
     def option(self, field: str) -> str:
         """The full name of one of its options."""

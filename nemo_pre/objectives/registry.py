@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.objective import Objective, resolve
+from nemo_pre.objectives.target import Target
 
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig
@@ -58,6 +59,18 @@ def _add(found: dict[str, type[Objective]], objective: type[Objective], where: s
 def enabled(config: RunConfig) -> list[Objective]:
     """The objectives that a run has enabled."""
     return [objective(config) for name, objective in known().items() if getattr(config.objective, name).enabled]
+
+
+def wanted_targets(config: RunConfig) -> dict[str, Target]:
+    """The frozen vision models that the run's objectives compare with, by the objective's name."""
+    return {objective.name: target for objective in enabled(config) if (target := objective.target()) is not None}
+
+
+def free_on_resume() -> tuple[str, ...]:
+    """The full names of all objectives' options that may change while a run stays the same run."""
+    return tuple(
+        f"objective.{name}.{option}" for name, objective in known().items() for option in objective.free_on_resume
+    )
 
 
 def term_metrics() -> tuple[TermMetric, ...]:

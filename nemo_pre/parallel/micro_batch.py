@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.objectives.scale import StepPlan
@@ -25,6 +25,8 @@ class MicroBatch:
         layout: the combined sequence; on the CPU until :meth:`on_this_rank`.
         branch: the second sequence beside the samples, or None; stays on the CPU.
         pixels: on the first stage, of images whose features are read, where a loss looks at them.
+        targets: on the first stage, by objective, features ``[num_tiles, tokens, width]`` of the images that are read
+            instead of computed; empty where the micro-batch has no image.
 
     Set by :meth:`on_this_rank`:
 
@@ -40,6 +42,7 @@ class MicroBatch:
     layout: SequenceLayout
     branch: VisualBranch | None = None
     pixels: Tensor | None = None
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
     local: LocalVisualTokens | None = None
     branch_tokens: BranchTokens | None = None
     streams: DecoderStreams | None = None
@@ -83,11 +86,13 @@ class VisualTokens:
         tokens: ``[n, d]``, the projector's output: what enters the language model.
         images: ``[num_tiles, 3, H, W]``, as the data loader normalised them, with native resolution
             ``[n, patches, pixels]``; None where it read features alone.
+        targets: by objective ``[n, width]``, what it compares them with where that is read instead of computed.
     """
 
     features: Tensor
     tokens: Tensor
     images: Tensor | None
+    targets: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,5 +131,8 @@ def load_micro_batch(dataloader_iter: Iterator[Any], first_stage: bool, last_sta
     micro_batch = batch.get("micro_batch")
     if first_stage and micro_batch is not None and batch.get("pixels") is not None:
         micro_batch = replace(micro_batch, pixels=batch["pixels"].cuda(non_blocking=True))
+    if first_stage and micro_batch is not None and batch.get("targets"):
+        targets = {name: features.cuda(non_blocking=True) for name, features in batch["targets"].items()}
+        micro_batch = replace(micro_batch, targets=targets)
     images = {key: batch.get(key) for key in ("num_media_tiles", "media_grids")}
     return {**tensors, **images, "micro_batch": micro_batch}

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig
+from nemo_pre.objectives.registry import free_on_resume
 
 FILE = "config.yaml"
 # Where and how a run is run, which may change while it stays the same run; of the trainer, all but SAME_RUN.
@@ -72,10 +73,11 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[str]:
     saved = OmegaConf.to_object(read_saved(checkpoint))
     assert isinstance(saved, RunConfig)
     found = _flat(asdict(saved))
+    free = (*MAY_CHANGE_ON_RESUME, *free_on_resume())
     return [
         f"{name}={found[name]}, now {value}"
         for name, value in _flat(asdict(config)).items()
-        if found[name] != value and (name in SAME_RUN or not name.startswith(MAY_CHANGE_ON_RESUME))
+        if found[name] != value and (name in SAME_RUN or not name.startswith(free))
     ]
 
 

@@ -162,7 +162,8 @@ WARNED = [
     (["optim.lr_heads=1e-4"], "optim.lr_heads has no effect without objective.pre or objective.laver."),
     (
         ["objective=pre", "objective.pre.external_path=x"],
-        "objective.pre.external_path and external_image_size have no effect with objective.pre.anchor=pre_llm.",
+        "objective.pre.external_path, external_image_size and external_features have no effect with "
+        "objective.pre.anchor=pre_llm.",
     ),
     (
         ["objective=pre", "objective.pre.schedule.steps=5"],

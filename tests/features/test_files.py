@@ -192,7 +192,7 @@ def test_another_encoder_or_type_does_not_go_into_the_same_directory(copied, cap
     for word, what in (
         ("dtype=bfloat16", "another dtype"),
         ("data.image_resize=pad", "another data.image_resize"),
-        ("seed=2", "another the encoder's weights"),
+        ("seed=2", "another the weights"),
     ):
         assert make(data, features, *(["dtype=float32"] if "dtype" not in word else []), word) == 2
         assert what in capsys.readouterr().err

@@ -58,6 +58,20 @@ def test_gradient_equals_finite_differences(clipped):
     assert torch.autograd.gradcheck(lambda z: gram_anchoring_loss(z, teacher, UNEVEN, clipped)[0], student)
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_teacher_of_another_width_is_compared_by_its_angles(clipped):
+    student, _ = tokens(k=3)
+    _, teacher = tokens(k=8, seed=4)
+    student.requires_grad_()
+    loss, count = gram_anchoring_loss(student, teacher, UNEVEN, clipped)
+    expected, entries = slow(student, teacher, UNEVEN, clipped)
+    assert count == entries
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda z: gram_anchoring_loss(z, teacher, UNEVEN, clipped)[0], student)
+    wider = torch.cat([teacher, torch.zeros(7, 5)], dim=1)
+    torch.testing.assert_close(gram_anchoring_loss(student, wider, UNEVEN, clipped)[0], loss)
+
+
 def test_a_student_nowhere_more_alike_than_its_teacher_pays_nothing_clipped_and_something_unclipped():
     generator = torch.Generator().manual_seed(1)
     student = torch.eye(6) + 0.02 * torch.randn(6, 6, generator=generator)  # nearly at right angles
@@ -121,6 +135,11 @@ def test_memory_grows_with_the_images_and_no_gram_matrix_is_kept():
 
 def test_wrong_shapes_are_refused():
     z = torch.zeros(3, 4)
-    for arguments in ((z, torch.zeros(3, 5), torch.zeros(3)), (z, z, torch.zeros(2)), (z[0], z[0], torch.zeros(4))):
-        with pytest.raises(ValueError, match=r"same shape \[n, k\] and image_ids \[n\]"):
+    for arguments in (
+        (z, torch.zeros(2, 4), torch.zeros(3)),
+        (z, z, torch.zeros(2)),
+        (z, z[..., None], torch.zeros(3)),
+        (z[0], z[0], torch.zeros(4)),
+    ):
+        with pytest.raises(ValueError, match=r"shapes \[n, k\] and \[n, j\], and image_ids \[n\]"):
             gram_anchoring_loss(*arguments)

@@ -1,7 +1,6 @@
-"""Vision towers and external anchors on tiny random models made with transformers' own classes."""
+"""Vision towers on tiny random models made with transformers' own classes."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 from nemo_pre.config.schema import ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import transformers_values
 from nemo_pre.neva.build import build_projector_config
-from nemo_pre.neva.external_anchor import ExternalAnchor
 from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
 from nemo_pre.objectives.pre.head import PredictionHeadSpec
 
@@ -62,70 +60,6 @@ def test_a_patch_mlp_gives_each_patch_by_itself_row_by_row():
     first = image[0, :, :7, :7].flatten()
     hidden = torch.nn.functional.gelu(model.patch_embedding.weight.flatten(1) @ first + model.patch_embedding.bias)
     torch.testing.assert_close(before[0], model.output(hidden), atol=1e-5, rtol=1e-5)
-
-
-def tiny_dinov2(path):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    config = Dinov2WithRegistersConfig(
-        image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, num_register_tokens=4
-    )
-    model = Dinov2WithRegistersModel(config)
-    model.save_pretrained(path)
-    return model
-
-
-def tiny_sam(path):
-    from transformers import SamConfig, SamModel, SamVisionConfig
-
-    vision = SamVisionConfig(
-        image_size=64, patch_size=16, hidden_size=24, output_channels=20, num_hidden_layers=1, num_attention_heads=2,
-        global_attn_indexes=[0], window_size=2, mlp_dim=48,
-    )  # fmt: skip
-    model = SamModel(SamConfig(vision_config=vision.to_dict()))
-    model.save_pretrained(path)
-    return model
-
-
-def external(path, image_size=None):
-    return ExternalAnchor(str(path), image_size, torch.device("cpu"), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-def test_dinov2_anchor_is_its_patch_tokens_without_class_and_register_tokens(tmp_path):
-    model = tiny_dinov2(tmp_path).eval()
-    images = torch.randn(2, 3, 28, 28)
-    features = external(tmp_path)(images, tile_tokens=16)
-    expected = model(pixel_values=images).last_hidden_state[:, 5:].reshape(-1, 24)  # 1 class and 4 register tokens
-    assert ExternalAnchor.width(str(tmp_path)) == 24
-    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
-    assert not features.requires_grad
-
-
-def test_sam_anchor_is_resampled_to_the_token_grid(tmp_path):
-    tiny_sam(tmp_path)
-    features = external(tmp_path)(torch.randn(1, 3, 28, 28), tile_tokens=4)
-    assert ExternalAnchor.width(str(tmp_path)) == 20
-    assert features.shape == (4, 20)
-
-
-def test_resampling_keeps_the_places_of_patches(tmp_path):
-    """Features that say where they are (row, column of an 8x8 grid) say so still on a 4x4 grid."""
-    tiny_dinov2(tmp_path)
-    anchor = external(tmp_path, image_size=56)
-    row, column = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    places = torch.stack([row, column], dim=-1).reshape(1, 64, 2)
-    tokens = torch.cat([torch.full((1, 5, 2), -100.0), places], dim=1)  # class and register tokens come first
-    anchor.model = lambda pixel_values: SimpleNamespace(last_hidden_state=tokens)
-    resampled = anchor(torch.zeros(1, 3, 28, 28), tile_tokens=16).view(4, 4, 2)
-    expected = torch.stack(torch.meshgrid(*[torch.tensor([2.5, 4.5])] * 2, indexing="ij"), dim=-1)
-    torch.testing.assert_close(resampled[1:3, 1:3], expected)  # the border is averaged over fewer neighbours
-    assert (resampled.diff(dim=0)[..., 0] > 0).all() and (resampled.diff(dim=1)[..., 1] > 0).all()
-
-
-def test_an_external_anchor_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="set objective.pre.external_path"):
-        ExternalAnchor.width(str(tmp_path / "nowhere"))
 
 
 def test_heads_of_different_layers_start_differently_and_reproducibly():

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_pre.parallel.branch_tokens import branch_tokens, whole_images
-from nemo_pre.parallel.sequence_layout import local_positions
+from nemo_pre.losses import gram_anchoring_loss
+from nemo_pre.parallel.branch_tokens import branch_tokens
+from nemo_pre.parallel.image_tokens import image_tokens, whole_images
+from nemo_pre.parallel.sequence_layout import SequenceLayout, local_positions
 from nemo_pre.parallel.sharded_average import ShardedAverage, move_averages
 from nemo_pre.parallel.token_streams import StreamShape, VisualBranch
 
@@ -31,6 +33,31 @@ def gather_images(branch: VisualBranch, whole_BSd: Tensor, tp: int, cp: int) -> 
     (images * (tokens.own_image[:, None] + 1)).sum().backward()
     assert local.grad is not None
     return images.detach(), tokens.own_image, tokens.own_masked, local.grad
+
+
+def relational_terms(
+    layout: SequenceLayout, student_BSd: Tensor, teacher_BSt: Tensor, tp: int, cp: int
+) -> tuple[float, int, Tensor, Tensor]:
+    """This rank's share of the relational term of samples that are cut over the world.
+
+    Returns sum and count of the images it compares, the gradient of its part of the student, and its positions.
+    """
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    tp_rank, cp_rank = rank % tp, rank // tp
+    tp_groups = [dist.new_group([c * tp + t for t in range(tp)]) for c in range(cp)]
+    cp_groups = [dist.new_group([c * tp + t for c in range(cp)]) for t in range(tp)]
+    groups = [g for g, size in ((tp_groups[cp_rank], tp), (cp_groups[tp_rank], cp)) if size > 1]
+    tokens = image_tokens(layout, tp, tp_rank, cp, cp_rank).to("cpu")
+    here = local_positions(layout.sequence_length, tp, tp_rank, cp, cp_rank)
+    places = len(here) * len(student_BSd)
+    student = student_BSd[:, here].transpose(0, 1).flatten(0, 1).clone().requires_grad_()
+    teacher = teacher_BSt[:, here].transpose(0, 1).flatten(0, 1)
+    whole = [whole_images(part[tokens.position], tokens, places, groups) for part in (student, teacher)]
+    loss_sum, count = gram_anchoring_loss(*whole, tokens.own_image, clipped=False)
+    loss_sum.backward()
+    assert student.grad is not None
+    return loss_sum.item(), count, student.grad.view(len(here), len(student_BSd), -1).transpose(0, 1), here
 
 
 def average_over_steps(start: list[Tensor], steps: list[list[Tensor]], momentum: float) -> list[Tensor]:

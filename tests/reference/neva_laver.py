@@ -1,10 +1,10 @@
-"""NeVA + PRe + LaVer in plain torch: the oracle of a whole LaVer step.
+"""NeVA + PRe + VIRAL + LaVer in plain torch: the oracle of a whole LaVer step.
 
 Slow and obvious on purpose, like :mod:`tests.reference.neva_pre`, whose vision tower, projector, norms and sample
 layout it takes; attention, positions, masking, teacher and losses are written out here. One sample and one image at a
 time, every rotation and every Gram entry by itself where that is affordable.
 
-    L     = L_LM + pre_weight L_PRe + mim_weight L_MIM + gram_weight L_CGA
+    L     = L_LM + pre_weight L_PRe + viral.weight L_VIRAL + mim_weight L_MIM + gram_weight L_CGA
     L_MIM = -(1/N_masked) sum_masked softmax((z^ - center) / tau_tea) . log softmax(z~ / tau_stu)
     L_CGA = (1/N_entries) sum_images || max(0, G(z~) - G(z^)) ||_F^2
 
@@ -39,6 +39,7 @@ from tests.reference.neva_pre import (
     swiglu,
     vision_tower,
 )
+from tests.reference.viral import viral_sums
 
 Place = tuple[int, int, int]  # time, row, column
 Grids = tuple[int, int] | list[tuple[int, int]]  # rows and columns of every image, or of each of a sample's images
@@ -210,6 +211,8 @@ class SampleTerms:
     tokens: float
     visual: int
     cosines: dict[int, Tensor]
+    viral: dict[int, Tensor]
+    viral_count: int
     student: list[Tensor]
     teacher: list[Tensor]
     masked: list[list[bool]]
@@ -223,7 +226,8 @@ def sample_terms(
     teacher: dict[str, Tensor],
     config: LaVerReferenceConfig,
 ) -> SampleTerms:
-    visual = [project(encode_image(image, tower, state, config), state) for image in sample["images"]]
+    features = [encode_image(image, tower, state, config) for image in sample["images"]]
+    visual = [project(each, state) for each in features]
     per_image = [len(tokens) for tokens in visual]
     visual_nd = torch.cat(visual) if visual else torch.empty(0)
     source, labels, loss_mask = expand_sample(
@@ -254,7 +258,13 @@ def sample_terms(
                 cosines[layer] = cosines[layer] + cosine(prediction, visual_nd[token.visual].detach())
 
     num_visual = sum(token.visual is not None for token in tokens)
-    terms = SampleTerms(lm, count, num_visual, cosines, [], [], [])
+    by_image: dict[int, list[tuple[int, int]]] = {}
+    for position, token in enumerate(tokens):
+        if token.image is not None and token.visual is not None:
+            by_image.setdefault(token.image, []).append((position, token.visual))
+    targets_nt = torch.cat(features) if config.viral.target == "encoder" and features else sample["target"]
+    viral, viral_count = viral_sums(list(by_image.values()), hidden, targets_nt, state, config.viral)
+    terms = SampleTerms(lm, count, num_visual, cosines, viral, viral_count, [], [], [])
     if not config.laver:
         return terms
     images = sorted({token.image for token in tokens if token.image is not None})
@@ -312,16 +322,20 @@ def reference_laver_step(
     lm, tokens, cosines = zero, 0.0, dict.fromkeys(config.pre_layers, zero)
     mim, micro_batch_means, gram_sum, entropy = zero, [], zero, zero
     similarity, pairs, visual, masked, entries = zero, 0, 0, 0, 0
+    viral_of, viral_count = dict.fromkeys(config.viral.layers, zero), 0
 
     for batch, of_batch in zip(micro_batches, masks, strict=True):
         left = list(of_batch)
         student_of, teacher_of, masked_of = [], [], []
         for sample in split_samples([batch]):
             own = [left.pop(0) for token in sample["tokens"] if token == IMAGE_TOKEN]
+            sample["target"] = sample["target"].to(dtype)
             terms = sample_terms(sample, own, tower, state, teacher, config)
             lm, tokens = lm + terms.lm, tokens + terms.tokens
             cosines = {layer: cosines[layer] + terms.cosines[layer] for layer in cosines}
             visual += terms.visual
+            viral_of = {layer: viral_of[layer] + terms.viral[layer] for layer in viral_of}
+            viral_count += terms.viral_count
             student_of += terms.student
             teacher_of += terms.teacher
             masked_of += terms.masked
@@ -357,11 +371,15 @@ def reference_laver_step(
     if config.mim_reduction == "micro_batch":
         loss_mim = sum(micro_batch_means, zero) / len(micro_batch_means)
     loss_gram = gram_sum / max(entries, 1)
+    loss_viral = sum(viral_of.values(), zero) / max(viral_count, 1) / max(len(viral_of), 1)
     total = loss_lm + config.pre_weight * loss_pre + config.mim_weight * loss_mim + config.gram_weight * loss_gram
+    total = total + config.viral.weight * loss_viral
     grads = torch.autograd.grad(total, list(state.values()), allow_unused=True)
     return {
         "loss_lm": loss_lm.detach(),
         "loss_pre": loss_pre.detach(),
+        "loss_viral": loss_viral.detach(),
+        "viral_count": viral_count,
         "loss_mim": loss_mim.detach(),
         "loss_gram": loss_gram.detach(),
         "similarity": similarity / max(pairs, 1),

@@ -1,11 +1,11 @@
-"""NeVA + PRe in plain torch: the oracle the parity tests compare every layout with.
+"""NeVA + PRe + VIRAL in plain torch: the oracle the parity tests compare every layout with.
 
 Slow and obvious on purpose. One sample at a time, one file, no Megatron, no NeMo, no batching, no padding: what is
 shared with the implementation under test is only the naming of the weights (Megatron's, unsharded) and the batch
 format. The loss is the one of arXiv 2603.20808 over the *global* batch, that is over all micro-batches and all
 data-parallel ranks together:
 
-    L     = L_LM + weight * L_PRe
+    L     = L_LM + weight * L_PRe + viral.weight * L_VIRAL      (the latter in :mod:`tests.reference.viral`)
     L_LM  = sum_t loss_mask_t * CE_t / sum_t loss_mask_t
     L_PRe = mean over target layers l of  -(1/N_vis) sum_i cos(f_l(h^l_i), stopgrad(h^0_i))
 
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.reference.viral import ViralReference, viral_sums
 
 IMAGE_TOKEN = -200
 NO_LABEL = -100
@@ -50,6 +52,7 @@ class ReferenceConfig:
     pre_variant: str = "patch"  # patch | global
     pre_anchor: str = "pre_llm"  # pre_llm | pre_projector | average (of the projector, "ema_projection." in the state)
     head_activation: str = "gelu"
+    viral: ViralReference = ViralReference()
     literal_algorithm_1: bool = False  # the supplement's typo: the anchor is the target layer itself
 
 
@@ -165,8 +168,10 @@ def vision_tower(config: ReferenceConfig) -> torch.nn.Module:
 
 
 def encode_image(image: Any, tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
-    """Vision features ``[n, v]`` of one image ``[3, H, W]``, or of ``(patches, (rows, columns))`` where images keep
-    their aspect ratio."""
+    """Vision features ``[n, v]`` of one image ``[3, H, W]``, of its tiles ``[tiles, 3, H, W]`` in turn, or of
+    ``(patches, (rows, columns))`` where images keep their aspect ratio."""
+    if not isinstance(image, tuple) and image.ndim == 4:
+        return torch.cat([encode_image(tile, tower, state, config) for tile in image])
     weights = _below(state, "vision_model.")
     dtype = next(iter(weights.values())).dtype
     if isinstance(image, tuple) and config.vision.model_type == "aimv2_vision_model":
@@ -208,7 +213,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def sample_sums(
     sample: dict[str, Any], tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig
 ) -> dict[str, Any]:
-    """One sample's sums: ``lm`` and ``tokens``, ``cosine`` per target layer and ``visual`` (tokens, or images)."""
+    """One sample's sums: ``lm`` and ``tokens``, ``cosine`` per target layer and ``visual`` (tokens, or images), and
+    VIRAL's ``viral`` per target layer and ``viral_count``."""
     features = [encode_image(image, tower, state, config) for image in sample["images"]]
     visual = [project(f, state) for f in features]
     per_image = [len(tokens) for tokens in visual]
@@ -251,16 +257,29 @@ def sample_sums(
                     anchor = context
                 prediction = prediction_head(context, layer, state, config)
                 cosines[layer] = cosines[layer] + cosine(prediction, anchor.detach())
-    return {"lm": lm, "tokens": count, "cosine": cosines, "visual": n_visual}
+    targets_nt = features_nv if config.viral.target == "encoder" else sample["target"]
+    viral, viral_count = viral_sums(list(by_image.values()), hidden, targets_nt, state, config.viral)
+    return {
+        "lm": lm,
+        "tokens": count,
+        "cosine": cosines,
+        "visual": n_visual,
+        "viral": viral,
+        "viral_count": viral_count,
+    }
 
 
 def split_samples(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of all micro-batches, each with its own images (a micro-batch lists its images in order); of packed
-    rows every sample by itself."""
+    """The samples of all micro-batches, each with its own images (a micro-batch lists its images in order) and the
+    features ``target`` of their visual tokens, where the batch has any; of packed rows every sample by itself."""
     samples = []
     for batch in micro_batches:
-        media = batch["media"]
+        media, tiles = batch["media"], batch["num_media_tiles"]
         images = [] if media is None else list(media)
+        if max(tiles, default=1) > 1:
+            images = list(media.split(tiles))
+        features = batch.get("targets", {}).get("viral")
+        targets = [] if features is None else [tile.flatten(0, 1) for tile in features.split(tiles)]
         if media is not None and "media_grids" in batch:
             sizes = [rows * columns for rows, columns in batch["media_grids"]]
             images = list(zip(media.split(sizes), batch["media_grids"], strict=True))
@@ -271,12 +290,14 @@ def split_samples(micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for number in range(int(segment.max()) + 1):
                 mine = segment == number
                 own = [images.pop(0) for token in tokens[mine].tolist() if token == IMAGE_TOKEN]
+                own_targets = [targets.pop(0) for _ in own] if targets else []
                 samples.append(
                     {
                         "tokens": tokens[mine].tolist(),
                         "labels": labels[mine].tolist(),
                         "loss_mask": mask[mine].tolist(),
                         "images": own,
+                        "target": torch.cat(own_targets) if own_targets else torch.empty(0),
                     }
                 )
         assert not images, f"{len(images)} images of the micro-batch belong to no sample"
@@ -292,28 +313,38 @@ def reference_step(
     """Losses and gradients of one step over the global batch, computed in ``dtype``.
 
     ``micro_batches`` are those of all data-parallel ranks together. Returns ``loss_lm``, ``loss_pre`` (unweighted,
-    averaged over the target layers), ``loss_pre_by_layer``, ``tokens``, ``visual`` and ``grads``: the gradient of
-    ``loss_lm + pre_weight * loss_pre`` for every entry of ``state_dict``, zero where nothing flows.
+    averaged over the target layers), ``loss_pre_by_layer``, ``tokens``, ``visual``, ``loss_viral``,
+    ``loss_viral_by_layer``, ``viral_count`` and ``grads``: for every entry of ``state_dict`` the gradient of
+    ``loss_lm + pre_weight * loss_pre + viral.weight * loss_viral``, zero where nothing flows.
     """
     state = {k: v.detach().to(dtype).requires_grad_() for k, v in state_dict.items() if v.is_floating_point()}
     tower = vision_tower(config).to(dtype)
     lm, tokens, visual = torch.zeros((), dtype=dtype), 0.0, 0
     cosines = {layer: torch.zeros((), dtype=dtype) for layer in config.pre_layers}
+    viral_of, viral_count = {layer: torch.zeros((), dtype=dtype) for layer in config.viral.layers}, 0
     for sample in split_samples(micro_batches):
+        sample["target"] = sample["target"].to(dtype)
         sums = sample_sums(sample, tower, state, config)
         lm, tokens, visual = lm + sums["lm"], tokens + sums["tokens"], visual + sums["visual"]
         cosines = {layer: cosines[layer] + sums["cosine"][layer] for layer in cosines}
+        viral_of = {layer: viral_of[layer] + sums["viral"][layer] for layer in viral_of}
+        viral_count += sums["viral_count"]
 
     loss_lm = lm / max(tokens, 1)
     by_layer = {layer: -total / max(visual, 1) for layer, total in cosines.items()}
     loss_pre = sum(by_layer.values(), torch.zeros((), dtype=dtype)) / max(len(by_layer), 1)
-    total = loss_lm + config.pre_weight * loss_pre
+    viral_by_layer = {layer: total / max(viral_count, 1) for layer, total in viral_of.items()}
+    loss_viral = sum(viral_by_layer.values(), torch.zeros((), dtype=dtype)) / max(len(viral_by_layer), 1)
+    total = loss_lm + config.pre_weight * loss_pre + config.viral.weight * loss_viral
     grads = torch.autograd.grad(total, list(state.values()), allow_unused=True) if total.requires_grad else ()
     grads = grads or (None,) * len(state)
     return {
         "loss_lm": loss_lm.detach(),
         "loss_pre": loss_pre.detach(),
         "loss_pre_by_layer": {layer: value.detach() for layer, value in by_layer.items()},
+        "loss_viral": loss_viral.detach(),
+        "loss_viral_by_layer": {layer: value.detach() for layer, value in viral_by_layer.items()},
+        "viral_count": viral_count,
         "tokens": tokens,
         "visual": visual,
         "grads": {

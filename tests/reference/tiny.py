@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPVisionConfig
 
 from tests.reference.neva_laver import LaVerReferenceConfig
 from tests.reference.neva_pre import IMAGE_TOKEN, NO_LABEL, ReferenceConfig, vision_tower
+from tests.reference.viral import head_prefix
 
 WIDTH, FFN, HEADS, GROUPS, LAYERS, VOCABULARY = 32, 48, 4, 2, 4, 256
 VISION = {
@@ -24,6 +26,7 @@ VISION = {
 TOKENS_PER_IMAGE = 4
 TEXT_LENGTH, MAX_LENGTH = 12, 24
 LAVER_HEAD = 24
+VIRAL_HEAD, TARGET_WIDTH = 12, 20
 
 
 def tiny_config(**changes: Any) -> ReferenceConfig:
@@ -38,7 +41,12 @@ def tiny_config(**changes: Any) -> ReferenceConfig:
 
 
 def random_state(
-    config: ReferenceConfig, seed: int = 0, qkv_bias: bool = False, head_norm: bool = False, head_hidden: int = 8
+    config: ReferenceConfig,
+    seed: int = 0,
+    qkv_bias: bool = False,
+    head_norm: bool = False,
+    head_hidden: int = 8,
+    viral_hidden: int = VIRAL_HEAD,
 ) -> dict[str, Tensor]:
     """Weights of the whole model, large enough that no gradient vanishes, norms away from 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +100,13 @@ def random_state(
             state[f"laver_head.{name}.weight"] = normal(rows, columns, std=0.3)
             state[f"laver_head.{name}.bias"] = normal(rows)
         state["laver_head.fc3.weight"] = normal(WIDTH, LAVER_HEAD, std=0.3)
+    viral = config.viral
+    width = vision_width if viral.target == "encoder" else TARGET_WIDTH
+    widths = [WIDTH, *[viral_hidden] * (viral.head_depth - 1), width]
+    for prefix in dict.fromkeys(head_prefix(layer, viral) for layer in viral.layers) if viral.has_head else ():
+        for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
+            state[f"{prefix}fc{number}.weight"] = normal(outputs, inputs, std=0.3)
+            state[f"{prefix}fc{number}.bias"] = normal(outputs)
     return state
 
 
@@ -99,6 +114,14 @@ def random_teacher(config: LaVerReferenceConfig, seed: int, **shape: Any) -> dic
     """Other weights for the parts of the model that LaVer averages."""
     averaged = ("language_model.decoder.", "laver_head.")
     return {name: weight for name, weight in random_state(config, seed, **shape).items() if name.startswith(averaged)}
+
+
+def with_targets(batch: dict[str, Any], seed: int = 0, width: int = TARGET_WIDTH) -> dict[str, Any]:
+    """The batch with random features for every tile, as the loader reads them from the disk."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    tiles = sum(batch["num_media_tiles"])
+    features = torch.randn(tiles, TOKENS_PER_IMAGE, width, generator=generator)
+    return {**batch, "targets": {"viral": features} if tiles else {}}
 
 
 def random_batch(

@@ -18,7 +18,8 @@ from nemo_pre.objectives.laver.schedules import mask_ratio, teacher_momentum, up
 from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
 from nemo_pre.options import value_problems
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
-from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms, whole_images
+from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms
+from nemo_pre.parallel.image_tokens import whole_images
 from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch
 from nemo_pre.parallel.sequence_cut import counts_local_tokens, sequence_shard_groups
 from nemo_pre.parallel.sequence_layout import IMAGE_TOKEN_INDEX, SequenceLayout

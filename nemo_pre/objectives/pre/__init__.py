@@ -10,6 +10,7 @@ from nemo_pre.config.vision_families import is_native
 from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.objective import LayerObjective
 from nemo_pre.objectives.schedules import ScheduleConfig
+from nemo_pre.objectives.target import Target
 from nemo_pre.options import choice, fraction, number
 
 NAME = "pre"
@@ -34,6 +35,7 @@ class PReConfig:
     )
     external_path: str | None = None  # HF vision model for anchor=external
     external_image_size: int | None = number(None, least=1)  # pixels; null: the external model's own
+    external_features: str | None = None  # directory of `nemo-pre data features of=objective.pre`: the model's output
     ema_momentum: float | None = fraction(None)  # moving anchor: EMA of the projector; null: the live projector
     head_hidden_ratio: float = number(0.25, above=0)  # hidden width of the MLP as a fraction of the decoder's width
     head_activation: str = choice("gelu", ("gelu", "relu", "silu"))
@@ -53,11 +55,12 @@ class PRe(LayerObjective):
     )
     trained = ("pre_heads.",)
     averaged = ("ema_projection.",)
+    free_on_resume = ("external_features",)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         pre = self.options
-        if pre.anchor == "external" and not pre.external_path:
+        if pre.anchor == "external" and not (pre.external_path or pre.external_features):
             yield f"{self.option('anchor')}=external needs {self.option('external_path')}, a vision model's directory."
         if pre.ema_momentum is not None and pre.anchor != "pre_llm":
             yield (
@@ -73,16 +76,19 @@ class PRe(LayerObjective):
 
     def ignored(self) -> Iterator[str]:
         pre = self.options
-        if pre.anchor != "external" and (pre.external_path or pre.external_image_size):
+        if pre.anchor != "external" and (pre.external_path or pre.external_image_size or pre.external_features):
             yield (
-                f"{self.option('external_path')} and external_image_size have no effect with "
+                f"{self.option('external_path')}, external_image_size and external_features have no effect with "
                 f"{self.option('anchor')}={pre.anchor}."
             )
         yield from super().ignored()
 
-    def files(self) -> Iterator[tuple[str, str, str]]:
-        if self.options.anchor == "external" and self.options.external_path:
-            yield self.option("external_path"), self.options.external_path, "config.json"
+    def target(self) -> Target | None:
+        return external_anchor(self.options) if self.options.anchor == "external" else None
 
-    def looks_at_pictures(self) -> bool:
-        return self.options.anchor == "external"
+
+def external_anchor(pre: PReConfig) -> Target:
+    """The model behind ``anchor=external``."""
+    return Target(
+        NAME, "objective.pre.external", pre.external_path, pre.external_image_size, features=pre.external_features
+    )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_pre.losses import predictive_loss
-from nemo_pre.neva.external_anchor import ExternalAnchor
-from nemo_pre.objectives.pre import NAME, PReConfig
+from nemo_pre.objectives.pre import NAME, PReConfig, external_anchor
 from nemo_pre.objectives.pre.head import AveragedProjector, PredictionHeadSpec
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.options import value_problems
@@ -20,6 +19,7 @@ from nemo_pre.parallel.image_pooling import mean_per_image
 from nemo_pre.parallel.micro_batch import MicroBatch, VisualTokens
 from nemo_pre.parallel.sums import share_of_replicated_sum
 from nemo_pre.terms.layer_term import LayerTerm
+from nemo_pre.terms.target_features import TargetFeatures
 from nemo_pre.terms.training import Training, VisualChunk, VisualModelConfig
 
 
@@ -43,7 +43,8 @@ class PReTerm(LayerTerm):
             raise ValueError(problem)
         self._heads: dict[int, nn.Module] = {}
         self._averaged: list[VisualChunk] = []
-        self._external: ExternalAnchor | None = None
+        external = options.anchor == "external"
+        self._external = TargetFeatures(external_anchor(options)) if external else None
 
     # --- what it adds to the model ------------------------------------------------------------------------------
 
@@ -66,8 +67,8 @@ class PReTerm(LayerTerm):
         )
 
     def anchor_width(self) -> int:
-        if self.options.anchor == "external":
-            return ExternalAnchor.width(self.options.external_path)
+        if self._external is not None:
+            return self._external.width
         if self.options.anchor == "pre_projector":
             return self.model.vision_projection_config.input_size
         return self.model.language_transformer_config.hidden_size
@@ -82,35 +83,29 @@ class PReTerm(LayerTerm):
             average.float()  # a bf16 average loses updates smaller than its rounding
             average.load_state_dict(chunk.vision_projection.state_dict())
             self._averaged.append(chunk)
-        if self.options.anchor == "external":
-            vision = self.model.vision_transformer_config
-            self._external = ExternalAnchor(
-                self.options.external_path,
-                self.options.external_image_size,
-                next(chunk.vision_projection.parameters()).device,
-                vision.image_mean,
-                vision.image_std,
-            )
+        if self._external is not None:
+            self._external.install(chunk)
 
     def remove(self) -> None:
         super().remove()
-        self._heads, self._averaged, self._external = {}, [], None
+        self._heads, self._averaged = {}, []
+        if self._external is not None:
+            self._external.remove()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
     def anchor_dtype(self) -> torch.dtype:
-        if self.options.ema_momentum is not None or self.options.anchor == "external":
+        if self._external is not None:
+            return self._external.dtype
+        if self.options.ema_momentum is not None:
             return torch.float32
         return super().anchor_dtype()
 
     def anchor(self, chunk: VisualChunk, visual: VisualTokens) -> Tensor:
         if self.options.anchor == "pre_projector":
             return visual.features
-        if self.options.anchor == "external":
-            assert self._external is not None
-            if visual.images is None:
-                return visual.tokens.new_zeros(0, self.anchor_width())
-            return self._external(visual.images, chunk.tile_tokens)
+        if self._external is not None:
+            return self._external.of(chunk, visual)
         if self.options.ema_momentum is not None:
             return _average(chunk)(visual.features.float())
         return super().anchor(chunk, visual)

@@ -1,0 +1,102 @@
+"""Whole images brought together where sequence or context parallelism cuts them apart.
+
+A matrix of an image's tokens with each other needs all of them. Every rank has some tokens of an image, all ranks'
+tokens are gathered, and each rank compares its share of the images (image i goes to rank i modulo ranks), so that no
+entry is counted twice. Gradients go back by the reduce-scatter of that gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_pre.parallel.gather import gather_first_dimension
+from nemo_pre.parallel.sequence_layout import SequenceLayout, local_positions, local_visual_tokens
+from nemo_pre.parallel.token_streams import gathered_order
+
+Tokens = TypeVar("Tokens", bound="ImageTokens")
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Index tensors; all but ``own_image`` lie on the device.
+
+    Attributes:
+        position: ``[n]`` place of this rank's visual tokens in ``hidden_states.reshape(L * B, d)``.
+        own_place: ``[k]`` place, in the gathered ``[ranks * L * B, d]``, of all tokens of the images that this rank
+            compares, image by image.
+        own_image: ``[k]`` image of each, on the CPU.
+    """
+
+    position: Tensor
+    own_place: Tensor
+    own_image: Tensor
+
+    def to(self: Tokens, device: torch.device | str | int) -> Tokens:
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return type(self)(**{**moved, "own_image": self.own_image})
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """Where the tokens of the images that this rank compares lie, image by image.
+
+    Attributes:
+        row, column: ``[k]`` in the layout, ``[B, S]``.
+        place: ``[k]`` in the gathered ``[ranks * L * B, d]``.
+        image: ``[k]`` of each.
+    """
+
+    row: Tensor
+    column: Tensor
+    place: Tensor
+    image: Tensor
+
+
+def image_tokens(layout: SequenceLayout, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int) -> ImageTokens:
+    """Worked out on the CPU, on every rank for itself.
+
+    Args:
+        tp_size, tp_rank: of sequence parallelism, 1 and 0 without it.
+    """
+    here_L = local_positions(layout.sequence_length, tp_size, tp_rank, cp_size, cp_rank)
+    own = own_tokens(layout, tp_size, tp_rank, cp_size, cp_rank)
+    return ImageTokens(local_visual_tokens(layout, here_L).position, own.place, own.image)
+
+
+def own_tokens(
+    layout: SequenceLayout, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int, together: bool = False
+) -> OwnTokens:
+    """
+    Args:
+        together: all images are compared with each other, on the first rank.
+    """
+    batch, length = layout.visual_source_BS.shape
+    ranks, rank = tp_size * cp_size, cp_rank * tp_size + tp_rank
+    place_S = torch.empty(length, dtype=torch.int64)
+    place_S[gathered_order([length], tp_size, cp_size)] = torch.arange(length)
+    owner_BS = torch.zeros_like(layout.visual_image_BS) if together else layout.visual_image_BS % ranks
+    row, column = torch.where((layout.visual_image_BS >= 0) & (owner_BS == rank))
+    image = layout.visual_image_BS[row, column]
+    by_image = image.argsort(stable=True)
+    row, column, image = row[by_image], column[by_image], image[by_image]
+    return OwnTokens(row, column, place_S[column] * batch + row, image)
+
+
+def whole_images(values: Tensor, tokens: ImageTokens, num_places: int, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """Values ``[k, d]`` of all tokens of the images this rank compares, from everyone's ``[n, d]``.
+
+    Args:
+        num_places: L * B, the same on every rank.
+        groups: what the sequence is cut over: sequence parallelism's, then context parallelism's; only those of
+            more than one rank.
+    """
+    gathered = values.new_zeros(num_places, values.shape[1]).index_copy(0, tokens.position, values)
+    for group in groups:
+        gathered = gather_first_dimension(gathered, group)
+    return gathered[tokens.own_place]
