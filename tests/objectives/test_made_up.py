@@ -101,7 +101,8 @@ def test_it_trains_resumes_and_is_dropped_by_an_export(folder: Path, digits: Pat
     assert names and not any("shift" in name for name in names)
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Shift (nobody's, nowhere), weight 0.3" in card and "| shift/loss |" in card
-    done = nemo_pre(folder, "compare", str(tmp_path / "run"), str(tmp_path / "run"), f"out={tmp_path / 'compared'}")
+    shutil.copytree(tmp_path / "run", tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    done = nemo_pre(folder, "compare", str(tmp_path / "run"), str(tmp_path / "other"), f"out={tmp_path / 'compared'}")
     assert "shift/loss" in done.stdout, done.stdout + done.stderr
 
 
