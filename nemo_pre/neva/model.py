@@ -58,6 +58,7 @@ class VisualNevaConfig(NevaConfig):
         rope_scaling: how its frequencies are slowed down.
         parts: what training adds to the model and inference drops, such as heads.
         branch: a second sequence runs beside the samples; a part of the model must say how.
+        whole_images: micro-batches say how images that ranks cut are brought together.
     """
 
     mixed_attention: bool = False
@@ -67,6 +68,7 @@ class VisualNevaConfig(NevaConfig):
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     parts: dict[str, ModelPart] = field(default_factory=dict)
     branch: bool = False
+    whole_images: bool = False
 
     @property
     def explicit_positions(self) -> bool:
@@ -277,7 +279,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     def _on_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
         tp_rank = ps.get_tensor_model_parallel_rank() if self.sequence_parallel_lm else 0
         plain = not (self.config.explicit_positions or self.config.mixed_attention)
-        return micro_batch.on_this_rank(self.stream_shape, tp_rank, plain)
+        return micro_batch.on_this_rank(self.stream_shape, tp_rank, plain, self.config.whole_images)
 
     def continue_text(self, tokens_B1: Tensor) -> Tensor:
         """Run this chunk on one more text token per row; :mod:`nemo_pre.neva.key_value_cache` holds those before.

@@ -7,6 +7,7 @@ its default counts nothing. Nothing here or in a subclass imports torch.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,10 @@ class Cost:
         self.objective = objective
         self.config = objective.config
         self.options: Any = objective.options
+
+    def uncounted(self) -> Iterator[str]:
+        """What is left out of the figures below, as one sentence each, such as a model that is not within reach."""
+        yield from ()
 
     def parameters(self, chunk: Chunk) -> int:
         """Trained parameters that lie on every rank of the stage that holds ``chunk``, whatever its tensor rank."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OBJECTIVES = (
     "nemo_pre.objectives.pre:PRe",
     "nemo_pre.objectives.laver:LaVer",
+    "nemo_pre.objectives.viral:VIRAL",
 )
 GROUP = "nemo_pre.objectives"
 

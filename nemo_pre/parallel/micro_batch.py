@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.branch_tokens import BranchTokens, branch_tokens
+from nemo_pre.parallel.image_tokens import ImageTokens, image_tokens
 from nemo_pre.parallel.sequence_layout import LocalVisualTokens, SequenceLayout, local_positions, local_visual_tokens
 from nemo_pre.parallel.token_streams import DecoderStreams, StreamShape, VisualBranch, decoder_streams
 
@@ -32,6 +33,7 @@ class MicroBatch:
 
     Attributes:
         local: the visual tokens in this rank's shard of the combined sequence.
+        image_tokens: how images that ranks cut are brought together, where somebody asks for whole images.
         branch_tokens: the visual tokens of the branch, here and of the images this rank compares.
         streams: what the decoder is told of the tokens of both sequences; None for plain NeVA.
         teacher_streams: the same of the branch alone.
@@ -44,17 +46,19 @@ class MicroBatch:
     pixels: Tensor | None = None
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     local: LocalVisualTokens | None = None
+    image_tokens: ImageTokens | None = None
     branch_tokens: BranchTokens | None = None
     streams: DecoderStreams | None = None
     teacher_streams: DecoderStreams | None = None
 
-    def on_this_rank(self, shape: StreamShape, tp_rank: int, plain: bool) -> MicroBatch:
+    def on_this_rank(self, shape: StreamShape, tp_rank: int, plain: bool, whole_images: bool = False) -> MicroBatch:
         """With everything worked out on the CPU, where it costs no synchronisation, and moved to the device.
 
         Args:
             shape: how tokens attend and are cut.
             tp_rank: this rank's place in sequence parallelism, 0 without it.
             plain: the decoder works its own causal mask and positions out.
+            whole_images: work out how images that ranks cut are brought together.
         """
         import torch
 
@@ -70,6 +74,11 @@ class MicroBatch:
             layout=self.layout.to(device),
             local=LocalVisualTokens(
                 *(tensor.to(device, non_blocking=True) for tensor in (local.position, local.source, local.image))
+            ),
+            image_tokens=(
+                image_tokens(self.layout, shape.tp_size, tp_rank, shape.cp_size, shape.cp_rank).to(device)
+                if whole_images
+                else None
             ),
             branch_tokens=branch_tokens(branch, shape, tp_rank).to(device) if branch else None,
             streams=None if plain else decoder_streams(self.layout, branch, shape).to(device),

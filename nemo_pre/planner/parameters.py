@@ -39,8 +39,12 @@ def costs(config: RunConfig) -> list[Cost]:
 
 
 def not_counted(config: RunConfig) -> list[str]:
-    """The enabled objectives of which nothing is counted."""
-    return [objective.name for objective in enabled(config) if objective.build_cost() is None]
+    """What a plan leaves out of enabled objectives, as one sentence each."""
+    none = [objective.name for objective in enabled(config) if objective.build_cost() is None]
+    return [
+        *(f"The plan does not count objective.{name}: it names no cost." for name in none),
+        *(sentence for cost in costs(config) for sentence in cost.uncounted()),
+    ]
 
 
 def run_tower_parameters(config: RunConfig) -> int:

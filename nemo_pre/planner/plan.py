@@ -33,7 +33,7 @@ class Plan:
         stages: of the stages that differ, parameters of a rank and its memory.
         flops: of a step by part.
         messages: between stages in a micro-batch, beside the activations.
-        not_counted: enabled objectives whose cost is not known to the planner.
+        not_counted: what is left out of enabled objectives, as one sentence each.
         problem: why the layout cannot be; time and stages are then empty.
         better: the same layout with its decoder layers dealt out by cost, where that is faster or the only way.
     """

@@ -36,7 +36,7 @@ def describe_plan(plan: Plan, device: Device, efficiency: Efficiency) -> str:
             + [["all", f"{total_flops / 1e15:.4g}", ""]],
         ),
     ]
-    lines += [f"The plan does not count objective.{name}: it names no cost." for name in plan.not_counted]
+    lines += plan.not_counted
     if plan.problem is not None:
         better = [_describe_better(plan.better, None)] if plan.better is not None else []
         return "\n".join([*lines, "", f"This layout cannot be: {plan.problem}.", *better])

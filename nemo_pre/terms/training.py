@@ -67,6 +67,7 @@ class VisualModelConfig(Protocol):
         vision_projection_config: the projector's, with ``input_size`` and ``configure_model()``.
         parts: what terms add, each by a name of its own, in the order in which chunks are given it.
         branch: whether a second sequence runs beside the samples.
+        whole_images: whether micro-batches say how images that ranks cut are brought together.
         mixed_attention: whether visual tokens of an image see each other both ways, and sequences are kept apart.
     """
 
@@ -75,6 +76,7 @@ class VisualModelConfig(Protocol):
     vision_projection_config: Any
     parts: dict[str, ModelPart]
     branch: bool
+    whole_images: bool
     mixed_attention: bool
     sequence_parallel: bool
     calculate_per_token_loss: bool

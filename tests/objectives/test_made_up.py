@@ -74,7 +74,7 @@ def test_a_plan_counts_it_or_says_that_it_does_not(folder: Path, tmp_path: Path)
     assert "The plan does not count objective.uncounted" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     width = 128
-    assert plan["parameters"]["shift"] == (width + 1) * 8 and plan["not_counted"] == ["uncounted"]
+    assert plan["parameters"]["shift"] == (width + 1) * 8 and "objective.uncounted" in plan["not_counted"][0]
     assert plan["flops_per_step"]["Shift's head"] > 0
     assert any("Shift heads" in kind for stage in plan["stages"].values() for kind in stage["by_kind"])
 

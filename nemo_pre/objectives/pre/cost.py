@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from nemo_pre.config.vision_families import feature_width
 from nemo_pre.objectives.cost import Cost, Message
+from nemo_pre.objectives.pre import external_anchor
 from nemo_pre.planner.chunks import Chunk, stage_of_layer
 from nemo_pre.planner.flops import Flops, projector_flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.parameters import projector_parameters
+from nemo_pre.planner.targets import TargetCost, target_cost
 
 PART = "PRe heads"
 
@@ -18,13 +22,23 @@ class PReCost(Cost):
         """Whether an average of the projector is kept beside it."""
         return self.options.ema_momentum is not None
 
+    @property
+    def external(self) -> TargetCost:
+        """The frozen model behind ``anchor=external``; nothing with another anchor."""
+        external = self.options.anchor == "external"
+        return target_cost(external_anchor(self.options)) if external else TargetCost(None)
+
+    def uncounted(self) -> Iterator[str]:
+        if self.external.problem is not None:
+            yield self.external.problem
+
     def head_matrices(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of one head's linear layers. An external anchor's width is not known here: the decoder's
-        is taken."""
+        """Inputs and outputs of one head's linear layers; the decoder's width stands for an external anchor's that is
+        not known."""
         width = self.config.model.language.hidden_size
         hidden = max(1, round(width * self.options.head_hidden_ratio))
         output = feature_width(self.config.model.vision) if self.options.anchor == "pre_projector" else width
-        return [(width, hidden), (hidden, output)]
+        return [(width, hidden), (hidden, self.external.width or output)]
 
     def head_parameters(self) -> int:
         """Parameters of one head."""
@@ -51,8 +65,11 @@ class PReCost(Cost):
         return pooled * ((width + 2 * hidden + output) * size + norm) + visual * INDEX + pooling
 
     def state(self, stage: int, decoder_parameters: int) -> dict[str, int]:
-        held = self.moving_anchor and stage == 0
-        return {"moving anchor": projector_parameters(self.config) * FLOAT} if held else {}
+        held = {
+            "moving anchor": projector_parameters(self.config) * FLOAT * self.moving_anchor,
+            "external anchor": self.external.parameters * FLOAT,
+        }
+        return {kind: size for kind, size in held.items() if size and stage == 0}
 
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
         """On the mean rank: sequence and context parallelism share the visual tokens out."""
@@ -66,6 +83,8 @@ class PReCost(Cost):
             found[PART] = Flops(forward, 2 * forward)
         if self.moving_anchor and chunk.first:
             found["moving anchor"] = Flops(projector_flops(self.config, load))
+        if chunk.first and self.external.flops:
+            found["external anchor"] = Flops(self.external.flops * load.rows * load.tiles)
         return found
 
     def messages(self, load: Load) -> list[Message]:

@@ -1,0 +1,38 @@
+"""What the frozen vision model of an objective costs: it runs on the first stage, in float32, without a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from nemo_pre.objectives.target import Target
+
+
+@dataclass(frozen=True)
+class TargetCost:
+    """Attributes:
+    width: of its features; None: not known here.
+    parameters: of the model, none where its features are read.
+    flops: of a picture.
+    problem: why nothing is known of it, as one sentence; None where it is.
+    """
+
+    width: int | None
+    parameters: int = 0
+    flops: float = 0.0
+    problem: str | None = None
+
+
+@cache
+def target_cost(target: Target) -> TargetCost:
+    """Counted from the model's configuration, or from the features that are read, where they are within reach."""
+    from nemo_pre.data.features import read_features
+    from nemo_pre.neva.vision_facts import vision_facts
+
+    try:
+        if target.features is not None:
+            return TargetCost(read_features(target.features, target.option("features")).width)
+        facts = vision_facts(target)
+    except ValueError as error:
+        return TargetCost(None, problem=f"The frozen model of {target.objective} is not counted: {error}")
+    return TargetCost(facts.width, facts.parameters, facts.flops)
