@@ -6,7 +6,8 @@ It is the product's own run (its trainer, strategy, model and callbacks); only t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,9 +111,8 @@ def train(job: Job) -> list[StepRecord]:
         for config in (model.config, model.config.language_transformer_config):
             assert hasattr(config, name), name
             setattr(config, name, value)
-    if job.gradient_factor != 1.0:
-        spoil_gradient(job.gradient_factor)
-    trainer.fit(model, build_data(job, run))
+    with gradients_times(job.gradient_factor):
+        trainer.fit(model, build_data(job, run))
     return recorder.records
 
 
@@ -183,9 +183,14 @@ def build_data(job: Job, run: Any) -> Any:
     return GivenData()
 
 
-def spoil_gradient(factor: float) -> None:
+@contextmanager
+def gradients_times(factor: float) -> Iterator[None]:
     """Make the injected gradient wrong, to see that the comparison notices."""
     import nemo_pre.objectives.scale as objective
 
     right = objective.auxiliary_loss_scale
     objective.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)
+    try:
+        yield
+    finally:
+        objective.auxiliary_loss_scale = right

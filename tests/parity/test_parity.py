@@ -26,7 +26,7 @@ import torch
 
 from nemo_pre.config.schema import ScheduleConfig
 from tests.parity.job import Job, StepRecord, train
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
 from tests.reference.neva_pre import ReferenceConfig, reference_step
@@ -94,7 +94,7 @@ def batches(layout: dict[str, Any], num_microbatches: int, **shape: Any) -> list
 
 def run(job: Job) -> list[list[StepRecord]]:
     """What every rank recorded, step by step."""
-    return [list(ranks) for ranks in zip(*run_ranks(train, job.world_size, job, timeout=150), strict=True)]
+    return [list(ranks) for ranks in zip(*run_on_standing_ranks(train, job.world_size, job), strict=True)]
 
 
 ORACLE: dict[str, dict[str, Any]] = {}  # most layouts are asked about the same step
