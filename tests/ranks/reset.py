@@ -19,7 +19,7 @@ from typing import Any
 # Modules that keep a run's state in their globals, and which globals those are.
 LOOPS = tuple(f"lightning.pytorch.loops.{loop}_loop" for loop in ("fit", "evaluation", "prediction"))
 KEEPERS = {
-    "megatron.core.parallel_state": r"_[A-Z0-9_]+",
+    "megatron.core.parallel_state": r"_[A-Z0-9_]+|_global_process_group_list",
     "megatron.core.num_microbatches_calculator": r"_[A-Z0-9_]+",
     "megatron.core.rerun_state_machine": r"_[A-Z0-9_]+",
     "megatron.core.tensor_parallel.random": r"_[A-Z0-9_]+",
@@ -43,7 +43,7 @@ class Beginning:
         return cls(
             dict(os.environ),
             {name: _kept(importlib.import_module(name), pattern) for name, pattern in KEEPERS.items()},
-            (random.getstate(), numpy.random.get_state(), torch.get_rng_state()),
+            (random.getstate(), numpy.random.get_state(), torch.get_rng_state()),  # noqa: NPY002 - what NeMo seeds
         )
 
     def restore(self) -> None:
@@ -63,7 +63,7 @@ class Beginning:
         os.environ.update(self.environment)
         python, numbers, tensors = self.random_states
         random.setstate(python)
-        numpy.random.set_state(numbers)
+        numpy.random.set_state(numbers)  # noqa: NPY002
         torch.set_rng_state(tensors)
         gc.collect()
 
