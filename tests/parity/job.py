@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.parity.layouts import world_size
+
 # steps[step][data-parallel rank][micro-batch]: a batch in NeVA's raw format
 Steps = list[list[list[dict[str, Any]]]]
 
@@ -58,10 +60,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        world = 1
-        for axis in ("tensor", "pipeline", "context", "data"):
-            world *= self.parallel.get(axis, 1)
-        return world
+        return world_size(self.parallel)
 
 
 @dataclass

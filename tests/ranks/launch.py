@@ -229,15 +229,22 @@ def _rank_main(connection: Any, variables: dict[str, str], output: str) -> None:
 
     import torch
 
+    torch.set_num_threads(1)
+    try:
+        _take_jobs(connection, log)
+    except (EOFError, BrokenPipeError):  # the tests are over
+        pass
+    finally:
+        # gloo's and Megatron's threads may wait for ranks that are gone: nothing of this process is needed any more.
+        os._exit(0)
+
+
+def _take_jobs(connection: Any, log: Any) -> None:
     from tests.ranks.reset import Beginning
 
-    torch.set_num_threads(1)
     beginning = None
     while True:
-        try:
-            job = connection.recv_bytes()
-        except EOFError:  # the tests are over
-            break
+        job = connection.recv_bytes()
         os.ftruncate(log.fileno(), 0)  # one file position for all three: what is shown is this job's output
         os.lseek(log.fileno(), 0, os.SEEK_SET)
         try:
@@ -249,10 +256,8 @@ def _rank_main(connection: Any, variables: dict[str, str], output: str) -> None:
             answer = pickle.dumps((True, fn(*args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
-        connection.send_bytes(answer)
         log.flush()
-    # gloo's and Megatron's threads may wait for ranks that are gone: nothing of this process is needed any more.
-    os._exit(0)
+        connection.send_bytes(answer)
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
 """What a job leaves behind in its process, and how the next one is spared it.
 
 A rank that runs several jobs must be to each what a new process would be. What Megatron, NeMo and Lightning keep in
-modules is put back to what it was before the first job; compatibility patches, which nothing takes back within a
-process, stay. ``test_standing.py`` looks through all modules for what this forgets.
+modules is put back to what it was before the first job; compatibility patches that are the same for every run stay.
+``tests/parity/test_isolation.py`` looks through all modules for what is left.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ class Beginning:
         from nemo.utils.app_state import AppState
         from nemo.utils.metaclasses import Singleton
 
+        from nemo_pre.compat import distributed_setup
+
         if dist.is_initialized():
             dist.destroy_process_group()  # every group
         for name, values in self.globals.items():
             vars(importlib.import_module(name)).update(values)
         Singleton._Singleton__instances.pop(AppState, None)
+        distributed_setup.revert()  # the run's seed and time-out
         os.environ.clear()
         os.environ.update(self.environment)
         python, numbers, tensors = self.random_states

@@ -1,7 +1,7 @@
 """Ranks that stay for the next job, since starting them takes longer than most jobs do.
 
 One group stands at a time in a process of the tests: a job for another number of ranks, or a failure, ends it and
-starts another. So tests that ask for equally many ranks should follow each other; ``tests/conftest.py`` sorts them.
+starts another. So tests that ask for equally many ranks should follow each other: :mod:`tests.ranks.scheduling`.
 """
 
 from __future__ import annotations
