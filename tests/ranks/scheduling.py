@@ -40,7 +40,7 @@ def group(nodeid: str) -> str:
 def parity_layout(nodeid: str) -> str | None:
     """The layout that a parity test has among its parameters: the longest name that is there."""
     parameters = re.search(r"\[(.*)\]$", nodeid)
-    if PARITY not in nodeid or parameters is None:
+    if not nodeid.startswith(PARITY) or parameters is None:
         return None
     found = [name for name in EVERY_LAYOUT if f"-{name}-" in f"-{parameters[1]}-"]
     return max(found, key=len, default=None)
