@@ -45,10 +45,10 @@ demo: $(INSTALLED)
 	@echo "for transformers $(DEMO_RUN)/hf"
 	@echo "report           $(DEMO_RUN)/report.html"
 
-# Most tests wait for ranks or for an import: two at a time take about two thirds of the time. A file stays together,
-# for the fixtures its tests share.
+# Most tests wait for ranks or for an import: two at a time take about two thirds of the time. Which ones stay together,
+# for what they share, and which come first: tests/ranks/scheduling.py.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,19 @@ from nemo_pre.launch.environment import prepare_environment
 
 # tests/gpu asks for its GPU by this variable.
 prepare_environment(platform=os.environ.get("NEMO_PRE_TEST_PLATFORM", "cpu"), local_ranks=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from tests.ranks.scheduling import place
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)  # also where xdist is not installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.ranks.scheduling import scheduler
+
+    return scheduler(config, log)
 
 
 def pytest_unconfigure() -> None:

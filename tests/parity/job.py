@@ -6,11 +6,14 @@ It is the product's own run (its trainer, strategy, model and callbacks); only t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from tests.parity.layouts import world_size
 
 # steps[step][data-parallel rank][micro-batch]: a batch in NeVA's raw format
 Steps = list[list[list[dict[str, Any]]]]
@@ -57,10 +60,7 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        world = 1
-        for axis in ("tensor", "pipeline", "context", "data"):
-            world *= self.parallel.get(axis, 1)
-        return world
+        return world_size(self.parallel)
 
 
 @dataclass
@@ -110,9 +110,8 @@ def train(job: Job) -> list[StepRecord]:
         for config in (model.config, model.config.language_transformer_config):
             assert hasattr(config, name), name
             setattr(config, name, value)
-    if job.gradient_factor != 1.0:
-        spoil_gradient(job.gradient_factor)
-    trainer.fit(model, build_data(job, run))
+    with gradients_times(job.gradient_factor):
+        trainer.fit(model, build_data(job, run))
     return recorder.records
 
 
@@ -183,9 +182,14 @@ def build_data(job: Job, run: Any) -> Any:
     return GivenData()
 
 
-def spoil_gradient(factor: float) -> None:
+@contextmanager
+def gradients_times(factor: float) -> Iterator[None]:
     """Make the injected gradient wrong, to see that the comparison notices."""
     import nemo_pre.objectives.scale as objective
 
     right = objective.auxiliary_loss_scale
     objective.auxiliary_loss_scale = lambda *args, **kwargs: factor * right(*args, **kwargs)
+    try:
+        yield
+    finally:
+        objective.auxiliary_loss_scale = right

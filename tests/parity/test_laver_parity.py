@@ -22,16 +22,8 @@ import torch
 
 from nemo_pre.objectives.laver.masks import visual_token_masks
 from tests.parity.job import Job
-from tests.parity.test_parity import (
-    EVERY_LAYOUT,
-    IMAGES,
-    LAYOUTS,
-    LOSS_LM,
-    LOSS_PRE,
-    batches,
-    disagreements,
-    run,
-)
+from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS
+from tests.parity.test_parity import IMAGES, LOSS_LM, LOSS_PRE, batches, disagreements, remembered, run
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
 from tests.reference.neva_laver import LaVerReferenceConfig, reference_laver_step
@@ -122,7 +114,7 @@ def check(job: Job, config: LaVerReferenceConfig) -> list[dict[str, Any]]:
             [image.tolist() for image in mask.split(tiny.image_sizes(batch))]
             for mask, batch in zip((mask for rank in masks for mask in rank), flat, strict=True)
         ]
-        expected = reference_laver_step(job.state, job.teacher, config, flat, by_image)
+        expected = remembered(reference_laver_step, job.state, job.teacher, config, flat, by_image)
         answers.append(expected)
         metrics = records[0].metrics
         assert metrics["reduced_train_loss"] == pytest.approx(expected["loss_lm"].item(), rel=LOSS_LM), step
@@ -222,7 +214,7 @@ def test_an_injected_gradient_wrong_by_a_factor_of_two_is_noticed_wherever_it_re
     job = replace(job, steps=job.steps[:1])
     masks = [mask.view(-1, tiny.TOKENS_PER_IMAGE).tolist() for rank in masks_of_step(job, 0) for mask in rank]
     flat = [batch for rank in job.steps[0] for batch in rank]
-    expected = reference_laver_step(job.state, job.teacher, config, flat, masks)
+    expected = remembered(reference_laver_step, job.state, job.teacher, config, flat, masks)
     wrong = disagreements(run(replace(job, gradient_factor=2.0))[0], expected, GRADIENT)
     assert {"laver_mask_token", "laver_head.fc3.weight", "vision_projection.0.weight"} <= wrong.keys()
     assert sum(name.startswith("language_model.decoder") for name in wrong) > 20
@@ -241,7 +233,7 @@ def test_bf16_is_as_accurate_as_the_oracle_is_in_bf16(layout):
         masks = [mask.view(-1, tiny.TOKENS_PER_IMAGE).tolist() for rank in masks_of_step(job, step) for mask in rank]
         flat = [batch for rank in data for batch in rank]
         exact, rounded = (
-            reference_laver_step(state, teacher, config, flat, masks, dtype=dtype)
+            remembered(reference_laver_step, state, teacher, config, flat, masks, None, dtype)
             for dtype in (torch.float64, torch.bfloat16)
         )
         for name, loss in (("laver/mim", "loss_mim"), ("laver/gram", "loss_gram")):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.parity import test_laver_parity, test_parity
-from tests.parity.test_parity import EVERY_LAYOUT
+from tests.parity.layouts import EVERY_LAYOUT
 from tests.reference import tiny
 
 ROWS = [  # images per sample: a micro-batch has two rows, of which each holds several samples
@@ -63,7 +63,7 @@ def test_packed_rows_of_a_causal_model_with_pre(layout):
     test_parity.check(replace(job, steps=steps(EVERY_LAYOUT[layout]), packing=True, max_length=MAX_LENGTH), config)
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-VPP2-CP2"])
 def test_packed_rows_with_laver_mixed_attention_and_2d_rope(layout):
     job, config = test_laver_parity.case(layout)
     job = replace(job, steps=steps(EVERY_LAYOUT[layout]), packing=True, max_length=MAX_LENGTH)

@@ -1,4 +1,4 @@
-"""``run_ranks(fn, world_size, *args)``: one function on several ranks of this machine.
+"""One function on several ranks of this machine: :func:`run_ranks`, and :class:`Ranks` that take job after job.
 
 Importing NeMo takes ten seconds or more, so the ranks are forked from a server process that has imported it once
 (:mod:`tests.ranks.warm`); the process that runs pytest never imports it. A rank that raises, dies or hangs ends the
@@ -7,6 +7,7 @@ whole group, and the caller sees that rank's traceback and the end of its output
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import multiprocessing
@@ -51,42 +52,84 @@ def run_ranks(
         RankError: a rank raised, exited without a result, or was still running after ``timeout`` seconds (the
             message then shows where each rank was).
     """
-    context = _warm_context()
-    job = pickle.dumps((fn, args))
-    environment = {
-        **(env or {}),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    with tempfile.TemporaryDirectory(prefix="ranks-") as scratch:
-        ranks = [_Rank(context, rank, job, environment, Path(scratch)) for rank in range(world_size)]
+    with Ranks(world_size, env) as ranks:
+        return ranks.run(fn, *args, timeout=timeout)
+
+
+class Ranks:
+    """``world_size`` processes that run one function after another, each as if it were the first.
+
+    Between two jobs the ranks forget what the former left (:mod:`tests.ranks.reset`), process groups included; a job
+    initialises what it needs itself, as in :func:`run_ranks`. After a failed job the ranks are gone: :attr:`alive` is
+    False, and other ranks must take the next one.
+    """
+
+    def __init__(self, world_size: int, env: dict[str, str] | None = None) -> None:
+        context = _warm_context()
+        environment = {
+            **(env or {}),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        self.alive = True
+        self._scratch = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._ranks = [_Rank(context, rank, environment, Path(self._scratch.name)) for rank in range(world_size)]
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """What each rank returned from ``fn(*args)``, by rank: see :func:`run_ranks`."""
+        # Its own port: the former job's store may still hold the other.
+        job = pickle.dumps((str(_free_port()), fn, args))
+        complete = False
         try:
-            return _collect(ranks, timeout)
-        finally:
-            for rank in ranks:
-                rank.kill()
+            for rank in self._ranks:
+                rank.send(job)
+            results = _collect(self._ranks, timeout)
+            complete = True
+            return results
+        finally:  # also where the test is interrupted: the ranks may be anywhere in the job
+            if not complete:
+                self.close()
+
+    def close(self) -> None:
+        """End the ranks and whatever they started."""
+        self.alive = False
+        for rank in self._ranks:
+            rank.kill()
+        self._scratch.cleanup()
 
 
 class _Rank:
-    """One rank's process, the pipe its result comes through, and the file its output goes to."""
+    """One rank's process, the pipe its jobs and results go through, and the file its output goes to."""
 
-    def __init__(self, context: Any, rank: int, job: bytes, environment: dict[str, str], scratch: Path) -> None:
+    def __init__(self, context: Any, rank: int, environment: dict[str, str], scratch: Path) -> None:
         self.rank = rank
         self.output = scratch / f"rank{rank}.log"
-        self.receiver, sender = context.Pipe(duplex=False)
+        self.connection, theirs = context.Pipe()
         variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        self.process = context.Process(target=_rank_main, args=(sender, job, variables, str(self.output)))
+        self.process = context.Process(target=_rank_main, args=(theirs, variables, str(self.output)))
         self.process.start()
-        sender.close()
+        theirs.close()
+
+    def send(self, job: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is found when it is read
+            self.connection.send_bytes(job)
 
     def read(self) -> tuple[bool, Any] | None:
         """``(True, result)``, ``(False, traceback)``, or None while the rank has said nothing and lives."""
         try:
-            if self.receiver.poll():
-                return pickle.loads(self.receiver.recv_bytes())
-        except EOFError:
+            if self.connection.poll():
+                return pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):  # at the end of a message, or within one
             self.process.join(GRACE)
             return False, f"exited with code {self.process.exitcode} and without a result"
         return None
@@ -103,7 +146,7 @@ class _Rank:
         except ProcessLookupError:
             self.process.kill()
         self.process.join()
-        self.receiver.close()
+        self.connection.close()
 
 
 def _collect(ranks: list[_Rank], timeout: float) -> list[Any]:
@@ -117,7 +160,7 @@ def _collect(ranks: list[_Rank], timeout: float) -> list[Any]:
             if not failures:
                 failures = _where_they_hang(waiting, timeout)
             break
-        multiprocessing.connection.wait([r.receiver for r in waiting], remaining)
+        multiprocessing.connection.wait([r.connection for r in waiting], remaining)
         for rank in waiting:
             answer = rank.read()
             if answer is None:
@@ -173,7 +216,7 @@ def _warm_context() -> Any:
     return context
 
 
-def _rank_main(sender: Any, job: bytes, variables: dict[str, str], output: str) -> None:
+def _rank_main(connection: Any, variables: dict[str, str], output: str) -> None:
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the server
     log = open(output, "w", buffering=1)  # noqa: SIM115 - for the life of the process
@@ -183,19 +226,38 @@ def _rank_main(sender: Any, job: bytes, variables: dict[str, str], output: str) 
     faulthandler.enable(log)
     faulthandler.register(signal.SIGUSR1, log, all_threads=True)
     os.environ.update(variables)
-    try:
-        import torch
 
-        torch.set_num_threads(1)
-        fn, args = pickle.loads(job)
-        answer = pickle.dumps((True, fn(*args)))
-    except BaseException:
-        answer = pickle.dumps((False, traceback.format_exc()))
-    sender.send_bytes(answer)
-    sender.close()
-    log.flush()
-    # gloo's and Megatron's threads may wait for ranks that are gone: nothing of this process is needed any more.
-    os._exit(0)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        _take_jobs(connection, log)
+    except (EOFError, BrokenPipeError):  # the tests are over
+        pass
+    finally:
+        # gloo's and Megatron's threads may wait for ranks that are gone: nothing of this process is needed any more.
+        os._exit(0)
+
+
+def _take_jobs(connection: Any, log: Any) -> None:
+    from tests.ranks.reset import Beginning
+
+    beginning = None
+    while True:
+        job = connection.recv_bytes()
+        os.ftruncate(log.fileno(), 0)  # one file position for all three: what is shown is this job's output
+        os.lseek(log.fileno(), 0, os.SEEK_SET)
+        try:
+            if beginning is None:
+                beginning = Beginning.of_this_process()
+            else:
+                beginning.restore()  # not before every rank has finished the former job
+            os.environ["MASTER_PORT"], fn, args = pickle.loads(job)
+            answer = pickle.dumps((True, fn(*args)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        log.flush()
+        connection.send_bytes(answer)
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import Shard, assemble
 from tests.reference import tiny
 
@@ -64,7 +64,7 @@ def test_full_tensors_survive_the_layout(layout, tie):
     parallel = LAYOUTS[layout]
     full = tiny.random_state(tiny.tiny_config(pre_layers=(1, 4), tie_embeddings=tie))
     world = parallel.get("tensor", 1) * parallel.get("pipeline", 1) * parallel.get("data", 1)
-    ranks = run_ranks(load_and_return, world, parallel, (1, 4), tie, full)
+    ranks = run_on_standing_ranks(load_and_return, world, parallel, (1, 4), tie, full)
     weights, gradients = (assemble(list(side)) for side in zip(*ranks, strict=True))
     assert weights.keys() == full.keys()
     assert all(torch.equal(weights[name], full[name]) for name in full)
