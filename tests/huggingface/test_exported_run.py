@@ -22,7 +22,7 @@ from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
 from tests.ranks import run_ranks
-from tests.training.job import run
+from tests.training.job import train
 
 SMALL = [
     "platform=cpu",
@@ -72,7 +72,7 @@ def trained(request, tmp_path_factory, digits) -> tuple[str, Path]:
     if request.param in ("native", "aimv2"):  # digits' own tokenizer has no markers for images
         tiny_tokenizer().save_pretrained(output / "tokenizer")
         overrides = [*overrides, f"model.tokenizer={output / 'tokenizer'}"]
-    run_ranks(run, ranks, [*overrides, *SMALL, f"output_dir={output / 'run'}", f"data.path={digits}"], timeout=200)
+    train(ranks, [*overrides, *SMALL, f"output_dir={output / 'run'}", f"data.path={digits}"])
     export_checkpoint(str(output / "run"), str(output / "hf"))
     return request.param, output
 
