@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.schema import RunConfig
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 
 def train(ranks: int, overrides: list[str], timeout: float = 200.0, saves: bool = True) -> None:
@@ -13,13 +15,13 @@ def train(ranks: int, overrides: list[str], timeout: float = 200.0, saves: bool 
     With ``saves=False`` nothing is written where the run would save a checkpoint: for tests that read its metrics
     alone.
     """
-    run_ranks(_run if saves else _run_without_saving, ranks, compose_run(overrides), timeout=timeout)
+    run_on_standing_ranks(_run if saves else _run_without_saving, ranks, compose_run(overrides), timeout=timeout)
 
 
 def train_forgetting_the_teacher(overrides: list[str]) -> None:
     """The same on one rank and without saving, but a checkpoint's float32 average is not read: it starts as the
     student."""
-    run_ranks(_run_forgetting_the_teacher, 1, compose_run(overrides))
+    run_on_standing_ranks(_run_forgetting_the_teacher, 1, compose_run(overrides))
 
 
 def _run(config: RunConfig) -> None:
@@ -31,12 +33,12 @@ def _run(config: RunConfig) -> None:
 def _run_without_saving(config: RunConfig) -> None:
     from nemo_pre.callbacks.checkpoint import RunCheckpoint
 
-    RunCheckpoint._save_topk_checkpoint = lambda self, trainer, candidates: None  # type: ignore[method-assign]
-    _run(config)
+    with mock.patch.object(RunCheckpoint, "_save_topk_checkpoint"):
+        _run(config)
 
 
 def _run_forgetting_the_teacher(config: RunConfig) -> None:
     from nemo_pre.neva.teacher import Teacher
 
-    Teacher._load = lambda self, values: None  # type: ignore[method-assign]
-    _run_without_saving(config)
+    with mock.patch.object(Teacher, "_load"):
+        _run_without_saving(config)

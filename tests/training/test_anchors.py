@@ -9,7 +9,7 @@ import torch
 
 from tests.parity.job import Job, StepRecord, train
 from tests.parity.test_parity import GRADIENT, IMAGES
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
 from tests.training.job import train as train_run
@@ -57,7 +57,7 @@ def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
     data = [tiny.random_batch(images, seed=m) for m, images in enumerate(IMAGES[0])]
     pre = {"layers": [3], "anchor": "external", "external_path": str(path)}
     job = Job(parallel=parallel, pre=pre, steps=[[data]], state=state)
-    return [ranks[0] for ranks in run_ranks(train, job.world_size, job, timeout=150)]
+    return [ranks[0] for ranks in run_on_standing_ranks(train, job.world_size, job, timeout=150)]
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}], ids=["PP2", "TP2-SP"])
