@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,16 +78,3 @@ def save_again(checkpoint: str, parallel: dict[str, int], out: str) -> dict[str,
     dist_checkpointing.save(state, str(weights))
     shutil.copy(Path(checkpoint) / "config.yaml", out)
     return {name: parameter.detach().clone() for chunk in chunks for name, parameter in chunk.named_parameters()}
-
-
-def said_on_the_command_line(words: list[str]) -> str:
-    """What ``nemo-pre WORDS`` writes to standard output, as the only rank of a job that a launcher started."""
-    from nemo_pre.cli import main
-
-    with tempfile.TemporaryFile("w+") as output:
-        os.dup2(output.fileno(), 1)
-        sys.stdout = output
-        assert main(words) == 0
-        output.flush()
-        output.seek(0)
-        return output.read()

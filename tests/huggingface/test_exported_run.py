@@ -19,9 +19,10 @@ from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.processor import write_processor
 from nemo_pre.run_files.saved_config import saved_model
-from tests.huggingface.megatron_ranks import Question, ask, said_on_the_command_line
+from tests.cli.in_a_rank import command_line
+from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
-from tests.ranks import run_on_standing_ranks, run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.training.job import train
 
 SMALL = [
@@ -253,7 +254,8 @@ def test_generate_answers_on_the_command_line(trained, digits, tmp_path, capfd):
         command = [sys.executable, "-m", "nemo_pre.cli", *words]
         streamed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     else:
-        (streamed,) = run_ranks(said_on_the_command_line, 1, words)
+        code, streamed = command_line(words)
+        assert code == 0
     assert streamed == answers[0]["answer"] + "\n"
     assert main(["generate", checkpoint, f"image={tmp_path / 'none.png'}", f"prompt={question}", *settings]) != 0
     assert "none.png" in capfd.readouterr().err

@@ -128,7 +128,12 @@ class Run(NamedTuple):
     ranks: list[Measured]
 
 
-@pytest.fixture(scope="module", params=RUNS)
+def number_of_ranks(name: str) -> int:
+    return world_size(tiny(parallel=RUNS[name].get("parallel", {})).parallel)
+
+
+# By their number of ranks: ranks that stand take the next job of that number.
+@pytest.fixture(scope="module", params=sorted(RUNS, key=number_of_ranks))
 def run(request: pytest.FixtureRequest) -> Run:
     words = dict(RUNS[request.param])
     images = words.pop("images", 1)
