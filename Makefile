@@ -1,7 +1,7 @@
 # make demo | make test: everything else is installed on the way. Needs python3 (3.10 to 3.12) and make.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format lock clean
+.PHONY: help install demo check test lint format lock clean
 
 unexport PYTHONDONTWRITEBYTECODE # byte code halves the time NeMo takes to import
 unexport PYTHONPATH
@@ -21,7 +21,8 @@ DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus
 DEMO_RUN := runs/digits_tiny_pre
 
 help:
-	@echo "make install | demo | test | lint | format | lock | clean"
+	@echo "make install | demo | check | test | lint | format | lock | clean"
+	@echo "check: lint, types, pure tests and one parity case in under two minutes; test: the whole suite"
 
 install: $(INSTALLED)
 
@@ -49,6 +50,18 @@ demo: $(INSTALLED)
 # for what they share, and which come first: tests/ranks/scheduling.py.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+# While one works: what needs neither ranks nor an import of NeMo, and one case of the comparison with the oracle.
+PURE := tests/checks tests/config tests/losses tests/objectives tests/test_optim.py tests/reference/test_laver_oracle.py \
+	$(addprefix tests/parallel/test_,auxiliary_gradient.py masking.py rotary_positions.py sequence_layout.py \
+		token_streams.py) \
+	$(addprefix tests/data/test_,conversation.py packing.py sampler.py several_images.py templates.py) \
+	$(addprefix tests/diagnostics/test_,layers.py moments.py over_training.py patches.py probe.py) \
+	$(addprefix tests/callbacks/test_,exact_match.py metrics.py plots.py) tests/report/test_intervals.py
+PARITY_CASE := tests/parity/test_parity.py::test_losses_and_gradients_of_one_micro_batch[PP2]
+
+check: lint
+	$(BIN)/python -m pytest -n 2 -q $(PURE) "$(PARITY_CASE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.callbacks.generation_job import GenerationJob, generate_in_training
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.reference import tiny
 from tests.reference.neva_pre import (
     IMAGE_TOKEN,
@@ -128,7 +128,7 @@ def test_generation_equals_the_slow_reference_and_leaves_training_alone(
         NEW_TOKENS,
     )
     world = parallel.get("pipeline", 1) * parallel.get("tensor", 1) * parallel.get("context", 1)
-    for record in run_ranks(generate_in_training, world, job, timeout=90):
+    for record in run_on_standing_ranks(generate_in_training, world, job, timeout=90):
         assert record.answers == expected["answers"]
         assert record.loss[1] == expected["count"]
         assert record.loss[0] == pytest.approx(expected["loss"], rel=1e-5)

@@ -7,11 +7,12 @@ from typing import Any
 
 from tests.compat import tiny_gpt
 from tests.compat.tiny_gpt import Layout
-from tests.ranks.sharded import gather_gradients, gradient_shards, load_full, weight_shards
+from tests.ranks.sharded import assemble, gather_gradients, gradient_shards, load_full, weight_shards
 
 
-def first_weights(layout: Layout) -> Any:
-    return weight_shards(tiny_gpt.modules(tiny_gpt.start(layout, use_optimizer=False)))
+def first_weights(layout: Layout) -> dict[str, Any]:
+    """Random weights, drawn on one rank."""
+    return assemble([weight_shards(tiny_gpt.modules(tiny_gpt.start(layout, use_optimizer=False)))])
 
 
 def loss_and_gradients(layout: Layout, weights: dict[str, Any]) -> tuple[float, Any]:

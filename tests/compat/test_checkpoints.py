@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.compat import checkpoint_ranks, layout_ranks
+from tests.compat.jobs import run_jobs
 from tests.compat.tiny_gpt import Layout
-from tests.ranks import run_ranks
-from tests.ranks.sharded import assemble
 
 RESUMED_LOSS = 1e-5  # float32 in another order of summation, amplified by up to two Adam steps
 FULLY = "fully_reshardable"
+SAVED = Layout(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True)
+ELSEWHERE = {
+    "1 rank": Layout(distributed_optimizer=True),
+    "data=2": Layout(data=2, distributed_optimizer=True),
+    "tensor=2 data=2": Layout(tensor=2, data=2, distributed_optimizer=True),
+}
+SAME_RANKS = {
+    "dp_reshardable": (Layout(data=2, distributed_optimizer=True), "dp_reshardable"),
+    "no distributed optimizer": (Layout(tensor=2), "none"),
+    "bf16": (Layout(tensor=2, data=2, precision="bf16"), "none"),
+    "bf16 distributed optimizer": (Layout(data=2, distributed_optimizer=True, precision="bf16"), FULLY),
+}
 
 
 @pytest.fixture(scope="module")
-def weights():
-    return assemble(run_ranks(layout_ranks.first_weights, 1, Layout()))
+def found(tmp_path_factory) -> dict[str, Any]:
+    """By job, what each of its ranks returned, and what the checkpoints hold. SAVED's is written first; for each
+    number of ranks one start does everything else."""
+    root = tmp_path_factory.mktemp("checkpoints")
 
+    def made(name: str) -> Path:
+        directory = root / name.replace(" ", "_")
+        directory.mkdir()
+        return directory
 
-@pytest.fixture(scope="module")
-def saved(weights, tmp_path_factory):
-    """A checkpoint of TP2 x PP2 with the distributed optimizer, and the losses that followed it."""
-    directory = tmp_path_factory.mktemp("saved")
-    layout = Layout(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True)
-    results = run_ranks(checkpoint_ranks.train_save_train, 4, layout, weights, directory, FULLY)
-    tensors, groups = run_ranks(checkpoint_ranks.contents, 1, directory)[0]
-    return directory, tensors, groups, results[0][0]
+    train, load = checkpoint_ranks.train_save_train, checkpoint_ranks.load_save_train
+    ((weights,),) = run_jobs({"weights": (layout_ranks.first_weights, (Layout(),))}, 1).values()
+    saved = made("saved")
+    jobs: dict[int, dict[str, Any]] = {4: {"saved": (train, (SAVED, weights, saved, FULLY))}, 2: {}, 1: {}}
+    jobs[4]["background"] = train, (SAVED, weights, made("background"), FULLY, True)
+    for name, layout in ELSEWHERE.items():
+        jobs[layout.ranks][name] = load, (layout, saved, made(name), FULLY)
+    for name, (layout, sharding) in SAME_RANKS.items():
+        first, second = made(f"{name} first"), made(f"{name} second")
+        jobs[layout.ranks][f"{name} saved"] = train, (layout, weights, first, sharding)
+        jobs[layout.ranks][f"{name} resumed"] = load, (layout, first, second, sharding)
+    first, second = made("overtaken"), made("overtaking")
+    two_saves = Layout(tensor=2, distributed_optimizer=True), weights, first, second
+    jobs[2]["two saves"] = checkpoint_ranks.two_saves_at_once, two_saves
+    for name in ("saved", "background", *ELSEWHERE, "overtaken", "overtaking"):
+        jobs[1][f"contents of {name}"] = checkpoint_ranks.contents, (root / name.replace(" ", "_"),)
+    return {name: result for ranks in (4, 2, 1) for name, result in run_jobs(jobs[ranks], ranks).items()}
 
 
 def same(found, expected):
@@ -39,66 +68,42 @@ def in_order(groups):
     return sorted(groups, key=lambda group: group["wd_mult"])
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(distributed_optimizer=True),
-        Layout(data=2, distributed_optimizer=True),
-        Layout(tensor=2, data=2, distributed_optimizer=True),
-    ],
-    ids=["1 rank", "data=2", "tensor=2 data=2"],
-)
-def test_checkpoint_of_tp2_pp2_loads_exactly_and_goes_on_elsewhere(saved, layout, tmp_path):
-    directory, tensors, groups, losses = saved
+def test_a_checkpoint_holds_the_optimizer_beside_the_model(found):
+    ((tensors, groups),) = found["contents of saved"]
     for state in ("exp_avg", "exp_avg_sq", "param"):
         assert any(f"optimizer.state.{state}." in name for name in tensors), sorted(tensors)
     assert [group["step"] for group in groups] == [3, 3]
 
-    resumed = run_ranks(checkpoint_ranks.load_save_train, layout.ranks, layout, directory, tmp_path, FULLY)
-    copied_tensors, copied_groups = run_ranks(checkpoint_ranks.contents, 1, tmp_path)[0]
+
+@pytest.mark.parametrize("layout", ELSEWHERE)
+def test_checkpoint_of_tp2_pp2_loads_exactly_and_goes_on_elsewhere(found, layout):
+    ((tensors, groups),) = found["contents of saved"]
+    ((copied_tensors, copied_groups),) = found[f"contents of {layout}"]
     same(copied_tensors, tensors)
     assert in_order(copied_groups) == in_order(groups)
-    for rank_losses in resumed:
+    losses, _ = found["saved"][0]
+    for rank_losses in found[layout]:
         assert rank_losses == pytest.approx(losses, rel=RESUMED_LOSS)
 
 
-@pytest.mark.parametrize(
-    ("layout", "sharding"),
-    [
-        (Layout(data=2, distributed_optimizer=True), "dp_reshardable"),
-        (Layout(tensor=2), "none"),
-        (Layout(tensor=2, data=2, precision="bf16"), "none"),
-        (Layout(data=2, distributed_optimizer=True, precision="bf16"), FULLY),
-    ],
-    ids=["dp_reshardable", "no distributed optimizer", "bf16", "bf16 distributed optimizer"],
-)
-def test_checkpoint_goes_on_on_the_same_ranks(weights, tmp_path, layout, sharding):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
-    results = run_ranks(checkpoint_ranks.train_save_train, layout.ranks, layout, weights, first, sharding)
-    resumed = run_ranks(checkpoint_ranks.load_save_train, layout.ranks, layout, first, second, sharding)
-    for (losses, _), rank_losses in zip(results, resumed, strict=True):
+@pytest.mark.parametrize("kind", SAME_RANKS)
+def test_checkpoint_goes_on_on_the_same_ranks(found, kind):
+    for (losses, _), rank_losses in zip(found[f"{kind} saved"], found[f"{kind} resumed"], strict=True):
         assert rank_losses == losses
 
 
-def test_background_writer_saves_the_state_of_its_step_while_training_goes_on(saved, weights, tmp_path):
-    _, tensors, groups, losses = saved
-    layout = Layout(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True)
-    results = run_ranks(checkpoint_ranks.train_save_train, 4, layout, weights, tmp_path, FULLY, True)
-    for rank_losses, overlapped in results:
+def test_background_writer_saves_the_state_of_its_step_while_training_goes_on(found):
+    losses, _ = found["saved"][0]
+    for rank_losses, overlapped in found["background"]:
         assert rank_losses == losses
         assert overlapped, "the checkpoint was finished before training went on"
-    written, written_groups = run_ranks(checkpoint_ranks.contents, 1, tmp_path)[0]
+    ((tensors, groups),) = found["contents of saved"]
+    ((written, written_groups),) = found["contents of background"]
     same(written, tensors)
     assert in_order(written_groups) == in_order(groups)
 
 
-def test_a_save_that_overtakes_another_leaves_both_complete(weights, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir(), second.mkdir()
-    layout = Layout(tensor=2, distributed_optimizer=True)
-    run_ranks(checkpoint_ranks.two_saves_at_once, 2, layout, weights, first, second)
-    full, _ = run_ranks(checkpoint_ranks.contents, 1, first)[0]
-    model, _ = run_ranks(checkpoint_ranks.contents, 1, second)[0]
+def test_a_save_that_overtakes_another_leaves_both_complete(found):
+    (((full, _),), ((model, _),)) = found["contents of overtaken"], found["contents of overtaking"]
     assert len(full) == 4 * len(model)  # the optimizer holds three tensors more per parameter
     same({name: full[name] for name in model}, model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.compat import layout_ranks
+from tests.compat.jobs import run_jobs
 from tests.compat.tiny_gpt import Layout
-from tests.ranks import run_ranks
 from tests.ranks.sharded import assemble
 
 # float64: the order of a few thousand terms is all that may differ; a gradient is held against its tensor's largest.
@@ -14,15 +16,55 @@ LOSS_64, GRADIENT_64 = 1e-14, 1e-12
 # float32, after up to two Adam steps, whose division by the root of the second moment amplifies rounding.
 LOSS_32 = 4e-5
 
+LAYOUTS = {
+    "tensor=2": Layout(tensor=2),
+    "tensor=2 sequence": Layout(tensor=2, sequence=True),
+    "pipeline=2": Layout(pipeline=2),
+    "pipeline=2 virtual=2": Layout(pipeline=2, virtual=2),
+    "context=2": Layout(context=2),
+    "data=2": Layout(data=2),
+    "data=2 distributed_optimizer": Layout(data=2, distributed_optimizer=True),
+    "data=2 distributed_optimizer overlap": Layout(data=2, distributed_optimizer=True, overlap=True),
+    "tensor=2 pipeline=2 sequence distributed_optimizer": Layout(
+        tensor=2, pipeline=2, sequence=True, distributed_optimizer=True
+    ),
+    "tensor=2 context=2 sequence": Layout(tensor=2, context=2, sequence=True),
+}
+RECOMPUTE = {
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full-uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full-block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+}
+LAYER_NORM = {"normalization": "LayerNorm"}
+BF16 = {
+    "1 rank": Layout(precision="bf16"),
+    "tensor=2 context=2 sequence": Layout(tensor=2, context=2, sequence=True, precision="bf16"),
+    "pipeline=2 data=2 distributed optimizer": Layout(
+        pipeline=2, data=2, distributed_optimizer=True, precision="bf16"
+    ),
+}
+
 
 @pytest.fixture(scope="module")
-def weights():
-    return assemble(run_ranks(layout_ranks.first_weights, 1, Layout()))
+def trained() -> dict[str, Any]:
+    """What every rank of every layout found, by the layout's name; one start of the ranks for each number of them."""
+    models = {"1 rank": Layout(), "1 rank LayerNorm": Layout(model=LAYER_NORM)}
+    drawn = run_jobs({name: (layout_ranks.first_weights, (layout,)) for name, layout in models.items()}, 1)
+    weights, layer_norm = (drawn[name][0] for name in models)
+    assert "decoder.final_layernorm.bias" in layer_norm
 
-
-@pytest.fixture(scope="module")
-def one_rank(weights):
-    return run_ranks(layout_ranks.both, 1, Layout(), weights)[0]
+    jobs = {"1 rank": (Layout(), weights), "1 rank LayerNorm": (models["1 rank LayerNorm"], layer_norm)}
+    jobs |= {name: (layout, weights) for name, layout in LAYOUTS.items()}
+    for name, recompute in RECOMPUTE.items():
+        jobs[name] = Layout(tensor=2, sequence=True, model=recompute), weights
+    jobs["LayerNorm"] = Layout(tensor=2, sequence=True, model=LAYER_NORM), layer_norm
+    asked = {name: (layout_ranks.both, job) for name, job in jobs.items()}
+    asked |= {f"bf16 {name}": (layout_ranks.losses_of_steps, (layout, weights)) for name, layout in BF16.items()}
+    found: dict[str, Any] = {}
+    for ranks in (1, 2, 4):
+        of_so_many = {name: job for name, job in asked.items() if job[1][0].ranks == ranks}
+        found |= run_jobs(of_so_many, ranks)
+    return found
 
 
 def check(one_rank, results):
@@ -39,60 +81,24 @@ def check(one_rank, results):
         assert (found[name] - gradient).abs().max() <= GRADIENT_64 * scale, name
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tensor=2),
-        Layout(tensor=2, sequence=True),
-        Layout(pipeline=2),
-        Layout(pipeline=2, virtual=2),
-        Layout(context=2),
-        Layout(data=2),
-        Layout(data=2, distributed_optimizer=True),
-        Layout(data=2, distributed_optimizer=True, overlap=True),
-        Layout(tensor=2, pipeline=2, sequence=True, distributed_optimizer=True),
-        Layout(tensor=2, context=2, sequence=True),
-    ],
-    ids=lambda layout: " ".join(f"{k}={v}" for k, v in vars(layout).items() if v != getattr(Layout(), k)),
-)
-def test_layout_equals_one_rank(weights, one_rank, layout):
-    check(one_rank, run_ranks(layout_ranks.both, layout.ranks, layout, weights))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_rank(trained, layout):
+    check(trained["1 rank"][0], trained[layout])
 
 
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
-    ],
-    ids=["selective", "full-uniform", "full-block"],
-)
-def test_recomputation_changes_nothing(weights, one_rank, recompute):
-    layout = Layout(tensor=2, sequence=True, model=recompute)
-    check(one_rank, run_ranks(layout_ranks.both, layout.ranks, layout, weights))
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputation_changes_nothing(trained, recompute):
+    check(trained["1 rank"][0], trained[recompute])
 
 
-def test_layer_norm_under_sequence_parallelism_equals_one_rank():
-    model = {"normalization": "LayerNorm"}
-    weights = assemble(run_ranks(layout_ranks.first_weights, 1, Layout(model=model)))
-    one_rank = run_ranks(layout_ranks.both, 1, Layout(model=model), weights)[0]
-    assert "decoder.final_layernorm.bias" in weights
-    layout = Layout(tensor=2, sequence=True, model=model)
-    check(one_rank, run_ranks(layout_ranks.both, layout.ranks, layout, weights))
+def test_layer_norm_under_sequence_parallelism_equals_one_rank(trained):
+    check(trained["1 rank LayerNorm"][0], trained["LayerNorm"])
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(precision="bf16"),
-        Layout(tensor=2, context=2, sequence=True, precision="bf16"),
-        Layout(pipeline=2, data=2, distributed_optimizer=True, precision="bf16"),
-    ],
-    ids=["1 rank", "tensor=2 context=2 sequence", "pipeline=2 data=2 distributed optimizer"],
-)
-def test_bf16_follows_float32(weights, one_rank, layout):
+@pytest.mark.parametrize("layout", BF16)
+def test_bf16_follows_float32(trained, layout):
     # bf16 has 8 bits: 0.4% per rounding of an activation, averaged over 180 targets.
-    for losses in run_ranks(layout_ranks.losses_of_steps, layout.ranks, layout, weights):
-        assert losses == pytest.approx(one_rank[2], rel=1e-3)
-        assert losses != one_rank[2]
+    expected = trained["1 rank"][0][2]
+    for losses in trained[f"bf16 {layout}"]:
+        assert losses == pytest.approx(expected, rel=1e-3)
+        assert losses != expected

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.compat import patch_ranks
+from tests.compat.jobs import run_jobs
 from tests.ranks import run_ranks
 
 
@@ -17,27 +20,39 @@ def test_requests_for_cuda_tensors_are_answered_with_cpu_tensors():
     run_ranks(patch_ranks.cuda_requests, 1)
 
 
-def test_forked_random_states_leave_the_default_generator_alone_and_differ_by_tensor_rank():
-    first, second = run_ranks(patch_ranks.random_states, 2)
-    assert not first["inside"].equal(second["inside"])
-    assert not first["more"].equal(second["more"])
-
-
-def test_nemo_seeds_the_model_parallel_generators():
-    assert run_ranks(patch_ranks.nemo_seeds, 2) == [True, True]
-
-
 def test_the_runs_seed_and_timeout_reach_the_ranks():
     (found,) = run_ranks(patch_ranks.seed_and_timeouts, 1)
     assert found == {"seed": 7, "seconds": [77.0, 77.0, 77.0]}
 
 
-def test_recomputation_replays_dropout():
-    assert max(run_ranks(patch_ranks.dropout_is_replayed, 2)) < 1e-14
+@pytest.fixture(scope="module")
+def on_two_ranks() -> dict[str, list[Any]]:
+    """By job, what both ranks returned."""
+    jobs = {
+        "random states": (patch_ranks.random_states, ()),
+        "seeds": (patch_ranks.nemo_seeds, ()),
+        "dropout": (patch_ranks.dropout_is_replayed, ()),
+        "progress": (patch_ranks.rank_zero_prints_progress, ()),  # the last one: it counts Megatron's collective
+    }
+    return run_jobs(jobs, 2)
 
 
-def test_progress_on_rank_zero_enters_no_collective():
-    (entered, printed), (_, nothing) = run_ranks(patch_ranks.rank_zero_prints_progress, 2)
+def test_forked_random_states_leave_the_default_generator_alone_and_differ_by_tensor_rank(on_two_ranks):
+    first, second = on_two_ranks["random states"]
+    assert not first["inside"].equal(second["inside"])
+    assert not first["more"].equal(second["more"])
+
+
+def test_nemo_seeds_the_model_parallel_generators(on_two_ranks):
+    assert on_two_ranks["seeds"] == [True, True]
+
+
+def test_recomputation_replays_dropout(on_two_ranks):
+    assert max(on_two_ranks["dropout"]) < 1e-14
+
+
+def test_progress_on_rank_zero_enters_no_collective(on_two_ranks):
+    (entered, printed), (_, nothing) = on_two_ranks["progress"]
     assert "forward-backward" in printed
     assert nothing is None
     assert entered == 1  # NeMo's own, after the revert

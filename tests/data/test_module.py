@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.data.prepared import digits_config
-from tests.ranks import RankError, run_ranks
+from tests.ranks import RankError, run_on_standing_ranks
 
 
 def read_steps(path: str, steps: int, state: dict | None, workers: int = 0) -> tuple[list, dict, int]:
@@ -44,30 +44,30 @@ def _in_order(ranks: list[list]) -> list:
 
 def test_two_ranks_read_what_one_reads_and_either_resumes_the_other(digits):
     path = str(digits)
-    ((one, _, consumed),) = run_ranks(read_steps, 1, path, 24, None, timeout=300)
+    ((one, _, consumed),) = run_on_standing_ranks(read_steps, 1, path, 24, None, timeout=300)
     assert consumed == 24 * 16 > 320, "the run goes beyond one epoch"
     whole = _in_order([one])
 
-    on_two = run_ranks(read_steps, 2, path, 10, None, timeout=300)
+    on_two = run_on_standing_ranks(read_steps, 2, path, 10, None, timeout=300)
     assert _in_order([read for read, _, _ in on_two]) == whole[: 10 * 16]
     state = on_two[0][1]
     assert state == on_two[1][1]
     assert state["consumed_samples"] == 160, "the validation that began meanwhile does not change the count"
 
-    ((resumed, state, _),) = run_ranks(read_steps, 1, path, 3, state, timeout=300)
+    ((resumed, state, _),) = run_on_standing_ranks(read_steps, 1, path, 3, state, timeout=300)
     assert _in_order([resumed]) == whole[160 : 160 + 48]
     assert state["consumed_samples"] == 208
 
-    again_on_two = run_ranks(read_steps, 2, path, 11, state, 1, timeout=300)
+    again_on_two = run_on_standing_ranks(read_steps, 2, path, 11, state, 1, timeout=300)
     assert _in_order([read for read, _, _ in again_on_two]) == whole[208:]
 
 
 def test_a_checkpoint_of_other_data_or_another_order_is_refused(digits):
     state = {"consumed_samples": 16, "shuffle_seed": 0, "data": "other", "global_step": 1}
     with pytest.raises(RankError, match="trained on other data"):
-        run_ranks(read_steps, 1, str(digits), 1, state)
+        run_on_standing_ranks(read_steps, 1, str(digits), 1, state)
     from nemo_pre.data.manifest import read_manifest
 
     state = {**state, "data": read_manifest(digits).fingerprint, "shuffle_seed": 7}
     with pytest.raises(RankError, match="shuffle_seed=7"):
-        run_ranks(read_steps, 1, str(digits), 1, state)
+        run_on_standing_ranks(read_steps, 1, str(digits), 1, state)

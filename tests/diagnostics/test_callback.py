@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.training.job import run
+from tests.training.job import train
 
 SMALL = [
     "experiment=digits_tiny_pre",
@@ -26,9 +25,11 @@ MEASURED = "trainer.log_diagnostics_every=2"
 LAYOUTS = ("pp2", "tp2_sp", "cp2", "dp2")
 
 
-def trained(digits: Path, output: Path, *options: str, layout: str = "single") -> list[dict[str, float]]:
+def trained(
+    digits: Path, output: Path, *options: str, layout: str = "single", saves: bool = False
+) -> list[dict[str, float]]:
     where = [f"parallel={layout}", f"output_dir={output}", f"data.path={digits}"]
-    run_ranks(run, 1 if layout == "single" else 2, [*SMALL, *where, *options], timeout=300)
+    train(1 if layout == "single" else 2, [*SMALL, *where, *options], saves=saves)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -46,7 +47,7 @@ def diagnostics(lines: list[dict[str, float]]) -> dict[str, float]:
 def start(digits, tmp_path_factory) -> str:
     """Weights to start from: random ones depend on the layout."""
     output = tmp_path_factory.mktemp("start") / "run"
-    trained(digits, output, "trainer.max_steps=1")
+    trained(digits, output, "trainer.max_steps=1", saves=True)
     return f"init_from={output / 'checkpoints'}"
 
 

@@ -17,7 +17,7 @@ from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.processor import jinja_template
 from tests.diagnostics.diagnose_ranks import classes_of_stripes, diagnose_checkpoint, numbers
 from tests.huggingface.test_logits import written
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.report.test_page import Page
 
 MODELS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
     "mixed": ({"language": "qwen2", "vision": "siglip", "spatial": ("mixed", "2d")}, [{"pipeline": 2}]),
 }
 CASES = [(name, layout) for name, (_, layouts) in MODELS.items() for layout in layouts]
+CASES.sort(key=lambda case: math.prod(case[1].values()))  # ranks that stand take jobs of their number
 ASKED = {"num_images": 11, "num_fit": 24, "platform": "cpu"}
 
 
@@ -50,7 +51,7 @@ def results(directory: Path) -> dict[str, Any]:
 def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, layout, diagnosed, digits, tmp_path):
     ranks = math.prod(layout.values())
     checkpoint = str(diagnosed / name / "checkpoint")
-    run_ranks(diagnose_checkpoint, ranks, checkpoint, str(digits), str(tmp_path), layout, 3)
+    run_on_standing_ranks(diagnose_checkpoint, ranks, checkpoint, str(digits), str(tmp_path), layout, 3)
     expected, found = results(diagnosed / name / "out"), results(tmp_path)
     ours, theirs = numbers(found["layers"]), numbers(expected["layers"])
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
@@ -67,7 +68,7 @@ def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, 
     ],
 )
 def test_a_mask_is_cut_padded_and_resized_as_the_picture_is(resize, rows):
-    assert run_ranks(classes_of_stripes, 1, resize) == [rows]
+    assert run_on_standing_ranks(classes_of_stripes, 1, resize) == [rows]
 
 
 def test_every_layer_has_every_measure(diagnosed):

@@ -15,8 +15,8 @@ from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.huggingface.exporter import model_weights
 from nemo_pre.run_files.saved_config import saved_model
 from tests.features.made import run_words
-from tests.ranks import RankError, run_ranks
-from tests.training.job import run
+from tests.ranks import RankError
+from tests.training.job import train
 from tests.training.test_laver_training import lines
 
 TERMS = ("lm/loss", "pre/loss", "laver/mim", "laver/gram", "laver/similarity", "grad_norm")
@@ -27,7 +27,7 @@ def runs(tmp_path_factory, digits, digits_features) -> dict[str, Path]:
     """The same four steps with images and with features, on one rank."""
     directory = tmp_path_factory.mktemp("runs")
     for name, word in (("images", "data.features=null"), ("features", f"data.features={digits_features}")):
-        run_ranks(run, 1, run_words(directory / name, digits, word), timeout=150)
+        train(1, run_words(directory / name, digits, word))
     return {name: directory / name for name in ("images", "features")}
 
 
@@ -72,7 +72,7 @@ def test_a_run_continues_with_or_without_features(
     features = digits_features if then == "features" else "null"
     words = run_words(output, digits, f"data.features={features}", layout, "trainer.async_checkpoint=true")
     check_run(compose_run(words))  # the encoder of the checkpoint is the features'
-    run_ranks(run, ranks, words, timeout=200)
+    train(ranks, words)
     expected, found = lines(runs["images"]), lines(output)
     assert min(found) == 3
     for step in (3, 4):
@@ -107,7 +107,7 @@ def test_an_external_anchor_sees_the_images_beside_the_features_of_packed_rows(
     assert main(["data", "lengths", *run_words(tmp_path, copy, *more)]) == 0
     found = []
     for name, word in (("images", "data.features=null"), ("features", f"data.features={digits_features}")):
-        run_ranks(run, 1, run_words(tmp_path / name, copy, *more, word), timeout=150)
+        train(1, run_words(tmp_path / name, copy, *more, word), saves=False)
         found.append([[line[term] for term in TERMS] for _, line in sorted(lines(tmp_path / name).items())])
     assert len(found[0]) == 2
     for one, other in zip(*found, strict=True):
@@ -120,7 +120,7 @@ def test_a_bf16_run_reads_what_it_would_compute_itself(digits, tmp_path):
     features = f"data.features={tmp_path / 'f'}"
     assert main(["data", "features", *run_words(tmp_path, digits, *more, features)]) == 0
     for name, word in (("images", "data.features=null"), ("features", features)):
-        run_ranks(run, 1, run_words(tmp_path / name, digits, *more, word), timeout=150)
+        train(1, run_words(tmp_path / name, digits, *more, word), saves=False)
     one, other = lines(tmp_path / "images"), lines(tmp_path / "features")
     for step in (1, 2):
         assert other[step]["lm/loss"] == pytest.approx(one[step]["lm/loss"], rel=1e-5), step
@@ -132,4 +132,4 @@ def test_a_rank_without_the_features_file_says_which(digits, digits_features, tm
     copy = Path(shutil.copytree(digits_features, tmp_path / "features"))
     next(copy.glob("train*")).unlink()
     with pytest.raises(RankError, match=r"train-0000\d.*safetensors is missing"):
-        run_ranks(run, 1, run_words(tmp_path / "run", digits, f"data.features={copy}"), timeout=150)
+        train(1, run_words(tmp_path / "run", digits, f"data.features={copy}"))

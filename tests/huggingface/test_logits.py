@@ -14,7 +14,7 @@ from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.huggingface.importer import import_checkpoint
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import IMAGE_SIZE, tiny_llava, tiny_processor
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 IMAGE, VISUAL, VOCABULARY, NEW = -200, 16, 300, 6
 LLAMA3 = {
@@ -45,6 +45,7 @@ LAYOUTS = {
     "qwen2_siglip_mixed_2d": [{}, {"tensor": 2}, {"pipeline": 2}],
 }
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS.get(family, [{}])]
+CASES.sort(key=lambda case: len(case[1]))  # one rank first: ranks that stand take jobs of their number
 
 
 def questions() -> list[Question]:
@@ -114,7 +115,7 @@ def test_logits_and_greedy_answers_are_those_of_transformers(family, layout, dir
     asked = questions()
     ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
     checkpoint = directories[family].with_name(f"{family}_imported")
-    told = run_ranks(ask, ranks, str(checkpoint), layout, asked, NEW, VOCABULARY)[-1]
+    told = run_on_standing_ranks(ask, ranks, str(checkpoint), layout, asked, NEW, VOCABULARY)[-1]
     model = hf_model(directories[family], "spatial" in FAMILIES[family])
     for question, found in zip(asked, told.logits, strict=True):
         expected = hf_logits(model, question)
@@ -140,7 +141,9 @@ def test_logits_and_greedy_answers_are_those_of_transformers(family, layout, dir
 def test_padding_on_either_side_gives_transformers_the_logits_of_megatron(side, directories):
     """Megatron's prompts are padded on the right; a batch of transformers may be padded on either side."""
     asked = questions()
-    told = run_ranks(ask, 1, str(directories["llama_clip"].with_name("llama_clip_imported")), {}, asked, 1, VOCABULARY)
+    told = run_on_standing_ranks(
+        ask, 1, str(directories["llama_clip"].with_name("llama_clip_imported")), {}, asked, 1, VOCABULARY
+    )
     model = hf_model(directories["llama_clip"], spatial=False)
     rows = [expanded(question, model.config.image_token_index) for question in asked]
     longest = max(map(len, rows))

@@ -26,7 +26,7 @@ from nemo_pre.huggingface.safetensors_files import TensorSource
 from nemo_pre.run_files.saved_config import check_same_weights, saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 IMAGE, VOCABULARY, NEW = -200, 300, 4
 IMAGE_PAD, VIDEO_PAD, START, END = 290, 291, 292, 293
@@ -140,7 +140,7 @@ def check_same(model: Any, directory: Path, layout: dict[str, int], imported: Pa
     """Logits and greedy answers of ``transformers``' model and of the training model that is made of its files."""
     out = import_checkpoint(str(directory), str(imported))
     asked, ranks = questions(directory), layout.get("tensor", 1) * layout.get("pipeline", 1)
-    told = run_ranks(ask, ranks, str(out), layout, asked, NEW, VOCABULARY)[-1]
+    told = run_on_standing_ranks(ask, ranks, str(out), layout, asked, NEW, VOCABULARY)[-1]
     assert told.cached == told.uncached
     for question, found, answer in zip(asked, told.logits, told.cached, strict=True):
         given = hf_inputs(question)

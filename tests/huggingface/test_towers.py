@@ -20,7 +20,7 @@ from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.test_logits import expanded
 from tests.huggingface.tiny import tiny_llava
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 
@@ -146,7 +146,7 @@ def test_an_exported_encoder_free_model_says_what_ours_says_with_the_code_beside
     export_checkpoint(str(checkpoint), str(tmp_path / "hf"))
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     asked = [Question(torch.tensor([5, -200, 9, 10]), torch.randn(1, 3, 64, 64)), Question(torch.tensor([7, 8]), None)]
-    (told,) = run_ranks(ask, 1, str(checkpoint), {}, asked, 3, 300)
+    (told,) = run_on_standing_ranks(ask, 1, str(checkpoint), {}, asked, 3, 300)
     for question, found in zip(asked, told.logits, strict=True):
         with torch.no_grad():
             ids = expanded(question, exported.config.image_token_index)[None]

@@ -9,7 +9,7 @@ from nemo_pre.parallel.branch_tokens import branch_tokens, mean_pairwise_cosine_
 from nemo_pre.parallel.sequence_layout import sequence_layout
 from nemo_pre.parallel.token_streams import StreamShape, VisualBranch, image_rows, packed_images
 from tests.parallel.branch_ranks import gather_images
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 IMAGE_TOKEN = -200
 TOKENS = torch.tensor([[5, IMAGE_TOKEN, 6, IMAGE_TOKEN, 7], [IMAGE_TOKEN, 8, 9, 10, 11]])
@@ -29,7 +29,7 @@ def test_every_image_is_whole_on_exactly_one_rank(cut, together):
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(2, 8, 3, generator=generator)
     seen = []
-    for images, image_of, masked, _ in run_ranks(gather_images, tp * cp, lay, whole, tp, cp):
+    for images, image_of, masked, _ in run_on_standing_ranks(gather_images, tp * cp, lay, whole, tp, cp):
         for image in image_of.unique().tolist():
             expected = whole[lay.layout.visual_image_BS == image]
             assert torch.equal(images[image_of == image], expected)
@@ -45,7 +45,7 @@ def test_gradients_come_back_to_the_rank_that_has_the_token(cut):
     tp, cp = cut
     lay = branch()
     whole = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(1))
-    for rank, (_, _, _, gradient) in enumerate(run_ranks(gather_images, tp * cp, lay, whole, tp, cp)):
+    for rank, (_, _, _, gradient) in enumerate(run_on_standing_ranks(gather_images, tp * cp, lay, whole, tp, cp)):
         tokens = branch_tokens(lay, StreamShape(True, "2d", tp, cp, rank // tp), rank % tp)
         assert len(gradient) == len(tokens.position)
         from nemo_pre.parallel.sequence_layout import local_positions

@@ -14,7 +14,7 @@ from nemo_pre.planner.memory import rank_activations, state_memory
 from nemo_pre.planner.parameters import rank_parameters, trainable_parameters
 from tests.planner.measured import Measured, measure
 from tests.planner.shapes import LAVER, MIXED, tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.reference.tiny import NATIVE
 
 FREEZE_ALL_BUT_PROJECTOR = {"optim.freeze_vision": True, "optim.freeze_language": True}
@@ -128,12 +128,21 @@ class Run(NamedTuple):
     ranks: list[Measured]
 
 
-@pytest.fixture(scope="module", params=RUNS)
+def number_of_ranks(name: str) -> int:
+    return world_size(tiny(parallel=RUNS[name].get("parallel", {})).parallel)
+
+
+# By their number of ranks: ranks that stand take the next job of that number.
+@pytest.fixture(scope="module", params=sorted(RUNS, key=number_of_ranks))
 def run(request: pytest.FixtureRequest) -> Run:
     words = dict(RUNS[request.param])
     images = words.pop("images", 1)
     config = tiny(**words)
-    return Run(config, largest_load(config, images), run_ranks(measure, world_size(config.parallel), config, images))
+    return Run(
+        config,
+        largest_load(config, images),
+        run_on_standing_ranks(measure, world_size(config.parallel), config, images),
+    )
 
 
 def stage_of(config: RunConfig, rank: int) -> int:

@@ -19,7 +19,7 @@ from nemo_pre.planner.parameters import (
 )
 from tests.planner.built import parameters_of_stages
 from tests.planner.shapes import llama3_70b, qwen25_72b, tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 LARGE = {"llama3_70b": llama3_70b, "qwen25_72b": qwen25_72b}
 
@@ -94,7 +94,7 @@ def test_ranks_of_every_model_hold_what_the_built_model_holds(name: str) -> None
     else:
         config = config_named(name)
     stages = stages_that_differ(config)
-    [built] = run_ranks(parameters_of_stages, 1, config, stages)
+    [built] = run_on_standing_ranks(parameters_of_stages, 1, config, stages)
     for stage, found in zip(stages, built, strict=True):
         planned = rank_parameters(config, stage)
         held = {part: sum(found.get(own, 0) for own in names) for part, names in PARTS.items()}

@@ -10,7 +10,7 @@ import pytest
 from nemo_pre.planner.schedule import Pass, bubble_fraction, order_of_passes, peak, simulate
 from tests.planner.recorded_passes import record_passes
 from tests.planner.shapes import tiny
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4, 8])
@@ -84,7 +84,7 @@ def test_order_and_bubble_are_those_of_megatrons_passes_with_their_measured_time
     layers = sum(parallel.get("pipeline_layers", [1] * 4))
     config = tiny(parallel=parallel, micro_batches=micro_batches, language={"num_layers": layers})
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
-    recorded = run_ranks(record_passes, stages, config)
+    recorded = run_on_standing_ranks(record_passes, stages, config)
     for stage, passes in enumerate(recorded):
         assert [this for this, _ in passes] == list(order_of_passes(stage, stages, chunks, micro_batches))
     seconds = [

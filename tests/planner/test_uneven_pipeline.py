@@ -27,7 +27,7 @@ from tests.parity import test_laver_parity
 from tests.parity.test_parity import case, check
 from tests.planner.shapes import qwen25_72b
 from tests.planner.uneven_ranks import save_again
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.reference import tiny
 
 H100, ASSUMED = DEVICES["h100"], Efficiency()
@@ -53,7 +53,7 @@ def test_lavers_losses_and_gradients_are_the_oracles_where_the_first_stage_is_sh
 def test_a_checkpoint_goes_through_an_uneven_pipeline_bit_for_bit(tmp_path: Path) -> None:
     original = tiny_llava(tmp_path / "hf", language="llama", vision="clip")
     import_checkpoint(str(original), str(tmp_path / "checkpoint"))
-    held = run_ranks(save_again, 2, str(tmp_path / "checkpoint"), [1, 3], str(tmp_path / "saved"))
+    held = run_on_standing_ranks(save_again, 2, str(tmp_path / "checkpoint"), [1, 3], str(tmp_path / "saved"))
     assert held == [[1], [2, 3, 4]]
     export_checkpoint(str(tmp_path / "saved"), str(tmp_path / "back"))
     same_bits(tensors_of(tmp_path / "back"), tensors_of(original))

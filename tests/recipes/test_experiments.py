@@ -64,6 +64,12 @@ def run(name: str) -> RunConfig:
     return compose_run([f"experiment={name}"])
 
 
+@cache
+def recipe_of(precision: str) -> PrecisionConfig:
+    chosen = compose_config([f"precision={precision}"]).precision
+    return PrecisionConfig(name=chosen.name, bf16_layers=chosen.bf16_layers)
+
+
 def stage_of(name: str) -> str:
     return max((stage for stage in STAGES if name.endswith(f"_{stage}")), key=len)
 
@@ -127,9 +133,7 @@ def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, 
 def test_it_is_legal_in_fp8_and_fits_some_with_half_the_micro_batch(name, precision, monkeypatch):
     """FP8 copies of the weights take what bf16 left free in four of them."""
     monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
-    chosen = compose_config([f"precision={precision}"]).precision
-    in_fp8 = PrecisionConfig(name=chosen.name, bf16_layers=chosen.bf16_layers)
-    config = replace(run(name), platform="gpu", dry_run=True, precision=in_fp8)
+    config = replace(run(name), platform="gpu", dry_run=True, precision=recipe_of(precision))
     if name in LONGER and precision == "fp8_blockwise":
         with pytest.raises(ValueError, match="data.sequence_length=768 must be a multiple of 512"):
             check_options(config)

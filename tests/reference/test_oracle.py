@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.reference import tiny
 from tests.reference.neva_pre import (
     IMAGE_TOKEN,
@@ -84,7 +84,7 @@ def test_the_expansion_agrees_with_nevas_own(images, max_length):
     batch = tiny.random_batch(images, seed=sum(images))
     batch["loss_mask"] = torch.ones_like(batch["loss_mask"])
     batch["labels"] = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
-    [(sources, labels, masks)] = run_ranks(neva_preprocess, 1, batch, 4, max_length)
+    [(sources, labels, masks)] = run_on_standing_ranks(neva_preprocess, 1, batch, 4, max_length)
     first_image = 0
     for row, sample in enumerate(split_samples([{**batch, "media": list(range(sum(images)))}])):
         source, expected_labels, expected_mask = expand_sample(

@@ -6,6 +6,7 @@ import json
 import os
 from concurrent.futures import Future
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from nemo_pre.study.arms import digits_arms, first_stages
 from nemo_pre.study.digits import study
 from nemo_pre.study.runs import StudyRun
 from nemo_pre.study.schedule import Clock, alone
+from tests.cli.in_a_rank import command_line
 from tests.study.processes import Processes
 
 
@@ -204,7 +206,18 @@ def test_first_stages_start_from_the_frozen_encoder_and_later_ones_from_first_st
     assert "init_from" not in random and "freeze_vision" not in random
 
 
-def test_a_real_arm_of_two_steps_is_trained_diagnosed_and_summed_up(digits, tmp_path):
+def test_a_real_arm_of_two_steps_is_trained_diagnosed_and_summed_up(digits, tmp_path, monkeypatch):
+    """Trained in a process of its own, as study starts it; diagnosed in one that has NeMo already."""
+    start = study_runs.subprocess.run
+
+    def start_or_fork(command: list[str], stdout: Any, **options: Any) -> CompletedProcess[str]:
+        if command[3] == "train":
+            return start(command, stdout=stdout, **options)
+        code, said = command_line(command[3:])
+        stdout.write(said)
+        return CompletedProcess(command, code)
+
+    monkeypatch.setattr(study_runs.subprocess, "run", start_or_fork)
     study(
         [
             "model.language.num_layers=2",

@@ -1,19 +1,44 @@
-"""The rank's side: whole runs through the product's own entry point."""
+"""Whole runs through the product's own entry point, on ranks of this machine."""
 
 from __future__ import annotations
 
+from unittest import mock
 
-def run(overrides: list[str]) -> None:
-    """Train the run that ``nemo-pre train OVERRIDES`` describes, on this rank."""
-    from nemo_pre.config.compose import compose_run
+from nemo_pre.config.compose import compose_run
+from nemo_pre.config.run import RunConfig
+from tests.ranks import run_on_standing_ranks
+
+
+def train(ranks: int, overrides: list[str], timeout: float = 200.0, saves: bool = True) -> None:
+    """Train the run that ``nemo-pre train OVERRIDES`` describes; composed once, here, as the launcher does.
+
+    With ``saves=False`` nothing is written where the run would save a checkpoint: for tests that read its metrics
+    alone.
+    """
+    run_on_standing_ranks(_run if saves else _run_without_saving, ranks, compose_run(overrides), timeout=timeout)
+
+
+def train_forgetting_the_teacher(overrides: list[str]) -> None:
+    """The same on one rank and without saving, but a checkpoint's float32 average is not read: it starts as the
+    student."""
+    run_on_standing_ranks(_run_forgetting_the_teacher, 1, compose_run(overrides))
+
+
+def _run(config: RunConfig) -> None:
     from nemo_pre.train import run_rank
 
-    run_rank(compose_run(overrides))
+    run_rank(config)
 
 
-def run_forgetting_the_teacher(overrides: list[str]) -> None:
-    """The same, but a checkpoint's float32 average is not read: it starts as the student."""
+def _run_without_saving(config: RunConfig) -> None:
+    from nemo_pre.callbacks.checkpoint import RunCheckpoint
+
+    with mock.patch.object(RunCheckpoint, "_save_topk_checkpoint"):
+        _run(config)
+
+
+def _run_forgetting_the_teacher(config: RunConfig) -> None:
     from nemo_pre.objectives.laver.teacher import Teacher
 
-    Teacher._load = lambda self, values: None  # type: ignore[method-assign]
-    run(overrides)
+    with mock.patch.object(Teacher, "_load"):
+        _run_without_saving(config)

@@ -9,10 +9,10 @@ import torch
 
 from tests.parity.job import Job, StepRecord, train
 from tests.parity.test_parity import GRADIENT, IMAGES
-from tests.ranks import run_ranks
+from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
-from tests.training.job import run
+from tests.training.job import train as train_run
 from tests.training.test_resume import losses, overrides
 
 
@@ -26,7 +26,7 @@ def pre_losses(output: Path, digits: Path, momentum: str, *others: str) -> list[
         f"objective.pre.ema_momentum={momentum}",
         *others,
     ]
-    run_ranks(run, 1, overrides(output, digits, *settings), timeout=120)
+    train_run(1, overrides(output, digits, *settings), saves=False)
     return [pre for _, pre in losses(output).values()]
 
 
@@ -43,7 +43,7 @@ def test_the_moving_anchor_follows_the_projector_at_the_pace_of_its_momentum(dig
 def test_the_moving_anchor_starts_from_the_projector_of_the_stage_before(digits, tmp_path):
     former = ["parallel=single", "trainer.max_steps=1", "trainer.checkpoint_every=1", "optim.warmup_ratio=0"]
     first = tmp_path / "first"
-    run_ranks(run, 1, overrides(first, digits, *former, "seed=7", "optim.lr=0.1"), timeout=120)
+    train_run(1, overrides(first, digits, *former, "seed=7", "optim.lr=0.1"))
     start = f"init_from={first / 'checkpoints'}"
     live, stands = (pre_losses(tmp_path / name, digits, name, start) for name in ("null", "1.0"))
     assert stands[0] == pytest.approx(live[0], abs=1e-6)
@@ -57,7 +57,7 @@ def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
     data = [tiny.random_batch(images, seed=m) for m, images in enumerate(IMAGES[0])]
     pre = {"layers": [3], "anchor": "external", "external_path": str(path)}
     job = Job(parallel=parallel, pre=pre, steps=[[data]], state=state)
-    return [ranks[0] for ranks in run_ranks(train, job.world_size, job, timeout=150)]
+    return [ranks[0] for ranks in run_on_standing_ranks(train, job.world_size, job, timeout=150)]
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}], ids=["PP2", "TP2-SP"])

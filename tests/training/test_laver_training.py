@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.ranks import run_ranks
-from tests.training.job import run, run_forgetting_the_teacher
+from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
+from tests.training.job import train, train_forgetting_the_teacher
 
 STEPS, SAVED = 7, 3
 
@@ -56,7 +57,7 @@ TERMS = ("lm/loss", "pre/loss", "laver/mim", "laver/gram", "laver/similarity", "
 def uninterrupted(tmp_path_factory, digits) -> Path:
     output = tmp_path_factory.mktemp("laver")
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
-    run_ranks(run, 4, overrides(output, digits, *layout), timeout=240)
+    train(4, overrides(output, digits, *layout))
     return output
 
 
@@ -73,7 +74,7 @@ def continued(uninterrupted: Path, output: Path) -> Path:
 def test_resuming_in_another_layout_goes_on_through_teacher_updates(uninterrupted, digits, tmp_path, ranks, layout):
     """Saved after step 3; the teacher moves after steps 2, 4 and 6, the centre after every step."""
     output = continued(uninterrupted, tmp_path)
-    run_ranks(run, ranks, overrides(output, digits, *layout), timeout=240)
+    train(ranks, overrides(output, digits, *layout), saves=False)
     expected, found = lines(uninterrupted), lines(output)
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
     for step, metrics in found.items():
@@ -85,29 +86,20 @@ def test_resuming_in_another_layout_goes_on_through_teacher_updates(uninterrupte
 def test_the_teacher_matters_to_the_resumed_losses(uninterrupted, digits, tmp_path):
     """An average that starts anew shows after its next update, after step 4: the comparison above can fail."""
     output = continued(uninterrupted, tmp_path)
-    run_ranks(run_forgetting_the_teacher, 1, overrides(output, digits), timeout=120)
+    train_forgetting_the_teacher(overrides(output, digits))
     expected, found = lines(uninterrupted)[SAVED + 2]["laver/mim"], lines(output)[SAVED + 2]["laver/mim"]
     assert found != pytest.approx(expected, rel=2e-2)
-
-
-def checkpointed_dtypes(checkpoint: str) -> dict[str, str]:
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    return {
-        name: str(tensor.dtype)
-        for name, tensor in load_tensors_metadata(f"{checkpoint}/weights").items()
-        if "laver_teacher" in name
-    }
 
 
 def test_a_bf16_run_resumes_its_float32_teacher_exactly(digits, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = ["precision=bf16", "objective.laver.momentum=0.999", "objective.laver.update_every=1"]
-    run_ranks(run, 1, overrides(whole, digits, *settings), timeout=240)
-    (dtypes,) = run_ranks(checkpointed_dtypes, 1, str(whole / "checkpoints" / f"step={SAVED}"))
-    assert len(dtypes) > 10 and set(dtypes.values()) == {"torch.float32"}
+    train(1, overrides(whole, digits, *settings))
+    saved = CheckpointReader(whole / "checkpoints" / f"step={SAVED}").tensors()
+    dtypes = [dtype for name, (_, dtype) in saved.items() if "laver_teacher" in name]
+    assert len(dtypes) > 10 and set(dtypes) == {torch.float32}
     continued(whole, resumed)
-    run_ranks(run, 1, overrides(resumed, digits, *settings), timeout=240)
+    train(1, overrides(resumed, digits, *settings), saves=False)
     expected, found = lines(whole), lines(resumed)
     for step in range(SAVED + 1, STEPS + 1):
         assert [found[step][term] for term in TERMS] == [expected[step][term] for term in TERMS], step
@@ -117,9 +109,10 @@ def test_a_stage_with_laver_starts_from_one_without_and_its_teacher_as_the_stude
     """The student masks nothing and has not moved yet, so the symmetric Gram term is zero."""
     former, stage = tmp_path / "former", tmp_path / "stage"
     plain = [item for item in overrides(former, digits) if not item.startswith("objective.laver")]
-    run_ranks(run, 1, [*plain, "objective=none", "trainer.max_steps=2"], timeout=120)
+    train(1, [*plain, "objective=none", "trainer.max_steps=2"])
     settings = ["objective.laver.mask_ratio=0", "objective.laver.gram_clipped=false", "trainer.max_steps=2"]
-    run_ranks(run, 2, overrides(stage, digits, f"init_from={former / 'checkpoints'}", "parallel.tensor=2", *settings))
+    words = overrides(stage, digits, f"init_from={former / 'checkpoints'}", "parallel.tensor=2", *settings)
+    train(2, words, saves=False)
     found = lines(stage)
     assert found[1]["laver/gram"] < 1e-10 < found[2]["laver/gram"]
     assert found[1]["lm/loss"] < lines(former)[1]["lm/loss"], "the former stage's weights were not taken over"
@@ -128,7 +121,7 @@ def test_a_stage_with_laver_starts_from_one_without_and_its_teacher_as_the_stude
 def test_the_third_stage_takes_over_the_weights_without_laver(uninterrupted, digits, tmp_path):
     plain = [item for item in overrides(tmp_path, digits) if not item.startswith("objective.laver")]
     plain += [f"init_from={uninterrupted / 'checkpoints'}", "objective=none", "trainer.max_steps=1"]
-    run_ranks(run, 1, plain, timeout=120)
+    train(1, plain, saves=False)
     found = lines(tmp_path)
     assert found[1]["lm/loss"] < lines(uninterrupted)[1]["lm/loss"]
     assert not any(name.startswith("laver/") for name in found[1])
@@ -157,7 +150,7 @@ def probed(tmp_path_factory, uninterrupted, digits) -> dict[str, dict[int, dict[
         output = tmp_path_factory.mktemp("probed")
         start = f"init_from={uninterrupted / 'checkpoints'}"
         settings = [start, "trainer.max_steps=3", "trainer.checkpoint_every=null", "trainer.micro_batch_size=4"]
-        run_ranks(run, ranks, overrides(output, digits, *settings, *more), timeout=240)
+        train(ranks, overrides(output, digits, *settings, *more), saves=False)
         found[name] = lines(output)
     return found
 

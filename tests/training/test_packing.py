@@ -15,8 +15,7 @@ from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.packing import PackedStream, Packing
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.sampler import ShuffledStream
-from tests.ranks import run_ranks
-from tests.training.job import run
+from tests.training.job import train
 from tests.training.test_laver_training import lines
 
 
@@ -55,9 +54,9 @@ def uninterrupted(tmp_path_factory, digits) -> Path:
     output = tmp_path_factory.mktemp("packed")
     given = overrides(output, digits)
     with pytest.raises(Exception, match="measure them once with nemo-pre data lengths"):
-        run_ranks(run, 1, given, timeout=120)
+        train(1, given)
     assert main(["data", "lengths", *given]) == 0
-    run_ranks(run, 1, given, timeout=120)
+    train(1, given)
     return output
 
 
@@ -67,7 +66,7 @@ def test_a_packed_run_resumes_exactly_in_another_layout(layout, ranks, uninterru
     checkpoints = resumed / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step=3").symlink_to(uninterrupted / "checkpoints" / "step=3")
-    run_ranks(run, ranks, overrides(resumed, digits, layout), timeout=150)
+    train(ranks, overrides(resumed, digits, layout), saves=False)
     expected, found = lines(uninterrupted), lines(resumed)
     for step in (4, 5, 6):
         assert found[step]["lm/loss"] == pytest.approx(expected[step]["lm/loss"], rel=2e-5), step
@@ -80,7 +79,7 @@ def test_packing_changes_the_data_state(uninterrupted, digits, tmp_path):
     checkpoints.mkdir(parents=True)
     (checkpoints / "step=3").symlink_to(uninterrupted / "checkpoints" / "step=3")
     with pytest.raises(Exception, match="was trained on other data"):
-        run_ranks(run, 1, overrides(resumed, digits, "data.packing_window=24"), timeout=120)
+        train(1, overrides(resumed, digits, "data.packing_window=24"))
 
 
 def test_a_row_holds_several_samples(uninterrupted, digits):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankError, run_ranks
-from tests.training.job import run
+from tests.ranks import RankError
+from tests.training.job import train
 
 STEPS, SAVED = 8, 3
 
@@ -53,7 +53,7 @@ def uninterrupted(tmp_path_factory, digits) -> Path:
     """A run at TP2 x PP2 with the distributed optimizer, checkpointed on the way."""
     output = tmp_path_factory.mktemp("uninterrupted")
     layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
-    run_ranks(run, 4, overrides(output, digits, *layout), timeout=240)
+    train(4, overrides(output, digits, *layout))
     return output
 
 
@@ -76,7 +76,7 @@ def test_the_next_losses_after_resuming_elsewhere_equal_the_uninterrupted_runs(
     uninterrupted, digits, tmp_path, ranks, layout
 ):
     output = continued(uninterrupted, tmp_path)
-    run_ranks(run, ranks, overrides(output, digits, *layout), timeout=240)
+    train(ranks, overrides(output, digits, *layout))
     expected, found = losses(uninterrupted), losses(output)
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
     for step, (lm, pre) in found.items():
@@ -91,7 +91,7 @@ def test_a_checkpoint_continues_without_pre_and_says_so(uninterrupted, digits, t
     output = continued(uninterrupted, tmp_path)
     plain = overrides(output, digits, "parallel=single", "objective=none", "trainer.max_steps=1")
     plain = [item for item in plain if not item.startswith("objective.pre")]
-    run_ranks(run, 1, plain, timeout=120)
+    train(1, plain, saves=False)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "lm/loss" in line]
     assert trained and not any("pre/loss" in line for line in lines)
@@ -101,7 +101,7 @@ def test_a_checkpoint_continues_without_pre_and_says_so(uninterrupted, digits, t
 def test_a_stage_starts_from_the_newest_weights_of_the_former_stage(uninterrupted, digits, tmp_path):
     former = uninterrupted / "checkpoints"
     stage = ["parallel=single", "trainer.max_steps=1", f"init_from={former}", "optim.freeze_vision=true"]
-    run_ranks(run, 1, overrides(tmp_path, digits, *stage), timeout=120)
+    train(1, overrides(tmp_path, digits, *stage), saves=False)
     found, first, last = losses(tmp_path), losses(uninterrupted)[1], losses(uninterrupted)[STEPS]
     assert list(found) == [1], "a stage counts its own steps"
     assert abs(found[1][0] - last[0]) < abs(found[1][0] - first[0])
@@ -111,6 +111,4 @@ def test_a_stage_starts_from_the_newest_weights_of_the_former_stage(uninterrupte
 def test_a_head_of_another_shape_is_refused_in_one_sentence(uninterrupted, digits, tmp_path):
     output = continued(uninterrupted, tmp_path)
     with pytest.raises(RankError, match="set objective.pre's head, anchor and layers as they were"):
-        run_ranks(
-            run, 1, overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5"), timeout=120
-        )
+        train(1, overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5"))
