@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 PLAIN, LAVER, BOTH = "experiment=digits_tiny", "experiment=digits-laver", "experiment=digits-pre-laver"
 PRE = (PLAIN, "objective=pre")
+VIRAL = "experiment=digits-viral"
 MIXED, ROTARY_2D = "model.attention=mixed", "model.rope=2d"
 NO_GRAM, PLAIN_GRAM = "objective.laver.gram_weight=0", "objective.laver.gram_clipped=false"
 FROZEN = "optim.freeze_vision=true"
@@ -57,6 +58,10 @@ def digits_arms(num_layers: int) -> list[Arm]:
         overrides = (*PRE, f"objective.pre.layers=[{layer}]", *more)
         return Arm(name, label, overrides, "first_causal", (BASELINE,), main)
 
+    def viral(name: str, label: str, *more: str) -> Arm:
+        overrides = (VIRAL, f"objective.viral.layers=[{middle}]", *more)
+        return Arm(name, label, overrides, "first_causal", (BASELINE,))
+
     def spatial(name: str, label: str, *overrides: str, main: bool = True) -> Arm:
         against = ("mixed_2d", BASELINE)
         return Arm(name, label, overrides, "first_mixed_2d", against, main)
@@ -77,6 +82,8 @@ def digits_arms(num_layers: int) -> list[Arm]:
         pre("pre_weight_2", "PRe, lambda 2", "objective.pre.weight=2"),
         pre("pre_projector", "PRe, anchor before the projector", "objective.pre.anchor=pre_projector"),
         pre("pre_global", "PRe, global", "objective.pre.variant=global"),
+        viral("viral", "VIRAL, the encoder's features"),
+        viral("viral_similarity", "VIRAL, relational", "objective.viral.form=similarity"),
         Arm("mixed", "mixed attention", (PLAIN, MIXED), "first_mixed", (BASELINE,)),
         Arm("rope_2d", "2D-RoPE", (PLAIN, ROTARY_2D), "first_2d", (BASELINE,)),
     ]

@@ -101,7 +101,7 @@ def _verdict(change: dict[str, Any], degrading: int) -> str:
 
 
 def _regularized(summary: Summary) -> str:
-    names = [name for name in summary["arms"] if name.startswith("pre")]
+    names = [name for name in summary["arms"] if name.startswith(("pre", "viral"))]
     if not names or BASELINE not in summary["arms"]:
         return _not_run([BASELINE, "pre"])
     rows = [_row(summary, BASELINE, PRE_NUMBERS)]

@@ -9,7 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
@@ -27,6 +29,7 @@ class Job:
         parallel: fields of ParallelConfig.
         pre: fields of PReConfig; None runs without PRe.
         laver: fields of LaVerConfig; None runs without LaVer.
+        viral: fields of ViralConfig; None runs without VIRAL. Features of an external target come with the data.
         model: fields of ModelConfig (attention, rope).
         steps: the data; every step sees the same weights.
         state: the whole model's weights.
@@ -53,6 +56,7 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     gradient_factor: float = 1.0
     laver: dict[str, Any] | None = None
+    viral: dict[str, Any] | None = None
     model: dict[str, Any] = field(default_factory=dict)
     teacher: dict[str, Tensor] = field(default_factory=dict)
     bucket_size: int | None = None
@@ -94,6 +98,7 @@ def train(job: Job) -> list[StepRecord]:
         precision=job.precision,
         language=job.language,
         laver=job.laver,
+        viral=job.viral,
         model=job.model,
         vision=job.vision,
     )
@@ -110,9 +115,19 @@ def train(job: Job) -> list[StepRecord]:
         for config in (model.config, model.config.language_transformer_config):
             assert hasattr(config, name), name
             setattr(config, name, value)
-    with gradients_times(job.gradient_factor):
+    with gradients_times(job.gradient_factor), width_of_stored_targets():
         trainer.fit(model, build_data(job, run))
     return recorder.records
+
+
+@contextmanager
+def width_of_stored_targets() -> Iterator[None]:
+    """No directory of features is there to ask for their width."""
+    from tests.reference.tiny import TARGET_WIDTH
+
+    stored = SimpleNamespace(width=TARGET_WIDTH)
+    with mock.patch("nemo_pre.terms.target_features.read_features", return_value=stored):
+        yield
 
 
 def build_recorder(state: dict[str, Tensor], teacher: dict[str, Tensor]) -> Any:

@@ -17,6 +17,7 @@ from nemo_pre.config.schema import (
 )
 from nemo_pre.objectives.laver import LaVerConfig
 from nemo_pre.objectives.pre import PReConfig
+from nemo_pre.objectives.viral import ViralConfig
 
 
 def tiny_run(
@@ -29,10 +30,12 @@ def tiny_run(
     precision: str = "fp32",
     language: dict[str, Any] | None = None,
     laver: dict[str, Any] | None = None,
+    viral: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """A run of ``max_steps`` steps; ``pre`` and ``laver`` hold their configs' fields; None switches the term off."""
+    """A run of ``max_steps`` steps; ``pre``, ``laver`` and ``viral`` hold their configs' fields; None switches the
+    term off."""
     from tests.reference import tiny
 
     clip = tiny.VISION
@@ -77,6 +80,7 @@ def tiny_run(
             name="pre",
             pre=PReConfig(enabled=pre is not None, **(pre or {})),
             laver=LaVerConfig(enabled=laver is not None, **(laver or {})),
+            viral=ViralConfig(enabled=viral is not None, **(viral or {})),
         ),
         trainer=TrainerConfig(
             max_steps=max_steps,

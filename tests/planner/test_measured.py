@@ -18,6 +18,7 @@ from tests.ranks import run_on_standing_ranks
 from tests.reference.tiny import NATIVE
 
 FREEZE_ALL_BUT_PROJECTOR = {"optim.freeze_vision": True, "optim.freeze_language": True}
+VIRAL = {"target": "encoder", "head_hidden_width": 24}
 WHOLE = {**LAVER, "sequence": "whole", "gram_scope": "micro_batch", "centring": True}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -76,6 +77,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "language": {"family": "qwen2", "tie_embeddings": True},
     },
     "PRe on two layers, pooled": {"pre": {"layers": [1, -1], "variant": "global", "head_norm": True}},
+    "VIRAL on two layers": {"viral": {**VIRAL, "layers": [1, 2], "shared_head": False}},
+    "VIRAL, relational, TP2+SP": {
+        "parallel": {"tensor": 2, "sequence": True},
+        "viral": {**VIRAL, "form": "similarity"},
+        "images": 2,
+    },
+    "VIRAL, relational, hidden states, bf16, full": {
+        "viral": {**VIRAL, "form": "similarity", "compared": "hidden"},
+        "precision": "bf16",
+        "parallel": {"recompute": "full"},
+    },
+    "VIRAL, PRe, PP2": {"parallel": {"pipeline": 2}, "micro_batches": 4, "viral": {**VIRAL, "layers": [4]}, "pre": {}},
     "LaVer, bf16": {"model": MIXED, "laver": LAVER, "precision": "bf16"},
     "LaVer on whole samples, PRe, selective": {
         "model": MIXED,
@@ -160,6 +173,7 @@ def test_parameters_and_trainable_ones_of_every_rank_are_those_of_the_built_mode
         assert planned["decoder"] == built.get("decoder", 0)
         assert planned["output"] == built.get("output_layer", 0)
         assert planned.get("pre", 0) == built.get("pre_heads", 0)
+        assert planned.get("viral", 0) == built.get("viral_head", 0) + built.get("viral_heads", 0)
         assert planned.get("laver", 0) == built.get("laver_head", 0) + built.get("laver_mask_token", 0)
         assert sum(trainable_parameters(config, planned).values()) == measured.trainable
 

@@ -79,6 +79,7 @@ PARTS = {
     "decoder": ["decoder"],
     "output": ["output_layer"],
     "pre": ["pre_heads"],
+    "viral": ["viral_head", "viral_heads"],
     "laver": ["laver_head", "laver_mask_token"],
 }
 

@@ -24,7 +24,8 @@ from nemo_pre.planner.step_time import step_time
 EXPERIMENTS = recipes.choices("experiment")
 ON_GPUS = [name for name in EXPERIMENTS if not name.startswith("digits")]
 FROZEN_TOWER, ALL, PROJECTOR = ("vision",), (), ("vision", "language")
-# Learning rates (all; of the tower), samples a step, steps, warm-up in steps, what is frozen, PRe, LaVer.
+# Learning rates (all; of the tower), samples a step, steps, warm-up in steps, what is frozen, PRe, LaVer. VIRAL trains
+# as LLaVA-1.5 does (arXiv 2509.07979).
 # PRe: its supplement, section 7 (arXiv 2603.20808); an epoch of LLaVA's 558,128 captions and 665,298 instructions.
 # LaVer: figures of its notes and of its released code's three configurations (arXiv 2512.06281).
 STAGES = {
@@ -33,6 +34,7 @@ STAGES = {
     "stage2_frozen_pre": (2e-5, None, 128, -(-665_298 // 128), 0.03 * 5198, FROZEN_TOWER, True, False),
     "stage2_full": (1e-5, 2e-6, 128, -(-665_298 // 128), 0.03 * 5198, ALL, False, False),
     "stage2_full_pre": (1e-5, 2e-6, 128, -(-665_298 // 128), 0.03 * 5198, ALL, True, False),
+    "stage2_full_viral": (1e-5, 2e-6, 128, -(-665_298 // 128), 0.03 * 5198, ALL, False, False),
     "laver_stage1_align": (2e-3, None, 128, 558_128 // 128, 500, PROJECTOR, False, False),
     "laver_stage2_knowledge": (2e-5, None, 128, 800_000 // 128, 100, FROZEN_TOWER, False, True),
     "laver_stage2_knowledge_pre": (2e-5, None, 128, 800_000 // 128, 100, FROZEN_TOWER, True, True),
@@ -92,6 +94,14 @@ def test_hyperparameters_are_the_papers(name):
         assert (objective.pre.weight, target_layers(objective.pre.layers, layers, "layers")) == (0.5, (layers // 2,))
         expected = next((layer for model, layer in MIDDLE.items() if model in name), layers // 2)
         assert target_layers(objective.pre.layers, layers, "layers") == (expected,)
+    assert objective.viral.enabled == stage.endswith("viral")
+    if objective.viral.enabled:
+        viral = objective.viral
+        assert (viral.weight, viral.form, viral.shared_head, viral.head_depth) == (0.5, "direct", True, 3)
+        assert (viral.head_hidden_width, viral.target_image_size, viral.target_filter) == (2048, 336, "bilinear")
+        assert target_layers(viral.layers, config.model.language.num_layers, "layers") == (
+            config.model.language.num_layers // 2,
+        )
     spatial = ("causal", "mrope" if name.startswith("qwen25vl") else "1d")
     if "laver" in stage:
         spatial = ("mixed", "mrope" if stage.endswith("released_code") else "2d")
@@ -106,7 +116,11 @@ def test_hyperparameters_are_the_papers(name):
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_data_and_template_are_those_of_the_stage_and_the_language_model(name):
     config, stage = run(name), stage_of(name)
-    data = "llava_pretrain" if "align" in stage else DATA.get(stage.removesuffix("_pre"), "llava_instruct")
+    data = (
+        "llava_pretrain"
+        if "align" in stage
+        else DATA.get(stage.removesuffix("_pre").removesuffix("_viral"), "llava_instruct")
+    )
     family = next(family for family in TEMPLATE if family in name)
     assert config.data.name == data
     assert config.data.chat_template == ("caption" if "align" in stage else TEMPLATE[family])

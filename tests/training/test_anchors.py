@@ -12,6 +12,7 @@ from tests.parity.test_parity import GRADIENT, IMAGES
 from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
+from tests.reference.viral import ViralReference
 from tests.training.job import train as train_run
 from tests.training.test_resume import losses, overrides
 
@@ -58,6 +59,32 @@ def with_external_anchor(path: Path, parallel: dict) -> list[StepRecord]:
     pre = {"layers": [3], "anchor": "external", "external_path": str(path)}
     job = Job(parallel=parallel, pre=pre, steps=[[data]], state=state)
     return [ranks[0] for ranks in run_on_standing_ranks(train, job.world_size, job, timeout=150)]
+
+
+def with_frozen_target(path: Path, parallel: dict) -> list[StepRecord]:
+    """VIRAL's relational form on a target that runs on the first stage."""
+    state = tiny.random_state(tiny.tiny_config(viral=ViralReference(layers=(3,))))
+    generator = torch.Generator().manual_seed(5)
+    state["viral_head.fc3.weight"] = torch.randn(24, tiny.VIRAL_HEAD, generator=generator) * 0.3
+    state["viral_head.fc3.bias"] = torch.randn(24, generator=generator) * 0.1
+    data = [tiny.random_batch(images, seed=m) for m, images in enumerate(IMAGES[0])]
+    viral = {"layers": [3], "form": "similarity", "target_path": str(path), "head_hidden_width": tiny.VIRAL_HEAD}
+    job = Job(parallel=parallel, pre=None, viral=viral, steps=[[data]], state=state)
+    return [ranks[0] for ranks in run_on_standing_ranks(train, job.world_size, job, timeout=150)]
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}], ids=["PP2", "TP2-SP"])
+def test_a_frozen_target_gives_the_same_loss_and_gradients_in_every_layout(external_model, parallel):
+    alone = with_frozen_target(external_model, {})
+    spread = with_frozen_target(external_model, parallel)
+    loss = alone[0].metrics["viral/loss"]
+    assert loss > 1e-3 and spread[0].metrics["viral/loss"] == pytest.approx(loss, rel=1e-5)
+    expected, found = assemble([alone[0].gradients]), assemble([rank.gradients for rank in spread])
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert found.keys() == expected.keys() and expected["viral_head.fc3.weight"].any()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm()
+        assert error <= GRADIENT * gradient.norm() + 1e-7 * total, name
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"tensor": 2, "sequence": True}], ids=["PP2", "TP2-SP"])
