@@ -102,6 +102,9 @@ def test_it_trains_resumes_and_is_dropped_by_an_export(folder: Path, digits: Pat
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "Shift (nobody's, nowhere), weight 0.3" in card and "| shift/loss |" in card
     shutil.copytree(tmp_path / "run", tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    config = tmp_path / "other" / "config.yaml"  # as if it had been of another weight: another arm
+    assert "weight: 0.3" in config.read_text()
+    config.write_text(config.read_text().replace("weight: 0.3", "weight: 0.2"))
     done = nemo_pre(folder, "compare", str(tmp_path / "run"), str(tmp_path / "other"), f"out={tmp_path / 'compared'}")
     assert "shift/loss" in done.stdout, done.stdout + done.stderr
 

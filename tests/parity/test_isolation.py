@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,3 +128,16 @@ def module_globals(imported: list[str]) -> dict[str, Any]:
                 if not inner.startswith("__"):
                     found[f"{name} {attribute}.{inner}"] = content(item, 1)
     return found
+
+
+def number_of_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_training_leaves_no_thread_behind() -> None:
+    """A process group that somebody holds keeps its threads; after some hundred jobs a machine has too many."""
+    job, _ = test_parity.case("PP2", (3,))
+    with Ranks(2) as ranks:
+        before = ranks.run(number_of_threads)
+        ranks.run(train, job, timeout=300)
+        assert ranks.run(number_of_threads) == before

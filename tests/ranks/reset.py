@@ -51,6 +51,7 @@ class Beginning:
         import numpy
         import torch
         import torch.distributed as dist
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from nemo.utils.app_state import AppState
         from nemo.utils.metaclasses import Singleton
 
@@ -58,6 +59,8 @@ class Beginning:
 
         if dist.is_initialized():
             dist.destroy_process_group()  # every group
+        # Its cache of methods' results holds modules, and with one a process group and its threads.
+        RotaryEmbedding.forward.cache_clear()
         for name, values in self.globals.items():
             vars(importlib.import_module(name)).update(values)
         Singleton._Singleton__instances.pop(AppState, None)

@@ -55,6 +55,7 @@ HALVED = {  # the micro-batch, with FP8
     "siglip2_qwen25_7b_laver_stage2_released_code",
     "siglip2_qwen25_7b_stage2_full",
     "siglip2_qwen25_7b_stage2_full_pre",
+    "siglip2_qwen25_7b_stage2_full_viral",
     "siglip2_qwen25_14b_stage1_align",
 }
 # 768 tokens are no whole blocks of 128 for each of four sequence-parallel ranks.
@@ -192,6 +193,8 @@ def test_encoders_language_models_and_stages_go_together_on_the_command_line(mon
         vision, language, stage = (names[number % len(names)] for names in (encoders, languages, stages))
         parts = [f"model/vision={vision}", f"model/language={language}", f"model.name={vision}_{language}"]
         options = ["data.sequence_length=4096", "optim.freeze_vision=false"]
+        if stage.endswith("viral"):  # a target of DINOv2's grid needs an encoder of a fixed resolution
+            options += ["objective.viral.target=encoder"]
         config = compose_run(["model=llava15_7b", *parts, f"stage={stage}", *options])
         check_options(config)
         assert config.name == f"{vision}_{language}_{stage}"

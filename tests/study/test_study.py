@@ -189,7 +189,7 @@ def test_wrong_options_are_one_sentence_each(options, told, tmp_path, digits):
 def test_a_dry_run_lists_the_runs_and_does_nothing(digits, tmp_path, capsys):
     study(data=str(digits), runs=str(tmp_path / "runs"), dry_run=True, platform="cpu")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 * 3 + 8 + 2 * 3 + 2
+    assert len(lines) == 8 * 3 + 8 + 2 * 3 + 4  # arms, first stages, ablations
     assert not (tmp_path / "runs").exists()
 
 

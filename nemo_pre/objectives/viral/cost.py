@@ -52,10 +52,11 @@ class ViralCost(Cost):
         matrices = self.head_matrices()
         inputs = sum(columns for columns, _ in matrices) + sum(columns for columns, _ in matrices[1:])
         output = matrices[-1][1] if matrices else self.config.model.language.hidden_size
+        here = visual * ((inputs + output) * size + INDEX)
         if self.options.form == "direct":
-            return visual * ((inputs + output) * size + INDEX)
+            return here
         compared = -(-load.rows * load.images // load.ranks) * -(-load.visual // load.images)
-        return visual * (inputs * size + INDEX) + compared * (2 * output * FLOAT + FLOAT + 2 * INDEX)
+        return here + compared * (2 * output * FLOAT + 3 * FLOAT + 2 * INDEX)
 
     def state(self, stage: int, decoder_parameters: int) -> dict[str, int]:
         return {"frozen target": self.target.parameters * FLOAT} if stage == 0 and self.target.parameters else {}
