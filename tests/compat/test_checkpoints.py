@@ -52,6 +52,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
     first, second = made("overtaken"), made("overtaking")
     two_saves = Layout(tensor=2, distributed_optimizer=True), weights, first, second
     jobs[2]["two saves"] = checkpoint_ranks.two_saves_at_once, two_saves
+    jobs[2]["results server"] = checkpoint_ranks.modules_of_the_results_server, ()
     for name in ("saved", "background", *ELSEWHERE, "overtaken", "overtaking"):
         jobs[1][f"contents of {name}"] = checkpoint_ranks.contents, (root / name.replace(" ", "_"),)
     return {name: result for ranks in (4, 2, 1) for name, result in run_jobs(jobs[ranks], ranks).items()}
@@ -101,6 +102,11 @@ def test_background_writer_saves_the_state_of_its_step_while_training_goes_on(fo
     ((written, written_groups),) = found["contents of background"]
     same(written, tensors)
     assert in_order(written_groups) == in_order(groups)
+
+
+def test_the_process_that_hands_results_on_does_not_import_torch(found):
+    for maps in found["results server"]:
+        assert "python" in maps and "libtorch" not in maps
 
 
 def test_a_save_that_overtakes_another_leaves_both_complete(found):
