@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCallback(Callback):
-    """On rank 0: appends to ``output_dir/metrics.jsonl`` every ``every`` steps, and at the last.
+    """Appends to ``output_dir/metrics.jsonl``, on rank 0, every ``every`` steps and at the last.
 
     A line has ``step`` (optimizer steps done), ``time`` (seconds since 1970), ``step_time`` (seconds, mean since the
     last line), ``samples_per_second`` and every logged scalar; a value that is not finite becomes null. Validation

@@ -71,7 +71,7 @@ class Preprocessing:
         return image_tiles(image, self.image_size, self.image_mean, self.image_std, where, *how)
 
     def visual_tokens(self, image: torch.Tensor) -> int:
-        """Of what :meth:`encode_image` gave."""
+        """Number of visual tokens of an image as :meth:`encode_image` gave it."""
         return len(image) * (image.shape[1] if self.native is not None else self.tile_tokens)
 
 

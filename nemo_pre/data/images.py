@@ -1,4 +1,4 @@
-"""From an encoded image to what the vision tower takes: one tile, or a thumbnail and the tiles of a finer grid.
+"""Turning an encoded image into what the vision tower takes: one tile, or a thumbnail and the tiles of a finer grid.
 
 The pixels are those of ``transformers``' slow image processors, which resize with Pillow as we do:
 
@@ -70,7 +70,7 @@ def image_tiles(
 
 
 def decoded(source: bytes | Image, where: str) -> Image:
-    """In RGB.
+    """The image in RGB.
 
     Raises:
         SampleError: the bytes are not a whole image.

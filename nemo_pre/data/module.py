@@ -73,7 +73,7 @@ class GlobalStreamSampler(MegatronDataSampler):
         self.skipped: list[tuple[int, int]] = []  # ranges of the stream's positions that are left out
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
-        """The same loader with this rank's batches; ``dataset.split`` tells training from validation."""
+        """A loader of the same data set with this rank's batches of the stream."""
         from megatron.core import parallel_state
 
         shape = BatchShape(

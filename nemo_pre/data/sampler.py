@@ -178,7 +178,7 @@ class ValidationBatches:
             )
 
     def __len__(self) -> int:
-        """In micro-batches, as NeMo counts."""
+        """Number of micro-batches, as NeMo counts."""
         return self.num_batches * self.shape.num_microbatches
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -45,12 +45,12 @@ class Harness:
                 raise ValueError(f"flags may not hold {name}: give {option}=VALUE instead.")
 
     def settings(self) -> dict[str, Any]:
-        """What of it changes the scores."""
+        """The harness's settings that change the scores."""
         return {"limit": self.limit, "num_fewshot": self.num_fewshot, "flags": self.flags}
 
 
 def version(harness: Harness) -> str:
-    """Of lmms-eval.
+    """The version of lmms-eval that the harness's interpreter has.
 
     Raises:
         ValueError: the interpreter does not run, or does not have it.
@@ -68,7 +68,7 @@ def version(harness: Harness) -> str:
 
 
 def index_tasks(harness: Harness, tasks: list[str], include: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """By task, its leaves as :mod:`nemo_pre.evaluation.task_index` describes them.
+    """Each task's leaves as :mod:`nemo_pre.evaluation.task_index` describes them.
 
     Raises:
         ValueError: a task is unknown, or this lmms-eval came without tasks.
@@ -153,7 +153,7 @@ def command(harness: Harness, model: Path, task: str, directory: Path, include: 
 
 @contextmanager
 def _environment(harness: Harness) -> Iterator[dict[str, str]]:
-    """That of this process, and our package, alone: the other interpreter has its own of everything else."""
+    """The environment of this process with our package alone: the other interpreter has its own of everything else."""
     import nemo_pre
 
     with tempfile.TemporaryDirectory(prefix="nemo-pre-") as folder:

@@ -39,7 +39,7 @@ REMEMBERED_MASKS = 16  # micro-batches in flight, times two for the teacher's
 
 
 class MixedAttention(MegatronModule):
-    """In place of Megatron's ``DotProductAttention``: grouped queries, no dropout.
+    """Attention in the place of Megatron's ``DotProductAttention``: grouped queries, no dropout.
 
     Raises:
         ValueError: an option of the configuration that it does not implement.
@@ -179,7 +179,7 @@ def _attend_flex(
 def attend_split(
     query: Tensor, key: Tensor, value: Tensor, structure_BK3: Tensor, first_query: int, scale: float
 ) -> Tensor:
-    """The same without a mask."""
+    """Attention without a mask, run by run; arguments and result are those of :func:`attend_dense`."""
     rows = _MASKS.get("split", structure_BK3, lambda: runs_of_rows(structure_BK3, first_query, query.shape[2]))
     return attend_runs(query, key, value, rows, scale)
 

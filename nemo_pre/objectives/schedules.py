@@ -43,7 +43,7 @@ def ramp(kind: str, step: int, start: float, steps: int) -> float:
 
 
 def half_cosine(progress: float) -> float:
-    """From 0 at ``progress`` 0 to 1 at 1, flat at both ends."""
+    """Half a cosine: 0 at ``progress`` 0 and 1 at 1, flat at both ends."""
     return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 

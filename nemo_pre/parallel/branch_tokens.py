@@ -14,7 +14,7 @@ from nemo_pre.parallel.token_streams import StreamShape, VisualBranch
 
 @dataclass(frozen=True)
 class BranchTokens(ImageTokens):
-    """As :class:`ImageTokens`, of the branch.
+    """The branch's :class:`ImageTokens`, with what is masked.
 
     Attributes:
         masked: ``[m]`` which of this rank's tokens are masked, as indices into ``position``.
@@ -26,7 +26,7 @@ class BranchTokens(ImageTokens):
 
 
 def branch_tokens(branch: VisualBranch, shape: StreamShape, tp_rank: int) -> BranchTokens:
-    """Worked out on the CPU, on every rank for itself.
+    """The branch's tokens on this rank: worked out on the CPU, on every rank for itself.
 
     Args:
         tp_rank: this rank's place in sequence parallelism, 0 without it.

@@ -25,7 +25,7 @@ DEFAULT_GPU = "h100"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one layout needs.
+    """A layout and what a run needs in it.
 
     Attributes:
         config: the run in this layout.
@@ -142,7 +142,7 @@ def plan_layout(config: RunConfig, device: Device, efficiency: Efficiency, image
 
 
 def _on(config: RunConfig, gpus: int | None) -> RunConfig:
-    """The run's own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
+    """The run in its own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
     layout = config.parallel
     one = world_size(layout) // layout.data
     if gpus is None or gpus % one:
@@ -199,7 +199,7 @@ def read_number(word: str, value: str, whole: bool = False, most: float | None =
 
 
 def as_json(own: Plan, found: Found | None, device: Device, efficiency: Efficiency) -> dict[str, Any]:
-    """Everything the tables show, in bytes, seconds and operations."""
+    """The plan as JSON: everything the tables show, in bytes, seconds and operations."""
     result: dict[str, Any] = {
         "run": own.config.name,
         "gpu": device.name,

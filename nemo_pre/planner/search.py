@@ -123,7 +123,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def describe_layers(sizes: Sequence[int]) -> str:
-    """Equal neighbours together: 3, 5x6, 4."""
+    """The sizes as text, with equal neighbours together: 3, 5x6, 4."""
     runs = [(size, len(list(alike))) for size, alike in groupby(sizes)]
     return ", ".join(f"{size}x{number}" if number > 1 else str(size) for size, number in runs)
 
@@ -162,8 +162,8 @@ def indivisible(config: RunConfig) -> str | None:
 def _shapes(
     config: RunConfig, gpus: int, device: Device, efficiency: Efficiency, images_per_row: int | None, found: Found
 ) -> Iterator[RunConfig]:
-    """Tensor parallelism within a server, then pipelines and virtual stages, then context; replicas take the rest.
-    The layers of a pipeline are dealt out so that its stages are busy alike."""
+    """Every shape of a layout: tensor parallelism within a server, then pipelines and virtual stages, then context;
+    replicas take the rest. The layers of a pipeline are dealt out so that its stages are busy alike."""
     language, length = config.model.language, config.data.sequence_length
     contexts = {1} | {size for size in (2, 4, 8) if length // size >= SHORTEST_SHARD} | {config.parallel.context}
     for tensor in _divisors(min(device.per_node, gpus)):

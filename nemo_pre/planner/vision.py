@@ -18,7 +18,8 @@ def num_patches(vision: VisionConfig) -> int:
 
 
 def unused_layers(vision: VisionConfig) -> int:
-    """Behind the layer whose features are taken: they are frozen, and run in a tower of fixed resolution."""
+    """Number of layers behind the one whose features are taken: they are frozen, and run in a tower of fixed
+    resolution."""
     if vision.family == "qwen25_vl":
         return 0
     last_used = vision.feature_layer if vision.feature_layer >= 0 else vision.num_layers + 1 + vision.feature_layer
@@ -52,12 +53,13 @@ def layer_parameters(vision: VisionConfig) -> int:
 
 
 def unused_parameters(vision: VisionConfig) -> int:
-    """What the features do not depend on: it is frozen."""
+    """Number of parameters that the features do not depend on: they are frozen."""
     return unused_layers(vision) * layer_parameters(vision) + _beside_layers(vision)
 
 
 def _beside_layers(vision: VisionConfig) -> int:
-    """The last norm; SigLIP's pooling: a probe that attends to all patches, a norm, an MLP; DINOv2's mask token."""
+    """Number of parameters beside the layers: the last norm; SigLIP's pooling (a probe that attends to all patches, a
+    norm, an MLP); DINOv2's mask token."""
     width = vision.hidden_size
     pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
     norm_and_others = {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width}
@@ -68,7 +70,7 @@ def _beside_layers(vision: VisionConfig) -> int:
 
 
 def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
-    """Of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
+    """FLOPs of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
     if vision.family == "qwen25_vl":
         return _qwen_vl_flops(vision, tiles)
     width, inner, tokens = vision.hidden_size, vision.intermediate_size, encoder_tokens(vision)
@@ -128,7 +130,7 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
 
 
 def _layer_bytes(vision: VisionConfig, size: int) -> int:
-    """Of a token in a layer: norms, inputs of linear layers, activation function, attention."""
+    """Bytes that a token keeps in a layer: norms, inputs of linear layers, activation function, attention."""
     width, inner = vision.hidden_size, vision.intermediate_size
     copies = 5 if vision.family == "aimv2" else 2  # its patches lie transposed: each linear layer makes a copy
     inputs = (copies * width + inner) * size
@@ -140,13 +142,15 @@ def _layer_bytes(vision: VisionConfig, size: int) -> int:
 
 
 def _qwen_vl_layer_bytes(vision: VisionConfig, size: int) -> int:
-    """Of a token in a layer: queries and keys are rotated in float32, and the windows' outputs put together again."""
+    """Bytes that a token keeps in a layer of Qwen2.5-VL's tower: queries and keys are rotated in float32, and the
+    windows' outputs put together again."""
     width, inner = vision.hidden_size, vision.intermediate_size
     attention = 7 * width * size + vision.num_attention_heads * FLOAT
     return 2 * _norm(vision, size) + (2 * width + 4 * inner) * size + attention
 
 
 def _norm(vision: VisionConfig, size: int) -> int:
-    """Of a token: the input and its statistics; an RMSNorm has a float32 copy, and the normalised input."""
+    """Bytes that a token keeps in a norm: the input and its statistics; an RMSNorm has a float32 copy, and the
+    normalised input."""
     width, of_root_mean_square = vision.hidden_size, vision.family in (*AIMV2, "qwen25_vl")
     return width * (FLOAT + size) + FLOAT if of_root_mean_square else (width + 2) * size

@@ -125,7 +125,8 @@ def _path(frame: _Frame, points: Points) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """At most ``MOST_POINTS``: of neighbours the lowest and the highest, so that spikes remain, and gaps as gaps."""
+    """No more than ``MOST_POINTS`` points: of neighbours the lowest and the highest, so that spikes remain, and gaps
+    as gaps."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(2 * len(points) / MOST_POINTS)

@@ -66,7 +66,7 @@ class Result:
 
 
 def overheads(results: Sequence[Result]) -> dict[str, list[tuple[Result, float]]]:
-    """By regularizer: time of a sample beside the same point's without one, each in its own layout."""
+    """Time of a sample, by regularizer, beside the same point's without one, each in its own layout."""
     plain = {_same(result): result for result in results if result.point.regularizer == "none"}
     found: dict[str, list[tuple[Result, float]]] = {}
     for result in results:

@@ -157,7 +157,7 @@ class LaVerTerm(Term):
         self.start_step()
 
     def _visit(self, chunk: Any, micro_batch: MicroBatch, states: BranchStates, output: Tensor) -> Tensor:
-        """On the last stage: compare what student and teacher make of the branch, and inject the gradient."""
+        """Compare, on the last stage, what student and teacher make of the branch, and inject the gradient."""
         tokens, options = micro_batch.branch_tokens, self.options
         assert tokens is not None
         student = chunk.laver_head(states.student[tokens.position])

@@ -55,7 +55,7 @@ class PReCost(Cost):
         return {"moving anchor": projector_parameters(self.config) * FLOAT} if held else {}
 
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
-        """On the mean rank: sequence and context parallelism share the visual tokens out."""
+        """FLOPs of the heads on the mean rank: sequence and context parallelism share the visual tokens out."""
         found = {}
         if taps := self.taps(chunk):
             if self.options.variant == "global":
