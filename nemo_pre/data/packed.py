@@ -18,7 +18,7 @@ class PackedDataset:
     """
 
     def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset, self.split, self.sizes = dataset, dataset.split, dataset.sizes
+        self.dataset, self.sizes = dataset, dataset.sizes
         self._how = dataset.preprocessing
 
     def __len__(self) -> int:
