@@ -30,11 +30,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from nemo_pre.config.schema import ModelConfig
 from nemo_pre.neva.split_attention import attend_runs, runs_of_rows
+from nemo_pre.options import alternatives
 from nemo_pre.parallel.gather import gather_first_dimension
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE, may_attend
 
-BACKENDS = ("dense", "flex", "split")
 REMEMBERED_MASKS = 16  # micro-batches in flight, times two for the teacher's
 
 
@@ -127,14 +128,13 @@ def with_mixed_attention(layer_spec: ModuleSpec, backend: str) -> ModuleSpec:
     Raises:
         ValueError: an unknown backend, or one this machine cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"model.attention_backend={backend} is unknown: choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}."
-        )
+    attention = {"dense": MixedAttention, "flex": FlexMixedAttention, "split": SplitMixedAttention}
+    if backend not in attention:
+        allowed = alternatives(ModelConfig, "attention_backend")
+        raise ValueError(f"model.attention_backend={backend} is unknown: choose {allowed}.")
     if backend == "flex" and not torch.cuda.is_available():
         raise ValueError("model.attention_backend=flex needs an NVIDIA GPU: choose auto, dense or split.")
-    attention = {"dense": MixedAttention, "flex": FlexMixedAttention, "split": SplitMixedAttention}[backend]
-    layer_spec.submodules.self_attention.submodules.core_attention = attention
+    layer_spec.submodules.self_attention.submodules.core_attention = attention[backend]
     return layer_spec
 
 
