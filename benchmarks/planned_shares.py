@@ -43,8 +43,8 @@ def shares(experiment: str) -> list[float]:
         100 * step.gradients / step.seconds,
         100 * (step.optimizer - without_links.optimizer) / step.seconds,
         100 * (busiest - max(without_nvlink.stages)) / busiest,
-        100 * step.teacher / step.seconds,
-        100 * gathered.teacher / gathered.seconds,
+        100 * sum(step.objectives.values()) / step.seconds,
+        100 * sum(gathered.objectives.values()) / gathered.seconds,
         1000 * forward,
         kept / forward / 1e9,
     ]

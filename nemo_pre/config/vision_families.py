@@ -32,7 +32,7 @@ class VisionFamily:
     merge: int = 1
 
 
-AIMV2 = ("Aimv2VisionModel", "Aimv2VisionConfig")
+AIMV2_CLASSES = ("Aimv2VisionModel", "Aimv2VisionConfig")
 AIMV2_MUST: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
@@ -70,9 +70,9 @@ FAMILIES = {
             "use_mask_token": True,
         },
     ),
-    "aimv2": VisionFamily("AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": False}),
+    "aimv2": VisionFamily("AIMv2", "aimv2_vision_model", 0, AIMV2_CLASSES, {**AIMV2_MUST, "is_native": False}),
     "aimv2_native": VisionFamily(
-        "AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": True}, native=True
+        "AIMv2", "aimv2_vision_model", 0, AIMV2_CLASSES, {**AIMV2_MUST, "is_native": True}, native=True
     ),
     "qwen25_vl": VisionFamily(
         "Qwen2.5-VL",

@@ -17,8 +17,8 @@ from typing import Any
 from nemo_pre.evaluation.task_index import MARK
 
 # What the command line below says itself.
-OURS = ("--model", "--model_args", "--tasks", "--output_path", "--include_path", "--log_samples", "--config")
-DIRECTLY = ("--limit", "--batch_size", "-b", "--device", "--num_fewshot")
+SET_BY_US = ("--model", "--model_args", "--tasks", "--output_path", "--include_path", "--log_samples", "--config")
+HAVE_AN_OPTION = ("--limit", "--batch_size", "-b", "--device", "--num_fewshot")
 INSTALL = "pip install 'nemo-pre[eval]' (lmms-eval 0.7.3 or newer), or name an interpreter that has it: python=PATH"
 
 
@@ -38,9 +38,9 @@ class Harness:
     def __post_init__(self) -> None:
         for word in shlex.split(self.flags):
             name = word.partition("=")[0]
-            if name in OURS:
+            if name in SET_BY_US:
                 raise ValueError(f"flags may not hold {name}, which nemo-pre evaluate sets itself: leave it out.")
-            if name in DIRECTLY:
+            if name in HAVE_AN_OPTION:
                 option = {"-b": "batch_size"}.get(name, name.lstrip("-"))
                 raise ValueError(f"flags may not hold {name}: give {option}=VALUE instead.")
 

@@ -12,7 +12,7 @@ from nemo_pre.planner.flops import chunk_flops
 from nemo_pre.planner.load import Load
 from nemo_pre.planner.step_time import pass_seconds
 
-WORTH_IT = 0.01  # of the busiest stage's time, below which an even split is kept
+LEAST_GAIN = 0.01  # of the busiest stage's time, below which an even split is kept
 
 
 def balanced(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> RunConfig:
@@ -29,7 +29,7 @@ def balanced(config: RunConfig, load: Load, device: Device, efficiency: Efficien
     if layers_problem(even) is None:
         even_sizes = [config.model.language.num_layers // num_chunks(config.parallel)] * num_chunks(config.parallel)
         longest = max(_stage_seconds(even, even_sizes, layer, outside))
-        if longest <= (1 + WORTH_IT) * max(_stage_seconds(even, sizes, layer, outside)):
+        if longest <= (1 + LEAST_GAIN) * max(_stage_seconds(even, sizes, layer, outside)):
             return even
     return replace(config, parallel=replace(config.parallel, pipeline_layers=sizes))
 

@@ -22,7 +22,7 @@ from nemo_pre.planner.parameters import (
 from nemo_pre.planner.schedule import peak
 
 GIB = 1024**3
-ON_GPU = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
+GPU_LIBRARIES = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
 
 
 @dataclass
@@ -160,5 +160,5 @@ def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> di
     return {
         "communication": messages + gathered,
         "gradients under way": max(logits, gate_and_value + 2 * layer.whole_input) + weight,
-        "libraries": ON_GPU if fused else 0,
+        "libraries": GPU_LIBRARIES if fused else 0,
     }

@@ -107,7 +107,7 @@ def plan(arguments: Sequence[str]) -> None:
     if options.calibrate is not None:
         load = largest_load(config, options.images_per_row)
         efficiency = calibrated(config, load, device, efficiency, options.calibrate)
-    own = plan_layout(_on(config, options.gpus), device, efficiency, options.images_per_row)
+    own = plan_layout(_with_replicas(config, options.gpus), device, efficiency, options.images_per_row)
     found = None
     if options.gpus is not None:
         found = search(config, options.gpus, device, efficiency, options.images_per_row, options.best)
@@ -141,7 +141,7 @@ def plan_layout(config: RunConfig, device: Device, efficiency: Efficiency, image
     return replace(plan, stages=stages, time=time, messages=messages)
 
 
-def _on(config: RunConfig, gpus: int | None) -> RunConfig:
+def _with_replicas(config: RunConfig, gpus: int | None) -> RunConfig:
     """The run in its own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
     layout = config.parallel
     one = world_size(layout) // layout.data

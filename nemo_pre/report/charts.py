@@ -11,7 +11,7 @@ from nemo_pre.report.markup import text
 WIDTH, HEIGHT = 380, 232  # about the size at which a page shows it, so that its text keeps the page's size
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
 MOST_POINTS = 400  # of one line
-KINDS = 4  # dashes in the style sheet: a line is told apart without its colour
+DASHES = 4  # dashes in the style sheet: a line is told apart without its colour
 
 Points = Sequence[tuple[float, float]]
 
@@ -171,7 +171,7 @@ def _described(title: str, lines: Sequence[Line]) -> str:
 
 
 def _style(number: int) -> str:
-    return f"line line{number % KINDS}"
+    return f"line line{number % DASHES}"
 
 
 def _n(value: float) -> str:
