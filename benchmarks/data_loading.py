@@ -77,7 +77,7 @@ def main() -> None:
 def measure(
     shards: Path, image_bytes: list[bytes], workers: int, arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """By side: the median, every round's value, and the median as a fraction of decoding alone."""
+    """The median of each side, every round's value, and the median as a fraction of decoding alone."""
     timed = arguments.timed
     sides: dict[str, Callable[[], float]] = {
         "decode": lambda: rate_of_processes(decode, image_bytes, workers, timed),

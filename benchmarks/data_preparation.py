@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def cpu_time() -> float:
-    """Of this process and its ended children, so that other work on the machine does not count."""
+    """CPU seconds of this process and its ended children, so that other work on the machine does not count."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

@@ -156,7 +156,8 @@ def read(folder: Path) -> None:
 
 
 def drop_cache(folder: Path) -> None:
-    """So that the next read comes from the disk; where the file system holds all in memory this does nothing."""
+    """Drop the folder's files from the page cache, so that the next read comes from the disk; where the file system
+    holds all in memory this does nothing."""
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

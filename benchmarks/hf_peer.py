@@ -134,7 +134,8 @@ def build(settings: Settings, side: str, scratch: str, device: Any, compiled: bo
 
 
 def random_batch(settings: Settings, side: str, scratch: str, llava: Any, device: Any) -> dict[str, Any]:
-    """As :func:`benchmarks.overhead.synthetic_data`: an image per sample, text to the full length, some answers."""
+    """A random batch like that of :func:`benchmarks.overhead.synthetic_data`: an image per sample, text to the full
+    length, some answers."""
     import torch
 
     from nemo_pre.config.derived import num_visual_tokens

@@ -58,7 +58,7 @@ Loss = Callable[[Any, Any], Any]
 
 
 def losses(arguments: argparse.Namespace) -> dict[str, tuple[dict[str, Loss], int]]:
-    """By name: ours and the plain expression, and the width of what they compare."""
+    """Both expressions of each loss by name, ours and the plain one, and the width of what they compare."""
     import torch
     import torch.nn.functional as F
 

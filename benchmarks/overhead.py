@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def tokens_per_sample(self) -> int:
-        """Of text and image."""
+        """Tokens of a sample's text and image."""
         return self.sequence_length or (96 if self.model == "digits_tiny" else 2048)
 
     @property

@@ -25,8 +25,8 @@ COLUMNS = ("gradients %", "weights' gather %", "tensor parallel %", "teacher %",
 
 
 def shares(experiment: str) -> list[float]:
-    """Of the step's time with gradients that are reduced after the backward pass; and of a layer's forward pass the
-    milliseconds, and the rate at which it makes what is kept for backward."""
+    """Share of the step's time with gradients that are reduced after the backward pass; and of a layer's forward pass
+    the milliseconds, and the rate at which it makes what is kept for backward."""
     config = compose_run([f"experiment={experiment}", "parallel.overlap_grad_reduce=false"])
     device, load, efficiency = device_of_cluster(config.cluster.name), largest_load(config), Efficiency()
     assert device is not None
@@ -43,8 +43,8 @@ def shares(experiment: str) -> list[float]:
         100 * step.gradients / step.seconds,
         100 * (step.optimizer - without_links.optimizer) / step.seconds,
         100 * (busiest - max(without_nvlink.stages)) / busiest,
-        100 * step.teacher / step.seconds,
-        100 * gathered.teacher / gathered.seconds,
+        100 * sum(step.objectives.values()) / step.seconds,
+        100 * sum(gathered.objectives.values()) / gathered.seconds,
         1000 * forward,
         kept / forward / 1e9,
     ]

@@ -39,7 +39,7 @@ FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 
 
 def modules_of_parts(chunk: Any) -> dict[str, list[Any]]:
-    """Of a model on one rank; none runs within another."""
+    """The modules of each part of a model on one rank; none runs within another."""
     tower = getattr(chunk.vision_model, "vision_model", chunk.vision_model)
     encoder = getattr(tower, "encoder", None)
     blocks = tower.children() if encoder is None else getattr(encoder, "layer", None) or encoder.layers

@@ -26,17 +26,22 @@ Arguments = Sequence[str]
 @dataclass(frozen=True)
 class Verb:
     """``function`` is "module:function": its parameters are the verb's options, its docstring the help. Of ``train``,
-    whose options are a whole configuration, it takes the words of the command line, and ``usage`` returns the help."""
+    whose options are a whole configuration, it takes the words of the command line, and ``usage`` returns the help;
+    ``topics`` explains the part of the configuration that a word beside ``--help`` names."""
 
     summary: str
     function: str
     defaults: dict[str, Any] = field(default_factory=dict)
     usage: str | None = None
+    topics: str | None = None
 
 
 VERBS = {
     "train": Verb(
-        "train a model: experiment=NAME and any override", f"{__name__}:train", usage=f"{__name__}:train_help"
+        "train a model: experiment=NAME and any override",
+        f"{__name__}:train",
+        usage=f"{__name__}:train_help",
+        topics="nemo_pre.config.help:describe_part",
     ),
     "plan": Verb(
         "memory, FLOPs, time and the best layouts of a run, before it is queued",
@@ -125,7 +130,11 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = VERBS[name], words[len(name.split()) :]
     function = _resolve(verb.function)
     if "-h" in rest or "--help" in rest:
-        print(_resolve(verb.usage)() if verb.usage else describe(function, name, verb.defaults))
+        topics = [word for word in rest if verb.topics and not word.startswith("-") and "=" not in word]
+        if verb.topics and topics:
+            print("\n\n".join(map(_resolve(verb.topics), topics)))
+        else:
+            print(_resolve(verb.usage)() if verb.usage else describe(function, name, verb.defaults))
     elif verb.usage:
         function(rest)
     else:
@@ -207,7 +216,11 @@ groups and their choices:
 
 Your own are found too: recipes/GROUP/NAME.yaml where you stand, or in the folder that {recipes.OWN_VARIABLE} names.
 
-Every option, its unit and default: nemo_pre/config/schema.py. Results go to output_dir (runs/NAME)."""
+Every option of a part, with its default and what it may hold:
+
+  nemo-pre train --help trainer                                 or model.vision, objective.laver, run, ...
+
+Results go to output_dir (runs/NAME)."""
 
 
 # --- data lengths ---------------------------------------------------------------------------------------------------

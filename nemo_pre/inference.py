@@ -152,7 +152,7 @@ def load_chunks(run: InferenceRun) -> list[Any]:
 
 
 def answer(run: InferenceRun) -> None:
-    """On every rank: load the model, answer the requests, and on the first rank print or write the answers."""
+    """Load the model on every rank, answer the requests, and print or write the answers on the first."""
     import torch.distributed as dist
 
     from nemo_pre.data.conversation import end_of_answer

@@ -83,6 +83,12 @@ def choices_of(owner: type, name: str) -> tuple[str, ...]:
     return tuple(rule.choices)
 
 
+def alternatives(owner: type, name: str) -> str:
+    """The words that the field ``name`` of the dataclass ``owner`` may hold, as a sentence has them: a, b or c."""
+    *others, last = choices_of(owner, name)
+    return f"{', '.join(others)} or {last}"
+
+
 def value_problems(values: Any, prefix: str = "") -> Iterator[str]:
     """Every value in a dataclass, and in those inside it, that its field's rule refuses, as one sentence each."""
     for part in dataclasses.fields(values):

@@ -11,7 +11,7 @@ from nemo_pre.objectives.registry import compared_metrics
 
 CURVES = "curves.png"
 EXACT_MATCH = "val/exact_match"
-LAYER = "similarity/layer_"
+SIMILARITY = "similarity/layer_"
 # Okabe and Ito's palette: told apart with colour-blind eyes and on paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -94,7 +94,7 @@ class _Panel:
 
 def _panels(recorded: set[str]) -> list[_Panel]:
     by_layer = sorted(
-        (name for name in recorded if name.startswith(LAYER)), key=lambda name: int(name.removeprefix(LAYER))
+        (name for name in recorded if name.startswith(SIMILARITY)), key=lambda name: int(name.removeprefix(SIMILARITY))
     )
     kinds = sorted(name for name in recorded if name.startswith(EXACT_MATCH))
     return [
@@ -106,7 +106,7 @@ def _panels(recorded: set[str]) -> list[_Panel]:
         ),
         _Panel(
             "mean cosine of an image's visual tokens",
-            [(name, f"layer {name.removeprefix(LAYER)}") for name in by_layer],
+            [(name, f"layer {name.removeprefix(SIMILARITY)}") for name in by_layer],
             top=1,
         ),
         _Panel(

@@ -74,9 +74,7 @@ def build_trainer(
         logger=run_loggers(config) if callbacks is None else False,
         max_steps=config.trainer.max_steps,
         log_every_n_steps=config.trainer.log_every,
-        val_check_interval=config.trainer.val_every or config.trainer.max_steps,
-        check_val_every_n_epoch=None,
-        limit_val_batches=0,
+        limit_val_batches=0,  # ExactMatchCallback validates
         num_sanity_val_steps=0,
         enable_progress_bar=False,  # NeMo's enters a collective on rank 0 alone; ProgressCallback reports instead
         enable_model_summary=False,

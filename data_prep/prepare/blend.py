@@ -72,7 +72,7 @@ class Rows(Protocol):
     def origin(self, row: int) -> str: ...
 
     def read(self, row: int) -> Candidate:
-        """Raises BadSample."""
+        """The candidate of a row. Raises BadSample."""
 
 
 def open_rows(source: Source, scratch: Path) -> Rows:

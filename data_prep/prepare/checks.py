@@ -1,4 +1,4 @@
-"""From a candidate to the members of a tar sample: what is wrong with it is found here.
+"""Turning a candidate into the members of a tar sample: what is wrong with it is found here.
 
 Reasons to drop a sample: ``broken_record``, ``wrong_turn_order``, ``empty_answer``, ``image_tags`` (another number of
 ``<image>`` tags in the questions than of images), ``missing_image``, ``path_outside_root``, ``undecodable_image``,

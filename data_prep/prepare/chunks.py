@@ -43,7 +43,7 @@ class Job:
         return self._parquet(number).unpack(group, self.rows_taken(number, group))
 
     def rows_taken(self, number: int, group: int) -> np.ndarray:
-        """Those of a parquet source's rows that are taken and lie in ``group``, sorted."""
+        """The rows of a parquet source that are taken and lie in ``group``, sorted."""
         taken = mapped_array(self.workplace.taken_file(number))
         start, stop = self._parquet(number).rows_of(group)
         return taken[np.searchsorted(taken, start) : np.searchsorted(taken, stop)]

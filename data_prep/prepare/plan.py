@@ -57,7 +57,7 @@ class Chunk:
 
 
 def draw_order(sources: Sequence[Source], sizes: Sequence[int], options: Options) -> dict[str, np.ndarray]:
-    """Per split the samples in their order, as row numbers of all sources one after the other (int64).
+    """The samples of each split in their order, as row numbers of all sources one after the other (int64).
 
     A sample that a weight repeats is only ever in one split.
 

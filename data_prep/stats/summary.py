@@ -1,4 +1,4 @@
-"""From counts to quantiles, advice and a table."""
+"""Turning counts into quantiles, advice and a table."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def advise(manifest: Manifest, dp: int, workers: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """The statistics as a table for people."""
     lines = [f"{result['path']}: {result['dataset']}, tokenizer {result['tokenizer'] or 'none: tokens not counted'}"]
     for split, of_split in result["splits"].items():
         lines.append(

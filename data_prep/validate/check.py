@@ -50,7 +50,7 @@ def check(path: Path, limits: Limits, workers: int | None = None, sample: int | 
         else:
             findings += result
     if sample is None:
-        findings += _told(questions.across_splits(), named)
+        findings += _duplicates(questions.across_splits(), named)
     order = {name: number for number, (name, _) in enumerate(named)}
     findings.sort(key=lambda finding: (order.get(finding.shard, -1), finding.position, finding.reason))
     splits = {split: manifest.num_samples(split) for split in manifest.shards}
@@ -125,7 +125,7 @@ def _check_manifest(manifest: Manifest) -> list[Finding]:
     return findings
 
 
-def _told(pairs: Iterable[tuple[Place, Place]], named: list[tuple[str, Shard]]) -> Iterator[Finding]:
+def _duplicates(pairs: Iterable[tuple[Place, Place]], named: list[tuple[str, Shard]]) -> Iterator[Finding]:
     """The pairs as findings, one per sample; keys are looked up shard by shard."""
     by_sample = dict(pairs)
     wanted = defaultdict(set)

@@ -179,7 +179,7 @@ def _check_length(turns: list[tuple[str, str]], limits: Limits, tell: Tell) -> N
 
 
 def _check_image(content: bytes, name: str, limits: Limits, reason: str, tell: Tell) -> tuple[int, int] | None:
-    """Its (width, height); None, and told, if it cannot be decoded."""
+    """The image's (width, height); None, and told, if it cannot be decoded."""
     from PIL import Image
 
     with warnings.catch_warnings():

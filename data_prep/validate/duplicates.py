@@ -12,7 +12,7 @@ Place = tuple[int, int]  # number of the shard, position in it
 
 
 class Questions:
-    """Of all the shards; ``split_of_shard`` gives the number of a shard's split."""
+    """Digests of the questions of all the shards; ``split_of_shard`` gives the number of a shard's split."""
 
     def __init__(self, split_of_shard: list[int]):
         self.splits = np.array(split_of_shard, np.int32)

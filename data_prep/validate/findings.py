@@ -85,7 +85,7 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """For people: a line per reason, with the first examples under it."""
+    """The report as a table for people: a line per reason, with the first examples under it."""
     total = sum(report.splits.values())
     lines = [
         f"{report.path}: {report.checked:,} of {total:,} samples in {report.shards} shards re-read "

@@ -15,7 +15,7 @@ KNOWN_ENDS = ("json", "jpg", "jpeg", "png", "webp")
 
 
 def images_of(extensions: Collection[str]) -> list[str]:
-    """Those that are images, in the order of the tags."""
+    """The extensions that are images, in the order of the tags."""
     numbered = [(int(match[1] or 0), ext) for ext in extensions if (match := IMAGE.fullmatch(ext))]
     return [extension for _, extension in sorted(numbered)]
 

@@ -15,7 +15,7 @@ WAITING_PER_WORKER = 4
 
 
 def num_workers(workers: int | None) -> int:
-    """Raises ValueError below 1."""
+    """The number of workers, by default one for every CPU core. Raises ValueError below 1."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers}: give at least 1")
     return workers or len(os.sched_getaffinity(0))

@@ -31,7 +31,7 @@ SPARE_TOKENS = 2  # beyond the longest true answer: its end, and one more to see
 
 @dataclass(frozen=True)
 class Result:
-    """Of one validation, over all data-parallel ranks; seconds are wall time of the slowest rank.
+    """What one validation found over all data-parallel ranks; seconds are wall time of the slowest rank.
 
     Attributes:
         scores: by question type; ``all`` is all of them.
@@ -129,7 +129,7 @@ class ExactMatchCallback(Callback):
             log.info(line)
 
     def evaluate(self, trainer: Any) -> Result:
-        """The same result on every rank."""
+        """Answer the validation samples and score the answers; every rank returns the same result."""
         from megatron.core import parallel_state as ps
 
         from nemo_pre.neva.model import model_chunks

@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class MetricsCallback(Callback):
-    """On rank 0: appends to ``output_dir/metrics.jsonl`` every ``every`` steps, and at the last.
+    """Appends to ``output_dir/metrics.jsonl``, on rank 0, every ``every`` steps and at the last.
 
     A line has ``step`` (optimizer steps done), ``time`` (seconds since 1970), ``step_time`` (seconds, mean since the
-    last line), ``samples_per_second`` and every logged scalar; a value that is not finite becomes null. Validation
-    results come on lines of their own, without the speed. After a resume the lines behind the checkpoint are cut off.
+    last line), ``samples_per_second`` and every logged scalar; a value that is not finite becomes null. What
+    :func:`record_metrics` is given comes on lines of its own, without the speed. After a resume the lines behind the
+    checkpoint are cut off.
     """
 
     def __init__(self, output_dir: str | Path, every: int, global_batch_size: int) -> None:
@@ -51,16 +52,7 @@ class MetricsCallback(Callback):
             return
         step_time = self._clock.take()
         speed = {"step_time": step_time, "samples_per_second": self.global_batch_size / step_time}
-        # callback_metrics still holds what the latest validation logged.
-        metrics = {name: value for name, value in logged_metrics(trainer).items() if not name.startswith("val")}
-        self.file.append(step, metrics | speed)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            metrics = logged_metrics(trainer)
-            self.file.append(
-                trainer.global_step, {name: value for name, value in metrics.items() if name.startswith("val")}
-            )
+        self.file.append(step, logged_metrics(trainer) | speed)
 
 
 def record_metrics(trainer: Any, metrics: Mapping[str, float]) -> None:

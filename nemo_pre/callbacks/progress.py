@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from nemo_pre.objectives.registry import term_metrics
 
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
-READABLE = {"reduced_train_loss": "lm/loss", "val_loss": "val/lm_loss"}
+READABLE = {"reduced_train_loss": "lm/loss"}
 COUNTERS = {"step", "global_step"}  # NeMo logs them as metrics
 
 
@@ -28,7 +28,7 @@ def shown_metrics() -> dict[str, str]:
 
 
 def logged_metrics(trainer: Any) -> dict[str, float]:
-    """Scalars that the latest training or validation step has logged, under readable names.
+    """Scalars that the latest training step has logged, under readable names.
 
     Complete from ``on_train_batch_end`` on. Reading them waits for the device.
     """

@@ -21,9 +21,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartPoint:
-    """Attributes:
-    resume_from: checkpoint to continue from, with optimizer, step and data position.
-    weights_from: checkpoint to take the weights of, and nothing else.
+    """The checkpoints that a run begins with.
+
+    Attributes:
+        resume_from: checkpoint to continue from, with optimizer, step and data position.
+        weights_from: checkpoint to take the weights of, and nothing else.
     """
 
     resume_from: str | None = None

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from nemo_pre.callbacks.metrics import record_metrics
+from nemo_pre.losses.pairwise_cosine import pair_cosines
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualTokens, model_chunks
 from nemo_pre.parallel.image_pooling import mean_per_image
 from nemo_pre.parallel.micro_batch import MicroBatch
@@ -24,8 +25,8 @@ class VisualSimilarityCallback(Callback):
     """Every ``every`` training steps records ``similarity/layer_<l>``: the mean cosine between two different visual
     tokens of one image in the output of decoder layer ``l`` (0: what enters the decoder), over the global batch.
 
-    Linear in the tokens: the cosines of all pairs add up to the squared length of the sum of unit vectors. Works with
-    layers on different pipeline stages and with images that sequence or context parallelism cuts.
+    Linear in the tokens (:mod:`nemo_pre.losses.pairwise_cosine`). Works with layers on different pipeline stages and
+    with images that sequence or context parallelism cuts.
 
     Source: LaVer (arXiv 2512.06281), its analysis of layer-wise homogenisation.
     """
@@ -84,8 +85,8 @@ class VisualSimilarityCallback(Callback):
         images_BS = micro_batch.layout.visual_image_BS
         sizes = torch.bincount(images_BS[images_BS >= 0]).double()
         means, _ = mean_per_image(F.normalize(tokens.float(), dim=-1), image, len(sizes), groups)
-        cosines = (means.double().square().sum(1) * sizes.square() - sizes).sum()
-        self._sums[layer, micro_batch.index] = torch.stack([cosines, (sizes.square() - sizes).sum()])
+        cosines, pairs = pair_cosines(means.double() * sizes[:, None], sizes)
+        self._sums[layer, micro_batch.index] = torch.stack([cosines.sum(), pairs.sum()])
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any) -> None:
         if not self._active:

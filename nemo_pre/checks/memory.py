@@ -20,7 +20,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Of the rank that holds most, in the largest micro-batch the config allows.
+    """The memory of the rank that holds most, in the largest micro-batch the config allows.
 
     Attributes:
         parameters: of the whole model.
@@ -40,7 +40,7 @@ class MemoryEstimate:
 
     @property
     def bytes_per_rank(self) -> int:
-        """Of what lives from step to step: weights, gradients, optimizer, and what objectives keep."""
+        """Bytes that live from step to step: weights, gradients, optimizer, and what objectives keep."""
         return sum(self.memory.state.values())
 
     def summary(self) -> str:

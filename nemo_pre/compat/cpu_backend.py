@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from nemo_pre.compat import versions
 from nemo_pre.compat.registry import Patch
+from nemo_pre.config.run import RunConfig
+from nemo_pre.options import alternatives, choices_of
 
 # What a TransformerConfig must say where neither CUDA kernels nor a compiler exist.
 TRANSFORMER_CONFIG = {
@@ -39,8 +41,8 @@ def use_cpu(platform: str) -> bool:
     Raises:
         ValueError: an unknown platform, or ``gpu`` on a machine without one.
     """
-    if platform not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"platform={platform} is unknown; choose auto, cpu or gpu.")
+    if platform not in choices_of(RunConfig, "platform"):
+        raise ValueError(f"platform={platform} is unknown; choose {alternatives(RunConfig, 'platform')}.")
     if platform == "cpu" or any(patch.applied for patch in patches_of_torch()):
         return True
     import torch

@@ -46,6 +46,6 @@ PATCHES = [no_unified_memory]
 
 
 def apply() -> None:
-    """Before the first import of Megatron."""
+    """Apply this module's patches, which must happen before the first import of Megatron."""
     for each in PATCHES:
         each.apply()

@@ -1,4 +1,4 @@
-"""From ``recipes/``, a user's own recipes and overrides to a :class:`~nemo_pre.config.run.RunConfig`.
+"""Composing ``recipes/``, a user's own recipes and overrides into a :class:`~nemo_pre.config.run.RunConfig`.
 
 Hydra merges the YAML groups into the dataclasses of the schema, so an unknown key or a value of the wrong type is
 refused here. Hydra's errors are several lines long and name its own classes; a user sees one sentence instead.

@@ -145,8 +145,9 @@ class ParallelConfig:
     data: int = number(1, least=1)
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool | None = None  # during the backward pass; null: where there are replicas
-    recompute: str = choice("none", ("none", "selective", "full"))
-    recompute_num_layers: int = number(1, least=1)
+    # What the backward pass computes again instead of keeping it; from the fastest to the smallest.
+    recompute: str = choice("none", {"none": "", "selective": "core attention", "full": "whole decoder layers"})
+    recompute_num_layers: int = number(1, least=1)  # that full recomputation takes together
 
 
 @dataclass

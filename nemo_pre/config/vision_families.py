@@ -10,15 +10,17 @@ from nemo_pre.config.schema import VisionConfig
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """Attributes:
-    title: for model cards.
-    model_type: the name of the vision model in ``config.json``.
-    class_tokens: tokens that are no patch's, before the patches.
-    classes: ``transformers``' classes of model and configuration; None: ours, which travel with exported models.
-    must: what our towers are, and nothing else: a configuration that says otherwise is refused.
-    native: every image keeps its aspect ratio, and its number of visual tokens follows from its size.
-    merge: patches that become one visual token along each side. Where they are several, the features are theirs side
-        by side, and the projector is the merger's MLP.
+    """What sets one family of vision towers apart.
+
+    Attributes:
+        title: for model cards.
+        model_type: the name of the vision model in ``config.json``.
+        class_tokens: tokens that are no patch's, before the patches.
+        classes: ``transformers``' classes of model and configuration; None: ours, which travel with exported models.
+        must: what our towers are, and nothing else: a configuration that says otherwise is refused.
+        native: every image keeps its aspect ratio, and its number of visual tokens follows from its size.
+        merge: patches that become one visual token along each side. Where they are several, the features are theirs
+            side by side, and the projector is the merger's MLP.
     """
 
     title: str
@@ -30,7 +32,7 @@ class VisionFamily:
     merge: int = 1
 
 
-AIMV2 = ("Aimv2VisionModel", "Aimv2VisionConfig")
+AIMV2_CLASSES = ("Aimv2VisionModel", "Aimv2VisionConfig")
 AIMV2_MUST: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
@@ -68,9 +70,9 @@ FAMILIES = {
             "use_mask_token": True,
         },
     ),
-    "aimv2": VisionFamily("AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": False}),
+    "aimv2": VisionFamily("AIMv2", "aimv2_vision_model", 0, AIMV2_CLASSES, {**AIMV2_MUST, "is_native": False}),
     "aimv2_native": VisionFamily(
-        "AIMv2", "aimv2_vision_model", 0, AIMV2, {**AIMV2_MUST, "is_native": True}, native=True
+        "AIMv2", "aimv2_vision_model", 0, AIMV2_CLASSES, {**AIMV2_MUST, "is_native": True}, native=True
     ),
     "qwen25_vl": VisionFamily(
         "Qwen2.5-VL",
@@ -101,7 +103,7 @@ def token_pixels(vision: VisionConfig) -> int:
 
 
 def feature_width(vision: VisionConfig) -> int:
-    """Of what the projector takes: the patches of a visual token side by side."""
+    """Width of what the projector takes: the patches of a visual token side by side."""
     return vision.hidden_size * merge_size(vision) ** 2
 
 
@@ -119,7 +121,7 @@ def class_tokens(vision: VisionConfig) -> int:
 
 
 def kept_class_tokens(vision: VisionConfig) -> int:
-    """Those that the language model sees too."""
+    """Class tokens that the language model sees too."""
     return 0 if vision.drop_class_token else class_tokens(vision)
 
 

@@ -1,4 +1,4 @@
-"""From items to a micro-batch in NeVA's raw format."""
+"""Collating items into a micro-batch in NeVA's raw format."""
 
 from __future__ import annotations
 

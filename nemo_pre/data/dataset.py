@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from nemo_pre.config.schema import DataConfig
 from nemo_pre.data.conversation import encode
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import CachedFeatures
@@ -16,13 +17,13 @@ from nemo_pre.data.images import image_tiles
 from nemo_pre.data.manifest import Manifest, verify_shards
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.data.shards import RawSample, ShardedSamples
+from nemo_pre.options import choices_of
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-ON_ERROR = ("raise", "skip")
 MAX_LOADERS = 256  # per rank
 GIVE_UP_AFTER = 100  # unreadable samples in a row: then it is the dataset, not a sample
 NAMED_SKIPS = 20  # per loader process; of the skips after them every hundredth is named
@@ -71,7 +72,7 @@ class Preprocessing:
         return image_tiles(image, self.image_size, self.image_mean, self.image_std, where, *how)
 
     def visual_tokens(self, image: torch.Tensor) -> int:
-        """Of what :meth:`encode_image` gave."""
+        """Number of visual tokens of an image as :meth:`encode_image` gave it."""
         return len(image) * (image.shape[1] if self.native is not None else self.tile_tokens)
 
 
@@ -107,14 +108,14 @@ class ConversationDataset:
         preprocessing: Preprocessing,
         on_error: str = "raise",
     ):
-        if on_error not in ON_ERROR:
-            raise ValueError(f"data.on_error={on_error} is not one of {', '.join(ON_ERROR)}")
+        if on_error not in choices_of(DataConfig, "on_error"):
+            allowed = ", ".join(choices_of(DataConfig, "on_error"))
+            raise ValueError(f"data.on_error={on_error} is not one of {allowed}")
         manifests = [manifests] if isinstance(manifests, Manifest) else list(manifests)
         for manifest in manifests:
             if not manifest.shards.get(split):
                 raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
             verify_shards(manifest.shards[split], tolerate_wrong_size=on_error == "skip")
-        self.split = split
         self.samples = ShardedSamples([shard for manifest in manifests for shard in manifest.shards[split]])
         self.sizes = [manifest.num_samples(split) for manifest in manifests]
         self.preprocessing = preprocessing

@@ -90,7 +90,7 @@ class FeatureFile:
 
     @property
     def bytes(self) -> int:
-        """Of the whole file."""
+        """Bytes of the whole file."""
         return self.features_at + self.images * self.image_bytes
 
     @property
@@ -98,7 +98,8 @@ class FeatureFile:
         return self.path.is_file() and self.path.stat().st_size == self.bytes
 
     def verify(self) -> None:
-        """
+        """Compare the file's size with what its header promises.
+
         Raises:
             ValueError: the file is missing or cut, with the place where it ends.
         """
@@ -134,7 +135,8 @@ class FeaturesManifest:
     files: dict[str, FeatureFile]
 
     def file_of(self, shard: Shard) -> FeatureFile:
-        """
+        """The file with the features of a shard's images.
+
         Raises:
             ValueError: no features of this shard were computed.
         """
@@ -150,7 +152,8 @@ class FeaturesManifest:
 
 
 def read_features(directory: str | Path, option: str = "data.features") -> FeaturesManifest:
-    """
+    """The manifest of the features in ``directory``.
+
     Args:
         option: of the run, which names the directory.
 
@@ -196,7 +199,7 @@ class CachedFeatures:
         self._ends = list(accumulate(shard.samples for shard in shards))
 
     def read(self, position: int, where: str) -> list[torch.Tensor]:
-        """Of each image of the sample ``[1, tokens, width]``.
+        """Features ``[1, tokens, width]`` of each image of the sample.
 
         Raises:
             SampleError: an image had none, or its features are damaged; it begins with ``where``.

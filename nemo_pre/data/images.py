@@ -1,4 +1,4 @@
-"""From an encoded image to what the vision tower takes: one tile, or a thumbnail and the tiles of a finer grid.
+"""Turning an encoded image into what the vision tower takes: one tile, or a thumbnail and the tiles of a finer grid.
 
 The pixels are those of ``transformers``' slow image processors, which resize with Pillow as we do:
 
@@ -13,14 +13,14 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nemo_pre.config.schema import DataConfig
 from nemo_pre.data.errors import SampleError
+from nemo_pre.options import choices_of
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-RESIZES = ("whole", "crop", "pad")
-FILTERS = ("bicubic", "bilinear")
 MAX_ASPECT_RATIO = 200  # a thinner picture would be resized to gigabytes before it is cropped or padded
 
 
@@ -70,7 +70,7 @@ def image_tiles(
 
 
 def decoded(source: bytes | Image, where: str) -> Image:
-    """In RGB.
+    """The image in RGB.
 
     Raises:
         SampleError: the bytes are not a whole image.
@@ -86,7 +86,7 @@ def decoded(source: bytes | Image, where: str) -> Image:
 
 
 def _square(image: Image, size: int, mean: Sequence[float], resize: str, image_filter: str, where: str) -> Image:
-    assert resize in RESIZES, resize
+    assert resize in choices_of(DataConfig, "image_resize"), resize
     if resize != "whole" and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise SampleError(f"{where} has an image of {image.width} x {image.height} pixels, too thin to {resize}")
     if resize == "pad":

@@ -1,8 +1,9 @@
-"""The data module of a run: training and validation batches for NeMo's MegatronStrategy.
+"""The data module of a run: training batches for NeMo's MegatronStrategy.
 
 NeMo's own sampler shuffles per data-parallel rank, so a resume at another size replays other samples, and its
 data modules reset the count of consumed samples when the first validation starts. Here the position in one
-global stream is the whole state; :mod:`nemo_pre.data.sampler` says how batches follow from it.
+global stream is the whole state; :mod:`nemo_pre.data.sampler` says how batches follow from it. Validation reads its
+samples itself (:mod:`nemo_pre.callbacks.exact_match`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import DataConfig
 from nemo_pre.data.collate import Collate
 from nemo_pre.data.dataset import ConversationDataset, Preprocessing
 from nemo_pre.data.lengths import read_lengths
@@ -31,16 +33,14 @@ from nemo_pre.data.sampler import (
     SkippingStream,
     Stream,
     TrainingBatches,
-    ValidationBatches,
     shares,
     whole_position,
 )
 from nemo_pre.data.tokenizer import padding_id
+from nemo_pre.options import choices_of
 from nemo_pre.run_files.skipped_samples import Skipped, read_skipped
 
 log = logging.getLogger(__name__)
-
-ON_STATE_MISMATCH = ("raise", "restart")
 
 
 class GlobalStreamSampler(MegatronDataSampler):
@@ -55,7 +55,6 @@ class GlobalStreamSampler(MegatronDataSampler):
         micro_batch_size: int,
         global_batch_size: int,
         shuffle_seed: int,
-        val_samples: int | None,
         weights: Sequence[float] = (1.0,),
         packing: Packing | None = None,
     ):
@@ -67,13 +66,12 @@ class GlobalStreamSampler(MegatronDataSampler):
             output_log=False,
         )
         self.shuffle_seed = shuffle_seed
-        self.val_samples = val_samples
         self.weights = weights
         self.packing = packing
         self.skipped: list[tuple[int, int]] = []  # ranges of the stream's positions that are left out
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
-        """The same loader with this rank's batches; ``dataset.split`` tells training from validation."""
+        """A loader of the same data set with this rank's batches of the stream."""
         from megatron.core import parallel_state
 
         shape = BatchShape(
@@ -84,14 +82,10 @@ class GlobalStreamSampler(MegatronDataSampler):
         )
         dataset = dataloader.dataset
         assert isinstance(dataset, (ConversationDataset, PackedDataset)), type(dataset)
-        batches: TrainingBatches | ValidationBatches
-        if dataset.split == "train":
-            samples = BlendedStream(dataset.sizes, self.weights, self.shuffle_seed)
-            stream: Stream = samples if self.packing is None else PackedStream(samples, self.packing)
-            stream = SkippingStream(stream, self.skipped) if self.skipped else stream
-            batches = TrainingBatches(stream, shape, self.init_consumed_samples)
-        else:
-            batches = ValidationBatches(min(self.val_samples or len(dataset), len(dataset)), shape)
+        samples = BlendedStream(dataset.sizes, self.weights, self.shuffle_seed)
+        stream: Stream = samples if self.packing is None else PackedStream(samples, self.packing)
+        stream = SkippingStream(stream, self.skipped) if self.skipped else stream
+        batches = TrainingBatches(stream, shape, self.init_consumed_samples)
         return DataLoader(
             dataset,
             batch_sampler=batches,  # type: ignore[arg-type]  # TrainingBatches has no end, hence no length
@@ -110,14 +104,13 @@ class ShardedVLMDataModule(pl.LightningDataModule):
     """Conversations about images from prepared shards.
 
     Args:
-        manifest: of the data directory; with a blend, of its validation split.
+        manifest: of the data directory, whose training split is read where there is no blend.
         preprocessing: how a sample becomes numbers.
         sequence_length: tokens the decoder sees, image included.
         micro_batch_size, global_batch_size: samples.
         shuffle_seed: of the training stream.
         num_workers: loader processes per rank.
         on_error: raise | skip.
-        val_samples: how many samples a validation pass takes the loss of; None: the whole split.
         blend: manifests and weights of what is trained on instead of the manifest's training split.
         on_state_mismatch: raise | restart: what a resume does whose data state is missing or another data's.
         packing_window: samples of the stream that are packed into rows at a time; None: a row is a sample. With
@@ -139,17 +132,15 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         shuffle_seed: int = 0,
         num_workers: int = 0,
         on_error: str = "raise",
-        val_samples: int | None = None,
         blend: Sequence[tuple[Manifest, float]] = (),
         on_state_mismatch: str = "raise",
         packing_window: int | None = None,
         skipped: Sequence[Skipped] = (),
     ):
         super().__init__()
-        if on_state_mismatch not in ON_STATE_MISMATCH:
-            raise ValueError(
-                f"data.on_state_mismatch={on_state_mismatch} is not one of {', '.join(ON_STATE_MISMATCH)}"
-            )
+        if on_state_mismatch not in choices_of(DataConfig, "on_state_mismatch"):
+            allowed = ", ".join(choices_of(DataConfig, "on_state_mismatch"))
+            raise ValueError(f"data.on_state_mismatch={on_state_mismatch} is not one of {allowed}")
         sources = blend or [(manifest, 1.0)]
         self.training, self.weights = [source for source, _ in sources], [weight for _, weight in sources]
         check_training_size(self.training, global_batch_size)
@@ -157,7 +148,6 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         self.tokenizer = preprocessing.tokenizer
         self.num_workers = num_workers
         self.train_dataset = ConversationDataset(self.training, "train", preprocessing, on_error)
-        self.val_dataset = ConversationDataset(manifest, "val", preprocessing, on_error)
         padding, native = padding_id(preprocessing.tokenizer), preprocessing.native is not None
         self.collate = Collate(preprocessing.max_text_tokens, padding, native)
         self.packing = None
@@ -167,7 +157,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
             self.packing = Packing(lengths.clip(min=1), sequence_length, packing_window)
             self.packed_collate = PackedCollate(sequence_length, padding, native)
         self.data_sampler = GlobalStreamSampler(
-            sequence_length, micro_batch_size, global_batch_size, shuffle_seed, val_samples, self.weights, self.packing
+            sequence_length, micro_batch_size, global_batch_size, shuffle_seed, self.weights, self.packing
         )
         stream = (self.fingerprint, shuffle_seed)
         self._skip([(each.first, each.end) for each in skipped if (each.data, each.shuffle_seed) == stream])
@@ -175,8 +165,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         self._restored = False
 
     def train_dataloader(self) -> DataLoader:
-        # The only place that moves the origin of the count: by now the trainer has its restored step, and a
-        # validation that starts later must not touch it.
+        # The only place that moves the origin of the count: by now the trainer has its restored step.
         self.first_step = self.trainer.global_step if self.trainer else 0
         self.data_sampler.init_global_step = self.first_step
         if self.first_step and not self._restored:
@@ -185,9 +174,6 @@ class ShardedVLMDataModule(pl.LightningDataModule):
         if self.packing is not None:
             return self._dataloader(PackedDataset(self.train_dataset), self.packed_collate)
         return self._dataloader(self.train_dataset, self.collate)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._dataloader(self.val_dataset, self.collate)
 
     def _dataloader(self, dataset: ConversationDataset | PackedDataset, collate: Callable[..., Any]) -> DataLoader:
         return DataLoader(
@@ -284,7 +270,6 @@ def build_data_module(config: RunConfig, tokenizer: Any = None) -> ShardedVLMDat
         shuffle_seed=config.data.shuffle_seed,
         num_workers=config.data.num_workers,
         on_error=config.data.on_error,
-        val_samples=config.trainer.val_samples,
         blend=[(read_manifest(source.path), source.weight) for source in config.data.blend or []],
         on_state_mismatch=config.data.on_state_mismatch,
         packing_window=config.data.packing_window if config.data.packing else None,

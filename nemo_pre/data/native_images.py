@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NativeResolution:
-    """Attributes:
-    patch_size: pixels.
-    merge: patches along each side of a visual token.
-    least, most: visual tokens of an image.
+    """The sizes that images of native resolution are brought to.
+
+    Attributes:
+        patch_size: pixels.
+        merge: patches along each side of a visual token.
+        least, most: visual tokens of an image.
     """
 
     patch_size: int
@@ -61,7 +63,7 @@ class NativeResolution:
         return rows, columns
 
     def grid_of(self, source: bytes, where: str) -> tuple[int, int]:
-        """The same of an encoded image, of which only the header is read."""
+        """Rows and columns of visual tokens of an encoded image, of which only the header is read."""
         from PIL import Image
 
         try:

@@ -18,7 +18,7 @@ class PackedDataset:
     """
 
     def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset, self.split, self.sizes = dataset, dataset.split, dataset.sizes
+        self.dataset, self.sizes = dataset, dataset.sizes
         self._how = dataset.preprocessing
 
     def __len__(self) -> int:
@@ -42,8 +42,8 @@ class PackedDataset:
 
 @dataclass(frozen=True)
 class PackedCollate(Collate):
-    """As :class:`Collate`, of B rows of items. ``segments`` int64 [B, T] tells which of its row's samples a token
-    belongs to; padding belongs to the last."""
+    """Collates B rows of items as :class:`Collate` does items. ``segments`` int64 [B, T] tells which of its row's
+    samples a token belongs to; padding belongs to the last."""
 
     def __call__(self, rows: list[list[Item]]) -> dict[str, Any]:  # type: ignore[override]
         import torch

@@ -1,4 +1,4 @@
-"""From a run's configuration to how its samples become numbers."""
+"""How a run's samples become numbers, from its configuration."""
 
 from __future__ import annotations
 

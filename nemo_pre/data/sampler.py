@@ -163,24 +163,3 @@ class TrainingBatches:
             for positions in self.shape.micro_batches(start):
                 yield [self.stream[position] for position in positions]
             start += self.shape.global_batch_size
-
-
-class ValidationBatches:
-    """The first samples of the split in order, in whole global batches, the same at every validation."""
-
-    def __init__(self, num_samples: int, shape: BatchShape):
-        self.shape = shape
-        self.num_batches = num_samples // shape.global_batch_size
-        if not self.num_batches:
-            raise ValueError(
-                f"{num_samples} validation samples are less than one global batch of {shape.global_batch_size}: "
-                f"lower trainer.global_batch_size, or raise trainer.val_samples or prepare more data"
-            )
-
-    def __len__(self) -> int:
-        """In micro-batches, as NeMo counts."""
-        return self.num_batches * self.shape.num_microbatches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.num_batches):
-            yield from map(list, self.shape.micro_batches(batch * self.shape.global_batch_size))

@@ -83,7 +83,7 @@ class ShardedSamples:
         return RawSample(entry["key"], shard.path, record, content)
 
     def num_images(self, position: int) -> int:
-        """By the index alone.
+        """Number of a sample's images, read from the index alone.
 
         Raises:
             SampleError: they are not numbered from 0.

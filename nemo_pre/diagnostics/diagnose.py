@@ -125,7 +125,7 @@ def _launch(run: DiagnoseRun) -> None:
 
 
 def diagnose_rank(run: DiagnoseRun) -> None:
-    """On every rank: measure the layers that are here; the first rank writes what all found."""
+    """Measure, on every rank, the layers that are there; the first rank writes what all found."""
     import torch.distributed as dist
 
     from nemo_pre.launch.preload import silence

@@ -56,7 +56,7 @@ class LayerMeasures:
             self.asked += int(asked.sum())
 
     def over(self, replicas: Replicas) -> LayerMeasures:
-        """Of the pictures of all replicas, on each of them."""
+        """The measures over the pictures of all replicas, which every replica gets."""
         assert self.own is not None and self.cross is not None
         tallies = replicas.gathered((self.similarity, self.attention, self.asked, self.score and self.score.tally))
         similarities, attentions, asked, scores = zip(*tallies, strict=True)

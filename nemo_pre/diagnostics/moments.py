@@ -22,14 +22,14 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor | None = None) -> Moments:
-        """Of rows ``x [n, D]`` with themselves, or with ``y [n, E]``; n may be 0."""
+        """Moments of rows ``x [n, D]`` with themselves, or with ``y [n, E]``; n may be 0."""
         x = x.double()
         y = x if y is None else y.double()
         mean, mean_y = (rows.sum(0) / max(len(rows), 1) for rows in (x, y))
         return cls(len(x), mean, mean_y, (x - mean).T @ (y - mean_y))
 
     def merge(self, other: Moments) -> Moments:
-        """Of the rows of both."""
+        """Moments of the rows of both."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -42,7 +42,7 @@ class Moments:
 
 
 def merged(one: Moments | None, two: Moments) -> Moments:
-    """Of the rows of both, where the first may not have begun."""
+    """Moments of the rows of both, where the first may not have begun."""
     return two if one is None else one.merge(two)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 
 def over_training(model: str | Path, num_layers: int) -> list[dict[str, Any]]:
-    """Of each step that ``trainer.log_diagnostics_every`` measured: ``step``, ``loss`` (nats per token: of validation
-    if every such step was validated, else the mean in training since the one before) and the ``probes`` at the middle
-    layer, by task.
+    """What was measured at each step of ``trainer.log_diagnostics_every``: ``step``, ``loss`` (nats per token: of
+    validation if every such step was validated, else the mean in training since the one before) and the ``probes`` at
+    the middle layer, by task.
 
     Args:
         model: a run's directory, its checkpoints, or one of them; empty if no metrics lie beside.

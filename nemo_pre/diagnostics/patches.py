@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_pre.losses.pairwise_cosine import pair_cosines
+
 NOTHING = -1  # the class of a patch that belongs to none
 OBJECT_SHARE = 0.25
 NO_COUPLING = 1e-6  # a ratio to less than this is noise
@@ -76,19 +78,20 @@ class PatchSimilarity:
     def _add_image(self, units: Tensor, classes: Tensor | None) -> None:
         size = len(units)
         if size > 1:
-            self._add("pairwise_cosine", (float(units.sum(0).square().sum()) - size) / (size * (size - 1)))
+            cosines, pairs = pair_cosines(units.sum(0), size)
+            self._add("pairwise_cosine", float(cosines) / pairs)
         if classes is None:
             return
         present = [number for number in classes.unique().tolist() if number != NOTHING]
         members = torch.stack([classes == number for number in present]) if present else classes.new_zeros(0, size)
         sizes = members.sum(1).to(units)
         totals = members.to(units) @ units  # [classes, D]: cosines of all pairs add up to products of these
-        products = totals @ totals.T
         several = sizes > 1
         if len(present) < 2 or not several.any():
             return
-        within = (products.diagonal() - sizes)[several] / (sizes * (sizes - 1))[several]
-        between = products / torch.outer(sizes, sizes)
+        of_class, pairs_of_class = pair_cosines(totals[several], sizes[several])
+        within = of_class / pairs_of_class
+        between = totals @ totals.T / torch.outer(sizes, sizes)
         self._add("cohesion", float(within.mean()))
         self._add("coupling", float((between.sum() - between.trace()) / (len(present) * (len(present) - 1))))
 

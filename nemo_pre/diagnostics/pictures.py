@@ -86,7 +86,8 @@ class HeatMaps:
 
 
 def heat_maps(kept: KeptTokens, class_names: dict[int, str]) -> list[HeatMaps]:
-    """For the first pictures; the asked patch is the first of a picture's most frequent object, or the middle one."""
+    """Heat maps of the first pictures; the asked patch is the first of a picture's most frequent object, or the middle
+    one."""
     import torch
     from PIL import Image
 
@@ -148,7 +149,7 @@ def tsne_pictures(kept: KeptTokens, class_names: dict[int, str], seed: int = 0) 
 
 
 def _normalised(tokens: np.ndarray) -> np.ndarray:
-    """To length 1: distances then follow cosines, which is what the other measures compare."""
+    """The tokens at length 1: distances then follow cosines, which is what the other measures compare."""
     return tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), 1e-12)
 
 

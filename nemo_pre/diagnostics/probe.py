@@ -58,7 +58,7 @@ class ProbeFit:
             self.folds[fold] = merged(self.folds[fold], Moments.of(rows[chosen]))
 
     def over(self, replicas: Replicas) -> ProbeFit:
-        """Of the images of all replicas, on each of them."""
+        """The fit over the images of all replicas, which every replica gets."""
         width = next(len(moments.mean) for moments in self.folds if moments is not None)
         device = next(moments.mean.device for moments in self.folds if moments is not None)
         nothing = Moments.of(torch.zeros(0, width, device=device))
@@ -159,13 +159,13 @@ class ProbeScore:
         return self.images, self.correct, self.by_frequency
 
     def with_tallies(self, tallies: Sequence[tuple[int, list[float], list[float]]]) -> ProbeScore:
-        """The same probe's score on the images of several parts."""
+        """This probe's score on the images of several parts."""
         images, correct, by_frequency = zip(*tallies, strict=True)
         return ProbeScore(self.probe, sum(images), reduce(_added, correct, []), reduce(_added, by_frequency, []))
 
     def result(self) -> dict[str, dict[str, Any]]:
-        """By task: accuracy with its 95% interval (Wilson's for as many decisions as images: wider than needed for a
-        mean over ``several``), the accuracy of the most frequent answer, and the chosen ``alpha``."""
+        """Each task's accuracy with its 95% interval (Wilson's for as many decisions as images: wider than needed for
+        a mean over ``several``), the accuracy of the most frequent answer, and the chosen ``alpha``."""
         results = {}
         for number, task in enumerate(self.probe.tasks):
             if self.images:

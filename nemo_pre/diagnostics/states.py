@@ -74,7 +74,7 @@ class Model(Protocol):
     replicas: Replicas
 
     def states(self, samples: Sequence[DiagnosticSample], everything: bool) -> VisualStates:
-        """Of the samples' pictures; attention and words only with ``everything``."""
+        """States of the samples' pictures; attention and words only with ``everything``."""
 
     def shown(self, sample: DiagnosticSample) -> Image:
         """The picture on which the grid of its patches lies: cut, padded and resized."""
@@ -83,7 +83,7 @@ class Model(Protocol):
         """A token's text."""
 
     def describe(self) -> dict[str, Any]:
-        """What the results should tell of it."""
+        """What the results should tell of the model."""
 
 
 def attention_mass(weights: Tensor, is_visual: Tensor, is_asking: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _key(task: str, fingerprint: str, harness: Harness, data: str) -> dict[str, 
 
 
 def _missing_data(index: dict[str, list[dict[str, Any]]], missing: str) -> dict[str, list[DataSet]]:
-    """By task, the data sets that are not in the cache; none where they may be downloaded. Says what judges.
+    """The data sets of each task that are not in the cache; none where they may be downloaded. Says what judges.
 
     Raises:
         ValueError: there are some, and they may not be left out.

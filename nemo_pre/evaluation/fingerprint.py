@@ -10,8 +10,8 @@ SAMPLES, SAMPLE_BYTES = 32, 4096
 
 
 def model_fingerprint(directory: Path) -> str:
-    """Of every file that describes the model, and of each weight file's size, header and 32 places in it: two steps
-    of one training have equal sizes.
+    """A digest of every file that describes the model, and of each weight file's size, header and 32 places in it: two
+    steps of one training have equal sizes.
 
     Raises:
         ValueError: ``directory`` holds no exported model.

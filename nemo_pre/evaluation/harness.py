@@ -17,8 +17,8 @@ from typing import Any
 from nemo_pre.evaluation.task_index import MARK
 
 # What the command line below says itself.
-OURS = ("--model", "--model_args", "--tasks", "--output_path", "--include_path", "--log_samples", "--config")
-DIRECTLY = ("--limit", "--batch_size", "-b", "--device", "--num_fewshot")
+SET_BY_US = ("--model", "--model_args", "--tasks", "--output_path", "--include_path", "--log_samples", "--config")
+HAVE_AN_OPTION = ("--limit", "--batch_size", "-b", "--device", "--num_fewshot")
 INSTALL = "pip install 'nemo-pre[eval]' (lmms-eval 0.7.3 or newer), or name an interpreter that has it: python=PATH"
 
 
@@ -38,19 +38,19 @@ class Harness:
     def __post_init__(self) -> None:
         for word in shlex.split(self.flags):
             name = word.partition("=")[0]
-            if name in OURS:
+            if name in SET_BY_US:
                 raise ValueError(f"flags may not hold {name}, which nemo-pre evaluate sets itself: leave it out.")
-            if name in DIRECTLY:
+            if name in HAVE_AN_OPTION:
                 option = {"-b": "batch_size"}.get(name, name.lstrip("-"))
                 raise ValueError(f"flags may not hold {name}: give {option}=VALUE instead.")
 
     def settings(self) -> dict[str, Any]:
-        """What of it changes the scores."""
+        """The harness's settings that change the scores."""
         return {"limit": self.limit, "num_fewshot": self.num_fewshot, "flags": self.flags}
 
 
 def version(harness: Harness) -> str:
-    """Of lmms-eval.
+    """The version of lmms-eval that the harness's interpreter has.
 
     Raises:
         ValueError: the interpreter does not run, or does not have it.
@@ -68,7 +68,7 @@ def version(harness: Harness) -> str:
 
 
 def index_tasks(harness: Harness, tasks: list[str], include: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """By task, its leaves as :mod:`nemo_pre.evaluation.task_index` describes them.
+    """Each task's leaves as :mod:`nemo_pre.evaluation.task_index` describes them.
 
     Raises:
         ValueError: a task is unknown, or this lmms-eval came without tasks.
@@ -153,7 +153,7 @@ def command(harness: Harness, model: Path, task: str, directory: Path, include: 
 
 @contextmanager
 def _environment(harness: Harness) -> Iterator[dict[str, str]]:
-    """That of this process, and our package, alone: the other interpreter has its own of everything else."""
+    """The environment of this process with our package alone: the other interpreter has its own of everything else."""
     import nemo_pre
 
     with tempfile.TemporaryDirectory(prefix="nemo-pre-") as folder:

@@ -1,4 +1,4 @@
-"""From an lmms-eval question to a message for a processor's chat template."""
+"""Turning an lmms-eval question into a message for a processor's chat template."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Row:
 
 
 def read_results(file: Path, task: str, key: dict[str, Any], seconds: float) -> TaskResult:
-    """From lmms-eval's ``*_results.json`` and, for the number of questions behind a metric, its samples.
+    """A task's result, from lmms-eval's ``*_results.json`` and, for the number of questions behind a metric, its
+    samples.
 
     Raises:
         ValueError: there is no number in it.
@@ -146,5 +147,5 @@ def _line(cells: list[str]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """To two places, as the papers print."""
+    """The value to two places, as the papers print."""
     return "–" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")

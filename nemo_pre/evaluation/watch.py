@@ -91,7 +91,7 @@ def watch(
 
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:
-    """By step, the checkpoints that have been written to their end, their config.yaml too."""
+    """The checkpoints that have been written to their end, their config.yaml too, by step."""
     from nemo_pre.callbacks.checkpoint import ModelCheckpoint
 
     steps = {path.name.removeprefix("step="): path for path in (run / "checkpoints").glob("step=*")}

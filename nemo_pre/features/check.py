@@ -60,7 +60,8 @@ def check_target_features(config: RunConfig, target: Target) -> list[str]:
 
 
 def check_described(wanted: dict[str, Any], features: FeaturesManifest) -> None:
-    """
+    """Compare what the features were computed with and what the run wants.
+
     Raises:
         ValueError: naming the first option that differs.
     """

@@ -92,7 +92,7 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
 
 
 def own_part() -> tuple[int, int]:
-    """Of a process that srun or torchrun started: its number from 1, and how many there are."""
+    """A process's number from 1, and how many there are, where srun or torchrun started it."""
     job = external_job(os.environ)
     return (int(job["RANK"]) + 1, int(job["WORLD_SIZE"])) if job else (1, 1)
 

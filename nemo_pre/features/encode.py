@@ -150,7 +150,8 @@ def write_shard(
 
 
 def _pictures(config: RunConfig, work: Work) -> Iterator[tuple[int, Tensor | None, str]]:
-    """Of each sample with images, in order: how many, their pixels ``[images, 3, H, W]`` or None, and why none."""
+    """The pictures of each sample with images, in order: how many, their pixels ``[images, 3, H, W]`` or None, and why
+    none."""
     wanted = [position for position, images in enumerate(work.images_of_samples) if images]
     pictures = _Pictures(config, work, wanted)
     yield from DataLoader(pictures, batch_size=None, num_workers=config.data.num_workers)  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ from nemo_pre.run_files.saved_config import check_same_weights
 
 
 def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
-    """By name within the tower, and where they are from: the checkpoint that the run continues or starts from, or
-    its seed.
+    """The encoder's weights by name within the tower, and where they are from: the checkpoint that the run continues
+    or starts from, or its seed.
 
     Raises:
         ValueError: the checkpoint is not complete, or of another model.
@@ -44,7 +44,7 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
 
 
 def target_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Of a frozen vision model what its patch features depend on, on the CPU, by name."""
+    """The weights, on the CPU and by name, that a frozen vision model's patch features depend on."""
     state = model.state_dict()
     return {name: tensor.cpu() for name, tensor in state.items() if not set(name.split(".")) & set(NOT_USED)}
 

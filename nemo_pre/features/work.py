@@ -57,7 +57,8 @@ class Wanted:
 
 
 def wanted_features(config: RunConfig, of: str | None) -> Wanted:
-    """
+    """The features that the run asks to be computed.
+
     Args:
         of: the objective whose frozen model is meant; None: the run's encoder.
 

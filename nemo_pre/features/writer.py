@@ -81,7 +81,7 @@ class ShardFeatures:
             self._out.write(bytes(self.file.image_bytes))
 
     def finish(self) -> None:
-        """Flushed to the disk and under its name."""
+        """Flush the file to the disk and give it its name."""
         assert len(self._checksums) == self.file.images
         self._out.seek(self.file.checksums_at)
         self._out.write(np.array(self._checksums, "<i8").tobytes())
@@ -180,7 +180,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(file: IO[Any], how: int) -> None:
-    """
+    """Lock the file, where its file system has locks.
+
     Raises:
         BlockingIOError: another process has it, and this one is not to wait.
     """

@@ -11,7 +11,7 @@ from nemo_pre.config.derived import COLUMN, ROW, TIME, axis_of_frequency
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, transformers_values
 from nemo_pre.huggingface.qwen_vl import (
-    AIMV2,
+    AIMV2_MODEL_TYPE,
     QWEN_VL,
     SPATIAL_QWEN_VL,
     hf_values,
@@ -126,13 +126,13 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
 
 def _read_tower(vision: Path) -> VisionConfig:
     tower = _read_json(vision / "config.json")
-    if tower.get("model_type") == QWEN_VL or (tower.get("model_type") == AIMV2 and tower.get("is_native")):
+    if tower.get("model_type") == QWEN_VL or (tower.get("model_type") == AIMV2_MODEL_TYPE and tower.get("is_native")):
         return _native_tower(tower, vision, f"{vision}/config.json")
     if tower.get("model_type") in WHOLE_MODELS:
         tower = tower.get("vision_config", tower)
         if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
             tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
-    if tower.get("model_type") == AIMV2:
+    if tower.get("model_type") == AIMV2_MODEL_TYPE:
         tower = {**tower, "use_head": False}  # no features come from it
     described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
     described.drop_class_token = class_tokens(described) > 0

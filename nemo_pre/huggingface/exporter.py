@@ -157,7 +157,7 @@ def _dtype(name: str, stored: torch.dtype) -> torch.dtype:
 
 
 def _stored_dtype(weights: list[Weight], reader: CheckpointReader) -> str:
-    """Of the decoder's weights."""
+    """The dtype of the decoder's weights in the checkpoint."""
     from nemo_pre.huggingface.weights import LAYERS
 
     found = reader.tensors()

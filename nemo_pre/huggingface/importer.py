@@ -139,8 +139,8 @@ def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: boo
 
 
 def _stored_qwen_vl_tower(model: ModelConfig, source: TensorSource) -> Iterator[StoredTensor]:
-    """From the tower's own files or those of a whole Qwen2.5-VL. The MLP of its merger stays behind: it was trained
-    for another language model."""
+    """The tower's tensors, from its own files or those of a whole Qwen2.5-VL. The MLP of its merger stays behind: it
+    was trained for another language model."""
     from nemo_pre.huggingface.qwen_vl import MERGER, llava_name
     from nemo_pre.huggingface.weights import HF_TOWER, tower_weight
 

@@ -21,9 +21,11 @@ RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Attributes:
-    image: the id that stands for an image's visual tokens.
-    markers: ids around every image; None where the chat template has none.
+    """The token ids that stand for images in a prompt.
+
+    Attributes:
+        image: the id that stands for an image's visual tokens.
+        markers: ids around every image; None where the chat template has none.
     """
 
     image: int
@@ -61,7 +63,7 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
 
 
 def _tokens_of(values: dict[str, Any]) -> ImageTokens:
-    """Of an imported ``config.json``."""
+    """The image tokens that an imported ``config.json`` names."""
     image = int(values["image_token_index" if "image_token_index" in values else "image_token_id"])
     start, end = values.get("vision_start_token_id"), values.get("vision_end_token_id")
     return ImageTokens(image) if start is None or end is None else ImageTokens(image, (int(start), int(end)))

@@ -14,7 +14,7 @@ from nemo_pre.config.vision_families import FAMILIES, token_pixels, transformers
 
 SPATIAL_QWEN_VL = "spatial_qwen_vl"  # our custom code's model_type, see remote_code/
 QWEN_VL = "qwen2_5_vl"  # model_type of the whole and of its vision tower alike
-AIMV2 = FAMILIES["aimv2_native"].model_type
+AIMV2_MODEL_TYPE = FAMILIES["aimv2_native"].model_type
 MERGER = "merger.mlp."
 # In files on the hub, and in those that newer transformers write.
 HUB_NAMES = {
@@ -89,7 +89,7 @@ def _vision_values(model: ModelConfig) -> dict[str, Any]:
         return {**values, "tokens_per_second": 2}  # the published one's, for videos
     return {
         **values,
-        "model_type": AIMV2,
+        "model_type": AIMV2_MODEL_TYPE,
         "feature_layer": model.vision.feature_layer,
         "spatial_merge_size": 1,
     }
@@ -127,7 +127,7 @@ def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) 
         ValueError: it is none that we have.
     """
     given = values.get("vision_config", values)
-    is_aimv2 = given.get("model_type") == AIMV2
+    is_aimv2 = given.get("model_type") == AIMV2_MODEL_TYPE
     described = _aimv2(given, where) if is_aimv2 else _qwen_vl(given, where)
     size = {} if is_aimv2 else processor.get("size") or {}  # the published AIMv2's is of squares
     pixels = token_pixels(described) ** 2

@@ -54,7 +54,7 @@ class Weight:
 
 
 def language_weights(language: LanguageConfig) -> Iterator[Weight]:
-    """Of the decoder, its embedding and its output layer."""
+    """Weights of the decoder, its embedding and its output layer."""
     d, f, vocabulary = language.hidden_size, language.ffn_hidden_size, language.vocab_size
     width = d // language.num_attention_heads
     kv = language.num_query_groups * width
@@ -98,7 +98,7 @@ def language_weights(language: LanguageConfig) -> Iterator[Weight]:
 
 
 def projector_weights(model: ModelConfig) -> Iterator[Weight]:
-    """Of the two-layer MLP between encoder and decoder."""
+    """Weights of the two-layer MLP between encoder and decoder."""
     inputs, inner, outputs = projector_widths(model)
     for ours, theirs, shape in (("0", "linear_1", (inner, inputs)), ("2", "linear_2", (outputs, inner))):
         yield _copied(f"{PROJECTOR}{ours}.weight", f"{HF_PROJECTOR}{theirs}.weight", shape)
@@ -106,7 +106,8 @@ def projector_weights(model: ModelConfig) -> Iterator[Weight]:
 
 
 def tower_weight(name: str, shape: Shape) -> Weight:
-    """Of the vision tower, which is transformers' own module on both sides; ``name`` begins with ``vision_tower.``"""
+    """A weight of the vision tower, which is transformers' own module on both sides; ``name`` begins with
+    ``vision_tower.``"""
     return _copied(TOWER + name.removeprefix(HF_TOWER), name, shape)
 
 
@@ -138,7 +139,8 @@ def _only(parts: list[Tensor]) -> Tensor:
 
 
 def _resampled(parts: list[Tensor], class_tokens: int, side: int) -> Tensor:
-    """As ``interpolate_pos_encoding`` of ``transformers``' towers: a square grid, bicubic, without antialiasing."""
+    """Position embeddings for another grid, as ``interpolate_pos_encoding`` of ``transformers``' towers makes them: a
+    square grid, bicubic, without antialiasing."""
     (table,) = parts
     rows = table.reshape(-1, table.shape[-1])
     first, patches = rows[:class_tokens], rows[class_tokens:]

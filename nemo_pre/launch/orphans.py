@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """From now on this process, a child of ``parent``, is killed when that ends."""
+    """Have this process, a child of ``parent``, killed when that ends."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -25,7 +25,8 @@ def die_with(parent: int) -> None:
 
 
 def forked_processes_die_with_their_parent() -> None:
-    """Of this process and those that it forks. Linux means the thread that forked: it must not end earlier."""
+    """Have every process that this one and its children fork killed when its parent ends. Linux means the thread that
+    forked: it must not end earlier."""
     parent = os.getpid()
 
     def remember() -> None:

@@ -24,7 +24,7 @@ _heard = False
 
 
 def listen() -> None:
-    """From now on SIGUSR1 and SIGTERM are remembered instead of ending the process; a second one changes nothing."""
+    """Remember SIGUSR1 and SIGTERM from now on instead of ending the process; a second one changes nothing."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _hear)
 

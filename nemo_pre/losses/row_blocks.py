@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-ELEMENTS = 1 << 24  # of a block: 64 MB in float32
+BLOCK_ELEMENTS = 1 << 24  # of a block: 64 MB in float32
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Consecutive slices of the rows of ``[n, d]``, each of at most ``ELEMENTS`` elements, but one row at least."""
-    step = max(1, ELEMENTS // max(1, matrix.shape[1]))
+    """Consecutive slices of the rows of ``[n, d]``, each of at most ``BLOCK_ELEMENTS`` elements, one row at least."""
+    step = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)

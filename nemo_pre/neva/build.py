@@ -1,4 +1,4 @@
-"""From a run's configuration to NeVA's: the only place a model is described."""
+"""Building NeVA's configuration from a run's: the only place a model is described."""
 
 from __future__ import annotations
 

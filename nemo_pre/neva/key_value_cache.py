@@ -146,7 +146,7 @@ def _set(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class _CachedPositions(nn.Module):
-    """In the place of the model's rotary embedding."""
+    """Stands in the place of the model's rotary embedding and gives the angles of the tokens that are being run."""
 
     def __init__(self, rotary: VisualRotaryEmbedding, cache: KeyValueCache) -> None:
         super().__init__()

@@ -30,16 +30,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from nemo_pre.config.schema import ModelConfig
 from nemo_pre.neva.split_attention import attend_runs, runs_of_rows
+from nemo_pre.options import alternatives
 from nemo_pre.parallel.gather import gather_first_dimension
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE, may_attend
 
-BACKENDS = ("dense", "flex", "split")
 REMEMBERED_MASKS = 16  # micro-batches in flight, times two for the teacher's
 
 
 class MixedAttention(MegatronModule):
-    """In place of Megatron's ``DotProductAttention``: grouped queries, no dropout.
+    """Attention in the place of Megatron's ``DotProductAttention``: grouped queries, no dropout.
 
     Raises:
         ValueError: an option of the configuration that it does not implement.
@@ -127,14 +128,13 @@ def with_mixed_attention(layer_spec: ModuleSpec, backend: str) -> ModuleSpec:
     Raises:
         ValueError: an unknown backend, or one this machine cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"model.attention_backend={backend} is unknown: choose auto, {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}."
-        )
+    attention = {"dense": MixedAttention, "flex": FlexMixedAttention, "split": SplitMixedAttention}
+    if backend not in attention:
+        allowed = alternatives(ModelConfig, "attention_backend")
+        raise ValueError(f"model.attention_backend={backend} is unknown: choose {allowed}.")
     if backend == "flex" and not torch.cuda.is_available():
         raise ValueError("model.attention_backend=flex needs an NVIDIA GPU: choose auto, dense or split.")
-    attention = {"dense": MixedAttention, "flex": FlexMixedAttention, "split": SplitMixedAttention}[backend]
-    layer_spec.submodules.self_attention.submodules.core_attention = attention
+    layer_spec.submodules.self_attention.submodules.core_attention = attention[backend]
     return layer_spec
 
 
@@ -179,7 +179,7 @@ def _attend_flex(
 def attend_split(
     query: Tensor, key: Tensor, value: Tensor, structure_BK3: Tensor, first_query: int, scale: float
 ) -> Tensor:
-    """The same without a mask."""
+    """Attention without a mask, run by run; arguments and result are those of :func:`attend_dense`."""
     rows = _MASKS.get("split", structure_BK3, lambda: runs_of_rows(structure_BK3, first_query, query.shape[2]))
     return attend_runs(query, key, value, rows, scale)
 

@@ -176,7 +176,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         self.language_model.rotary_pos_emb = VisualRotaryEmbedding(frequency, config.rope_axes or [0] * len(frequency))
 
     def inverse_frequency(self) -> Tensor:
-        """Of the rotary embedding, on the CPU."""
+        """Inverse frequencies of the rotary embedding, on the CPU."""
         language = self.config.language_transformer_config
         return inverse_frequency(language.kv_channels, language.rotary_base, self.config.rope_scaling)
 
@@ -324,7 +324,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         return self.branch.run_teacher(branch, streams.structure_BK3, rotary)
 
     def _set_branch_aside(self, decoder: nn.Module, _: Any, output: Tensor) -> Tensor:
-        """After the last decoder layer: words are predicted for the samples alone."""
+        """Take the branch out of the last decoder layer's output: words are predicted for the samples alone."""
         assert self.micro_batch is not None
         if not self.post_process or self.micro_batch.branch is None:
             return output
@@ -334,7 +334,8 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         return samples
 
     def _leave_chunk(self, output: Tensor, teacher: Tensor, micro_batch: MicroBatch) -> Tensor:
-        """To the next stage goes the teacher's branch too; on the last the listeners see both."""
+        """Append the teacher's branch to what goes to the next stage; on the last, show both branches to the
+        listeners."""
         if not self.post_process:
             return torch.cat([output, teacher])
         assert self._branch_output is not None

@@ -33,7 +33,7 @@ def inverse_frequency(head_dim: int, base: float, scaling: RopeScalingConfig) ->
 
 
 class VisualRotaryEmbedding(nn.Module):
-    """In the place of Megatron's ``MultimodalRotaryEmbedding``, whose interface it has.
+    """Rotary embedding in the place of Megatron's ``MultimodalRotaryEmbedding``, whose interface it has.
 
     Args:
         inverse_frequency: see :func:`inverse_frequency`.

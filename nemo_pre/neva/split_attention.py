@@ -69,7 +69,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, run: Run, scale: float) -
 
 
 def runs_of_rows(structure_BK3: Tensor, first_query: int, num_queries: int) -> list[RowRuns]:
-    """Of the queries from ``first_query`` on, the runs of every row. On a GPU it waits for the structure.
+    """The runs of every row, of the queries from ``first_query`` on. On a GPU it waits for the structure.
 
     Raises:
         ValueError: the tokens of an image do not lie together.
@@ -111,7 +111,7 @@ def _runs(structure_K3: Tensor, first_query: int, num_queries: int, device: torc
 
 
 def _first_of_run(*fields: Tensor) -> Tensor:
-    """For every place the first of its run of places where all fields are alike."""
+    """The first place of every place's run; in a run all fields are alike."""
     changes = torch.zeros(len(fields[0]), dtype=torch.bool)
     changes[0] = True
     for field in fields:
@@ -121,6 +121,6 @@ def _first_of_run(*fields: Tensor) -> Tensor:
 
 
 def _end_of_run(*fields: Tensor) -> Tensor:
-    """For every place the first behind its run."""
+    """The place behind every place's run."""
     last = len(fields[0]) - 1
     return last + 1 - _first_of_run(*(field.flip(0) for field in fields)).flip(0)

@@ -31,4 +31,4 @@ class StoredTower(nn.Module):
         return make_sharded_tensors_for_checkpoint(load_file(self.path), prefix, {}, sharded_offsets)
 
     def _load_from_state_dict(self, *_: Any) -> None:
-        """Its weights were compared, and there is nothing to fill."""
+        """Load nothing: the tower's weights were compared, and there is nothing to fill."""

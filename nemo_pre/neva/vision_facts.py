@@ -43,7 +43,7 @@ WEIGHTS = (
 )
 
 
-OF_THE_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+WRITTEN_BY_SAVING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def config_digest(target: Target) -> str:
     found = cached_file(named_path(target), "config.json")
     raw = json.loads(Path(str(found)).read_text())
     said = raw.get("vision_config", raw)
-    kept = {name: value for name, value in said.items() if name not in OF_THE_SAVING}
+    kept = {name: value for name, value in said.items() if name not in WRITTEN_BY_SAVING}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

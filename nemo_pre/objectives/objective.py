@@ -107,12 +107,12 @@ class Objective:
     # --- words ------------------------------------------------------------------------------------------------------
 
     def summary(self) -> str:
-        """What a checked run prints of it, on one line with the other objectives."""
+        """What a checked run prints of the objective, on one line with the other objectives."""
         return self.described(self.title, self.options)
 
     @classmethod
     def card(cls, options: Any) -> str:
-        """What the card of an exported model says of it."""
+        """What the card of an exported model says of the objective."""
         return cls.described(cls.source, options)
 
     @classmethod
@@ -124,7 +124,7 @@ class Objective:
 
     @classmethod
     def term_class(cls) -> type[Term]:
-        """What runs on the ranks. Imports torch."""
+        """The class that runs on the ranks. Imports torch."""
         return resolve(cls.term)
 
     def build_term(self) -> Term:
@@ -132,7 +132,7 @@ class Objective:
         return self.term_class()(self.options, self.config.seed)
 
     def build_cost(self) -> Cost | None:
-        """What a plan counts of it; None where nothing is counted."""
+        """What a plan counts of the objective; None where nothing is counted."""
         return None if self.cost is None else resolve(self.cost)(self)
 
     def tapped_layers(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class Objective:
 
     @classmethod
     def training_only(cls) -> tuple[str, ...]:
-        """What the names of all its parameters begin with."""
+        """What the names of all the objective's parameters begin with."""
         return (*cls.trained, *cls.averaged)
 
 

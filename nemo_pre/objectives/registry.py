@@ -80,7 +80,7 @@ def term_metrics() -> tuple[TermMetric, ...]:
 
 
 def compared_metrics() -> tuple[TermMetric, ...]:
-    """Those by which runs are compared."""
+    """Metrics of all objectives by which runs are compared."""
     return tuple(metric for metric in term_metrics() if metric.compared)
 
 
@@ -111,7 +111,7 @@ def compared_on_resume() -> tuple[str, ...]:
 
 
 def enabled_options(objective_options: Any) -> Iterator[tuple[type[Objective], Any]]:
-    """Of a configuration's ``objective`` part, also a saved one's, the enabled objectives and their options."""
+    """The enabled objectives of a configuration's ``objective`` part, also a saved one's, and their options."""
     for name, objective in known().items():
         options = getattr(objective_options, name)
         if options.enabled:

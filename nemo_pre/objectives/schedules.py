@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_pre.options import choice, choices_of, number
+from nemo_pre.options import alternatives, choice, number
 
 
 @dataclass
@@ -38,12 +38,12 @@ def ramp(kind: str, step: int, start: float, steps: int) -> float:
     if kind == "cosine":
         progress = half_cosine(progress)
     elif kind != "linear":
-        raise ValueError(f"Schedule kind is '{kind}': choose {_or(choices_of(ScheduleConfig, 'kind'))}.")
+        raise ValueError(f"Schedule kind is '{kind}': choose {alternatives(ScheduleConfig, 'kind')}.")
     return start + (1.0 - start) * progress
 
 
 def half_cosine(progress: float) -> float:
-    """From 0 at ``progress`` 0 to 1 at 1, flat at both ends."""
+    """Half a cosine: 0 at ``progress`` 0 and 1 at 1, flat at both ends."""
     return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
@@ -58,7 +58,3 @@ def ignored_schedule_options(schedule: ScheduleConfig, name: str) -> Iterator[st
         yield f"{name}.start and steps have no effect with {name}.kind=constant."
     if schedule.kind != "constant" and schedule.steps == 0:
         yield f"{name}.kind={schedule.kind} has no effect with {name}.steps=0."
-
-
-def _or(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"

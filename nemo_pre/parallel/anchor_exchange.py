@@ -76,7 +76,7 @@ class AnchorExchange:
             dist.recv(message, group=self.group, group_src=FIRST_STAGE)
 
     def publish(self, micro_batch: int, anchor: Tensor) -> None:
-        """On the first stage: hand micro-batch ``micro_batch``'s anchor, ``[n, d]``, to every stage with a reader."""
+        """Hand micro-batch ``micro_batch``'s anchor, ``[n, d]``, from the first stage to every stage with a reader."""
         anchor = anchor.detach().contiguous()
         if self.readers[FIRST_STAGE]:
             self._incoming[micro_batch] = _Incoming(anchor, None, self.readers[FIRST_STAGE])

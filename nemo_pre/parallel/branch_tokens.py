@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nemo_pre.parallel.image_tokens import ImageTokens, own_tokens
@@ -14,7 +13,7 @@ from nemo_pre.parallel.token_streams import StreamShape, VisualBranch
 
 @dataclass(frozen=True)
 class BranchTokens(ImageTokens):
-    """As :class:`ImageTokens`, of the branch.
+    """The branch's :class:`ImageTokens`, with what is masked.
 
     Attributes:
         masked: ``[m]`` which of this rank's tokens are masked, as indices into ``position``.
@@ -26,7 +25,7 @@ class BranchTokens(ImageTokens):
 
 
 def branch_tokens(branch: VisualBranch, shape: StreamShape, tp_rank: int) -> BranchTokens:
-    """Worked out on the CPU, on every rank for itself.
+    """The branch's tokens on this rank: worked out on the CPU, on every rank for itself.
 
     Args:
         tp_rank: this rank's place in sequence parallelism, 0 without it.
@@ -41,17 +40,3 @@ def branch_tokens(branch: VisualBranch, shape: StreamShape, tp_rank: int) -> Bra
         masked=branch.masked_N[local.source].nonzero().squeeze(1),
         own_masked=branch.masked_N[layout.visual_source_BS[own.row, own.column]].nonzero().squeeze(1),
     )
-
-
-def mean_pairwise_cosine_terms(tokens_kd: Tensor, image_k: Tensor) -> tuple[Tensor, int]:
-    """Sum over images of the cosines between different tokens of an image, and the number of such pairs (ordered).
-
-    Linear in the tokens: the cosines of all pairs sum to the squared length of the sum of unit vectors.
-    """
-    sizes = image_k.unique(return_counts=True)[1] if len(image_k) else image_k
-    pairs = int((sizes * (sizes - 1)).sum())
-    if not pairs:
-        return tokens_kd.new_zeros((), dtype=torch.float32), 0
-    unit = torch.nn.functional.normalize(tokens_kd.float(), dim=-1)
-    sums = unit.new_zeros(int(image_k.max()) + 1, unit.shape[1]).index_add(0, image_k.to(unit.device), unit)
-    return sums.pow(2).sum() - len(image_k), pairs

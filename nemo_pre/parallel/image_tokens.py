@@ -59,7 +59,7 @@ class OwnTokens:
 
 
 def image_tokens(layout: SequenceLayout, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int) -> ImageTokens:
-    """Worked out on the CPU, on every rank for itself.
+    """The images' tokens on this rank: worked out on the CPU, on every rank for itself.
 
     Args:
         tp_size, tp_rank: of sequence parallelism, 1 and 0 without it.
@@ -72,7 +72,8 @@ def image_tokens(layout: SequenceLayout, tp_size: int, tp_rank: int, cp_size: in
 def own_tokens(
     layout: SequenceLayout, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int, together: bool = False
 ) -> OwnTokens:
-    """
+    """The tokens of the images that this rank compares.
+
     Args:
         together: all images are compared with each other, on the first rank.
     """

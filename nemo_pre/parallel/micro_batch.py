@@ -52,7 +52,8 @@ class MicroBatch:
     teacher_streams: DecoderStreams | None = None
 
     def on_this_rank(self, shape: StreamShape, tp_rank: int, plain: bool, whole_images: bool = False) -> MicroBatch:
-        """With everything worked out on the CPU, where it costs no synchronisation, and moved to the device.
+        """The micro-batch with everything worked out on the CPU, where it costs no synchronisation, and moved to the
+        device.
 
         Args:
             shape: how tokens attend and are cut.

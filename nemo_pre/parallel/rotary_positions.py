@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.options import choices_of
 from nemo_pre.parallel.sequence_layout import SequenceLayout
-
-ROPE_KINDS = ("1d", "2d", "mrope")
 
 
 def rotary_positions(layout: SequenceLayout, grids_T2: Tensor, kind: str, isolated_images: bool = False) -> Tensor:
@@ -31,8 +31,8 @@ def rotary_positions(layout: SequenceLayout, grids_T2: Tensor, kind: str, isolat
     Raises:
         ValueError: an unknown kind, or a grid that has fewer tokens than the layout.
     """
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"Rotary positions are '{kind}': choose one of {', '.join(ROPE_KINDS)}.")
+    if kind not in choices_of(ModelConfig, "rope"):
+        raise ValueError(f"Rotary positions are '{kind}': choose one of {', '.join(choices_of(ModelConfig, 'rope'))}.")
     batch, length = layout.visual_source_BS.shape
     is_visual_BS = layout.visual_source_BS >= 0
     if kind == "1d":

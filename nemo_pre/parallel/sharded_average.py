@@ -90,11 +90,11 @@ def move_averages(averages: Sequence[tuple[ShardedAverage, Sequence[Tensor]]], m
             weight = torch.full((), 1.0 - momentum, device=mine.device)  # a number would compile anew when it changes
             _compiled_lerp()(mine, theirs, weight)
             continue
-        for mine_part, theirs_part in zip(mine.split(CACHED), theirs.split(CACHED), strict=True):
+        for mine_part, theirs_part in zip(mine.split(CACHE_ELEMENTS), theirs.split(CACHE_ELEMENTS), strict=True):
             mine_part.lerp_(theirs_part.float(), 1.0 - momentum)
 
 
-CACHED = 1 << 16  # elements whose float32 copy stays in a CPU core's cache
+CACHE_ELEMENTS = 1 << 16  # elements whose float32 copy stays in a CPU core's cache
 
 
 def _lerp(average: Tensor, tensor: Tensor, weight: Tensor) -> None:

@@ -45,12 +45,12 @@ class ChunkActivations:
 
     @property
     def peak_of_backward(self) -> int:
-        """What the backward pass adds to ``kept`` at its worst."""
+        """Bytes that the backward pass adds to ``kept`` at its worst."""
         return max(self.recomputed - self.freed_before, 0)
 
 
 def chunk_activations(config: RunConfig, load: Load, chunk: Chunk, fused: bool) -> ChunkActivations:
-    """What one chunk keeps.
+    """Bytes that one chunk keeps of a micro-batch.
 
     Args:
         fused: Transformer Engine's layers rather than Megatron's own.
@@ -100,7 +100,7 @@ def _taps(cost: Cost, layers: range) -> int:
 
 
 class LayerActivations:
-    """Of one decoder layer.
+    """Bytes that one decoder layer keeps, in all and piece by piece.
 
     Attributes:
         everything: without recomputation.
@@ -123,23 +123,24 @@ class LayerActivations:
 
     @property
     def input(self) -> int:
-        """Hidden states on this rank."""
+        """Bytes of the hidden states on this rank."""
         return self.load.sharded * self.width * self.bytes
 
     @property
     def whole_input(self) -> int:
-        """Hidden states before sequence parallelism cuts them."""
+        """Bytes of the hidden states before sequence parallelism cuts them."""
         return self.load.tokens * self.width * self.bytes
 
     @property
     def norm(self) -> int:
-        """The input, and for the weight's gradient the normalised input; float32 but for Transformer Engine's."""
+        """Bytes one norm keeps: the input, and for the weight's gradient the normalised input; float32 but for
+        Transformer Engine's."""
         kept, width = (1 + self.trained), self.width
         return self.load.sharded * ((width * self.bytes if self.fused else kept * width * FLOAT) + FLOAT)
 
     @property
     def norm_output(self) -> int:
-        """What a linear layer keeps for its weight's gradient, before the gather of sequence parallelism."""
+        """Bytes a linear layer keeps for its weight's gradient, before the gather of sequence parallelism."""
         return self.input if self.trained else 0
 
     @property
@@ -148,33 +149,34 @@ class LayerActivations:
 
     @property
     def fused_qkv(self) -> int:
-        """The projection's output: views of it keep all of it."""
+        """Bytes of the query-key-value projection's output: views of it keep all of it."""
         return self.load.tokens * (self.heads + 2 * self.groups) * self.head * self.bytes
 
     @property
     def key(self) -> int:
-        """A rank's own keys, one head per group."""
+        """Bytes of a rank's own keys, one head per group."""
         return self.load.tokens * self.groups * self.head * self.bytes
 
     @property
     def all_keys(self) -> int:
-        """Keys of all context ranks, one head per group."""
+        """Bytes of the keys of all context ranks, one head per group."""
         return self.key * self.load.replicas
 
     @property
     def repeated_keys(self) -> int:
-        """Keys of all context ranks, one head per query head."""
+        """Bytes of the keys of all context ranks, one head per query head."""
         return self.queries * self.load.replicas
 
     @property
     def rotary(self) -> int:
-        """Cosine and sine for queries and keys; fused, only the angles are kept, once."""
+        """Bytes of cosine and sine for queries and keys; fused, only the angles are kept, once."""
         rows = self.load.rows if has_explicit_positions(self.config, self.load) else 1
         return 0 if self.fused else 4 * rows * self.load.queries * self.head * self.bytes
 
     @property
     def mlp(self) -> int:
-        """Gate and value; without fusion also the activated gate and a copy of the value; the last layer's input."""
+        """Bytes the MLP keeps: gate and value; without fusion also the activated gate and a copy of the value; the
+        last layer's input."""
         per_token = 2 + (0 if self.fused else 2) + self.trained
         return self.load.tokens * self.inner * per_token * self.bytes
 
@@ -189,7 +191,7 @@ class LayerActivations:
 
     @property
     def core_attention(self) -> int:
-        """Between rotary embedding and output projection, whose input is counted here."""
+        """Bytes kept between rotary embedding and output projection, whose input is counted here."""
         statistics = self.load.tokens * self.heads * FLOAT
         if self.fused:
             gathered = 2 * self.all_keys if self.structured and self.load.replicas > 1 else 0
@@ -213,7 +215,8 @@ class LayerActivations:
 
     @property
     def without_attention(self) -> int:
-        """With queries, keys and values instead of what attention keeps; Megatron's ``core_attn`` recomputation."""
+        """Bytes the layer keeps with Megatron's ``core_attn`` recomputation: queries, keys and values instead of what
+        attention keeps."""
         around = 2 * (self.norm + self.norm_output) + self.rotary + self.mlp
         inputs = self.queries + self.key + self.fused_qkv + FLOAT  # and the mask's kind, an int32
         return around + inputs + (self.queries if self.trained or self.structured else 0)
@@ -228,7 +231,8 @@ class LayerActivations:
 
     @property
     def shared_by_recomputed(self) -> int:
-        """What all recomputed layers of a micro-batch are given beside hidden states: angles, token structure."""
+        """Bytes that all recomputed layers of a micro-batch are given beside hidden states: angles, token
+        structure."""
         rows = self.load.rows if has_explicit_positions(self.config, self.load) else 1
         angles = rows * self.load.queries * self.head * FLOAT
         structure = self.load.rows * self.load.keys * 3 * FLOAT if self.structured else 0
@@ -236,7 +240,7 @@ class LayerActivations:
 
     @property
     def norm_input_is_checkpoint(self) -> int:
-        """The recomputed group's first norm keeps the checkpoint itself, if it needs no float32 copy."""
+        """Bytes of the checkpoint that the recomputed group's first norm keeps itself, if it needs no float32 copy."""
         return self.input if self.bytes == FLOAT or self.fused else 0
 
     @property
@@ -246,12 +250,14 @@ class LayerActivations:
 
     @property
     def first_input_is_whole_sequence(self) -> bool:
-        """Sequence parallelism's part of the embeddings is a view of all of them, unless a branch joins two parts."""
+        """Whether the first layer keeps all embeddings: sequence parallelism's part is a view of them, unless a branch
+        joins two parts."""
         return self.load.shards > 1 and not self.load.branch and self.keeps_its_input
 
     @property
     def teacher_message(self) -> int:
-        """What comes with the student's hidden states from the former stage, in one tensor."""
+        """Bytes of the teacher's branch, which comes with the student's hidden states from the former stage in one
+        tensor."""
         return self.load.rows * self.load.branch // self.load.replicas // self.load.shards * self.width * self.bytes
 
 
@@ -259,7 +265,7 @@ class LayerActivations:
 
 
 def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
-    """Encoder, projector and the indices that lay the sequence out."""
+    """Bytes that encoder, projector and the indices that lay the sequence out keep."""
     visual = load.rows * load.visual
     indices = load.rows * load.text * (0 if config.optim.freeze_language else 1 + 3) * INDEX + 3 * visual * INDEX
     if config.parallel.tensor > 1:
@@ -280,7 +286,7 @@ def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Count
 
 
 def projector_activations(config: RunConfig, load: Load) -> int:
-    """Inputs of its linear layers and of the GELUs between them."""
+    """Bytes of the inputs of the projector's linear layers and of the GELUs between them."""
     size = activation_bytes(config)
     tokens, matrices = load.rows * load.tiles * load.tile_tokens, projector_matrices(config)
     trained = not config.optim.freeze_projector
@@ -294,7 +300,7 @@ def projector_activations(config: RunConfig, load: Load) -> int:
 
 
 def output_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
-    """The last norm, logits and loss."""
+    """Bytes that the last norm, the logits and the loss keep."""
     layer = LayerActivations(config, load, fused)
     vocabulary = padded_vocab_size(config.model.language.vocab_size) // config.parallel.tensor
     loss = load.sample_tokens * (INDEX + FLOAT + 1)  # masked labels, loss mask, whether a label lies on this rank

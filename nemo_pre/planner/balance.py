@@ -12,7 +12,7 @@ from nemo_pre.planner.flops import chunk_flops
 from nemo_pre.planner.load import Load
 from nemo_pre.planner.step_time import pass_seconds
 
-WORTH_IT = 0.01  # of the busiest stage's time, below which an even split is kept
+LEAST_GAIN = 0.01  # of the busiest stage's time, below which an even split is kept
 
 
 def balanced(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> RunConfig:
@@ -29,14 +29,14 @@ def balanced(config: RunConfig, load: Load, device: Device, efficiency: Efficien
     if layers_problem(even) is None:
         even_sizes = [config.model.language.num_layers // num_chunks(config.parallel)] * num_chunks(config.parallel)
         longest = max(_stage_seconds(even, even_sizes, layer, outside))
-        if longest <= (1 + WORTH_IT) * max(_stage_seconds(even, sizes, layer, outside)):
+        if longest <= (1 + LEAST_GAIN) * max(_stage_seconds(even, sizes, layer, outside)):
             return even
     return replace(config, parallel=replace(config.parallel, pipeline_layers=sizes))
 
 
 def _dealt_out(config: RunConfig, layer: float, outside: list[float]) -> list[int]:
-    """Layer after layer to the stage with least to do, of equal ones to the latest, which holds least; optimal since
-    layers are alike."""
+    """Layers of each chunk, dealt out one by one to the stage with least to do, of equal ones to the latest, which
+    holds least; optimal since layers are alike."""
     stages = config.parallel.pipeline
     sizes = [1] * num_chunks(config.parallel)
     for _ in range(config.model.language.num_layers - len(sizes)):
@@ -60,7 +60,7 @@ def _outside_of(chunk: int, sizes: list[int], outside: list[float]) -> float:
 
 
 def _layer_seconds(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> float:
-    """Of a decoder layer that no objective looks at, where there is one, both ways."""
+    """Seconds of a decoder layer both ways, one that no objective looks at where there is one."""
     tapped = {layer - 1 for objective in enabled(config) for layer in objective.tapped_layers()}
     plain = next((layer for layer in range(config.model.language.num_layers) if layer not in tapped), 0)
     chunk = Chunk(range(plain, plain + 1), first=False, last=False)
@@ -68,7 +68,7 @@ def _layer_seconds(config: RunConfig, load: Load, device: Device, efficiency: Ef
 
 
 def _outside_seconds(config: RunConfig, load: Load, first: bool, device: Device, efficiency: Efficiency) -> float:
-    """Of encoder and projector, or of the output layer, with what objectives have there, both ways."""
+    """Seconds of encoder and projector, or of the output layer, both ways, with what objectives have there."""
     return _seconds(config, load, Chunk(range(0), first=first, last=not first), device, efficiency)
 
 

@@ -51,7 +51,7 @@ def stage_of_layer(config: RunConfig, layer: int) -> int:
 
 
 def num_chunks(layout: ParallelConfig) -> int:
-    """Model chunks of a whole pipeline."""
+    """Number of model chunks of a whole pipeline."""
     return layout.pipeline * (layout.virtual_pipeline or 1)
 
 

@@ -65,7 +65,11 @@ def device_of_cluster(cluster: str) -> Device | None:
 
 
 def find_device(name: str) -> Device:
-    """Raises: ValueError: an unknown one."""
+    """The GPU of this name.
+
+    Raises:
+        ValueError: an unknown one.
+    """
     if name not in DEVICES:
         raise ValueError(f"cluster.gpu={name} is unknown: choose one of {', '.join(DEVICES)}.")
     return DEVICES[name]

@@ -19,7 +19,7 @@ from nemo_pre.planner.vision import tower_flops
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a forward pass, and of the backward pass with what it recomputes."""
+    """Floating-point operations of a forward pass, and of the backward pass with what it recomputes."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -61,7 +61,7 @@ def stage_flops(config: RunConfig, load: Load, stage: int, dense: bool) -> list[
 
 
 def model_flops(config: RunConfig, load: Load, dense: bool = False) -> dict[str, float]:
-    """Of a whole step's global batch by part, as if on one rank: without what layouts repeat or recompute."""
+    """FLOPs of a whole step's global batch by part, as if on one rank: without what layouts repeat or recompute."""
     from dataclasses import replace
 
     alone = replace(config, parallel=ParallelConfig())
@@ -72,7 +72,7 @@ def model_flops(config: RunConfig, load: Load, dense: bool = False) -> dict[str,
 
 
 def visible_pairs(config: RunConfig, load: Load, samples: bool, branch: bool) -> float:
-    """Pairs of tokens of a row that see each other; within an image both ways with mixed attention."""
+    """Number of pairs of tokens of a row that see each other; within an image both ways with mixed attention."""
     mixed = config.model.attention == "mixed"
     per_image = load.visual / max(load.images, 1)
     both_ways = load.images * per_image * (per_image - 1) / 2 if mixed else 0.0
@@ -113,7 +113,7 @@ def _decoder_attention(config: RunConfig, load: Load, dense: bool) -> Flops:
 
 
 def attention_flops(config: RunConfig, load: Load, pairs: float) -> float:
-    """Scores and weighted sums: 4 x head width per head and pair."""
+    """FLOPs of scores and weighted sums: 4 x head width per head and pair."""
     return 4.0 * load.rows * pairs * config.model.language.hidden_size / config.parallel.tensor / load.replicas
 
 
@@ -127,8 +127,8 @@ def _logits(config: RunConfig, load: Load) -> Flops:
 
 
 def _vision(config: RunConfig, load: Load) -> Flops:
-    """Every rank of the first stage runs the tower on all images; the layers behind the features' run too. Features
-    that are read cost nothing here."""
+    """FLOPs of the tower, which every rank of the first stage runs on all images; the layers behind the features' run
+    too. Features that are read cost nothing here."""
     if config.data.features:
         return Flops()
     forward, backward = tower_flops(config.model.vision, load.rows * load.tiles)
@@ -145,5 +145,5 @@ def _projector(config: RunConfig, load: Load) -> Flops:
 
 
 def projector_flops(config: RunConfig, load: Load) -> float:
-    """Of the projector's forward pass over all tiles of a micro-batch."""
+    """FLOPs of the projector's forward pass over all tiles of a micro-batch."""
     return _projector(config, load).forward

@@ -44,41 +44,41 @@ class Load:
 
     @property
     def visual(self) -> int:
-        """Visual tokens of a row."""
+        """Number of visual tokens of a row."""
         return min(self.tiles * self.tile_tokens, self.length)
 
     @property
     def ranks(self) -> int:
-        """Ranks that a sequence is cut over."""
+        """Number of ranks that a sequence is cut over."""
         return self.replicas * self.shards
 
     @property
     def keys(self) -> int:
-        """Tokens of a row that attention sees: both sequences of all context ranks."""
+        """Number of tokens of a row that attention sees: both sequences of all context ranks."""
         return self.length + self.branch
 
     @property
     def queries(self) -> int:
-        """Tokens of a row on a context rank, both sequences."""
+        """Number of tokens of a row on a context rank, both sequences."""
         return self.keys // self.replicas
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows on a context rank, both sequences: between tensor-parallel matrices."""
+        """Number of tokens of all rows on a context rank, both sequences: between tensor-parallel matrices."""
         return self.rows * self.queries
 
     @property
     def sharded(self) -> int:
-        """The same where sequence parallelism cuts them: at norms and residuals."""
+        """Number of tokens of all rows on a rank where sequence parallelism cuts them: at norms and residuals."""
         return self.tokens // self.shards
 
     @property
     def sample_tokens(self) -> int:
-        """Tokens of all rows on a context rank, the samples' alone: at the logits."""
+        """Number of tokens of all rows on a context rank, the samples' alone: at the logits."""
         return self.rows * self.length // self.replicas
 
     def on_fullest_rank(self, tokens_of_row: int, length: int) -> int:
-        """Of ``tokens_of_row`` tokens lying anywhere in rows of ``length``, how many one rank can have."""
+        """How many of ``tokens_of_row`` tokens, lying anywhere in rows of ``length``, one rank can have."""
         return self.rows * min(tokens_of_row, length // self.replicas // self.shards)
 
 
@@ -114,7 +114,7 @@ def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
 
 
 def _branch(config: RunConfig, visual: int, multiple: int) -> BranchLoad:
-    """The second sequence of the objective that has one."""
+    """Size of the second sequence of the objective that has one."""
     for objective in enabled(config):
         cost = objective.build_cost()
         branch = cost.branch(visual, config.data.sequence_length, multiple) if cost is not None else None

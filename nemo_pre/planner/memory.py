@@ -22,12 +22,12 @@ from nemo_pre.planner.parameters import (
 from nemo_pre.planner.schedule import peak
 
 GIB = 1024**3
-ON_GPU = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
+GPU_LIBRARIES = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
 
 
 @dataclass
 class RankMemory:
-    """Of one rank of a pipeline stage, in bytes.
+    """Bytes that one rank of a pipeline stage holds.
 
     Attributes:
         state: weights, gradients, optimizer and what objectives keep, by kind.
@@ -52,7 +52,7 @@ class RankMemory:
 
 
 def rank_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> RankMemory:
-    """Of a rank of ``stage``.
+    """Memory of a rank of ``stage``, in bytes.
 
     Args:
         fused: a GPU's layers (Transformer Engine's), with its libraries' buffers.
@@ -74,7 +74,7 @@ def fullest_rank(config: RunConfig, load: Load, fused: bool) -> tuple[int, RankM
 
 
 def stages_that_differ(config: RunConfig) -> list[int]:
-    """Of stages with the same parts the first, which has most micro-batches in flight."""
+    """The first of all stages with the same parts, which has most micro-batches in flight, one for each kind."""
     found: dict[tuple[Any, ...], int] = {}
     last = config.parallel.pipeline - 1
     tapped = [objective.tapped_layers() for objective in enabled(config)]
@@ -91,8 +91,8 @@ def stages_that_differ(config: RunConfig) -> list[int]:
 
 
 def state_memory(config: RunConfig, stage: int) -> dict[str, int]:
-    """AdamW with float32 gradients and moments; bf16 adds a float32 master weight, cut as the moments are. Behind that
-    what objectives keep."""
+    """Bytes that live from step to step, by kind: AdamW with float32 gradients and moments; bf16 adds a float32 master
+    weight, cut as the moments are. Behind that what objectives keep."""
     layout, bf16 = config.parallel, config.precision.name != "fp32"
     parameters = rank_parameters(config, stage)
     trained = sum(trainable_parameters(config, parameters).values())
@@ -122,7 +122,8 @@ def _fp8_copies(config: RunConfig, stage: int) -> int:
 
 
 def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> tuple[Counter[str], list[int]]:
-    """Activations of a stage's ranks at the peak of a step, by part, and the micro-batches in flight per chunk."""
+    """Bytes of activations of a stage's ranks at the peak of a step, by part, and the micro-batches in flight per
+    chunk."""
     chunks = activations_of_chunks(config, load, stage, fused)
     micro_batches = max(config.trainer.global_batch_size // (load.rows * config.parallel.data), 1)
     kept = [sum(chunk.kept.values()) for chunk in chunks]
@@ -147,7 +148,7 @@ def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool
 
 
 def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> dict[str, int]:
-    """Estimates: what lives for a moment at the worst, and what the libraries take."""
+    """Estimated bytes that live for a moment at the worst, and that the libraries take, by kind."""
     layer, layout = LayerActivations(config, load, fused), config.parallel
     messages = 4 * (layer.input + layer.teacher_message) if layout.pipeline > 1 else 0
     gathered = 2 * layer.whole_input if load.shards > 1 else 0
@@ -159,5 +160,5 @@ def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> di
     return {
         "communication": messages + gathered,
         "gradients under way": max(logits, gate_and_value + 2 * layer.whole_input) + weight,
-        "libraries": ON_GPU if fused else 0,
+        "libraries": GPU_LIBRARIES if fused else 0,
     }

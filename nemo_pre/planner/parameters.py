@@ -29,7 +29,7 @@ def model_parameters(config: RunConfig) -> dict[str, int]:
 
 
 def objective_parameters(config: RunConfig, chunks: list[Chunk]) -> dict[str, int]:
-    """What each counted objective trains on these chunks, by the objective's name."""
+    """Number of parameters that each counted objective trains on these chunks, by the objective's name."""
     return {cost.objective.name: sum(cost.parameters(chunk) for chunk in chunks) for cost in costs(config)}
 
 
@@ -48,7 +48,7 @@ def not_counted(config: RunConfig) -> list[str]:
 
 
 def run_tower_parameters(config: RunConfig) -> int:
-    """Of the encoder, none where its outputs are read."""
+    """Parameters of the encoder, none where its outputs are read."""
     return 0 if config.data.features else tower_parameters(config.model.vision)
 
 
@@ -71,7 +71,7 @@ def rank_parameters(config: RunConfig, stage: int) -> dict[str, int]:
 
 
 def trainable_parameters(config: RunConfig, parameters: dict[str, int]) -> dict[str, int]:
-    """Of a rank's parameters those that have a gradient."""
+    """Parameters of a rank that have a gradient, by part."""
     optim = config.optim
     frozen = {
         "vision": optim.freeze_vision,
@@ -85,7 +85,7 @@ def trainable_parameters(config: RunConfig, parameters: dict[str, int]) -> dict[
 
 
 def layer_parameters(config: RunConfig, tensor: int = 1) -> int:
-    """Of a decoder layer on a tensor-parallel rank."""
+    """Number of parameters of a decoder layer on a tensor-parallel rank."""
     language = config.model.language
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     qkv_rows = (language.num_attention_heads + 2 * language.num_query_groups) * head // tensor

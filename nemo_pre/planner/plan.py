@@ -25,7 +25,7 @@ DEFAULT_GPU = "h100"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one layout needs.
+    """A layout and what a run needs in it.
 
     Attributes:
         config: the run in this layout.
@@ -107,7 +107,7 @@ def plan(arguments: Sequence[str]) -> None:
     if options.calibrate is not None:
         load = largest_load(config, options.images_per_row)
         efficiency = calibrated(config, load, device, efficiency, options.calibrate)
-    own = plan_layout(_on(config, options.gpus), device, efficiency, options.images_per_row)
+    own = plan_layout(_with_replicas(config, options.gpus), device, efficiency, options.images_per_row)
     found = None
     if options.gpus is not None:
         found = search(config, options.gpus, device, efficiency, options.images_per_row, options.best)
@@ -141,8 +141,8 @@ def plan_layout(config: RunConfig, device: Device, efficiency: Efficiency, image
     return replace(plan, stages=stages, time=time, messages=messages)
 
 
-def _on(config: RunConfig, gpus: int | None) -> RunConfig:
-    """The run's own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
+def _with_replicas(config: RunConfig, gpus: int | None) -> RunConfig:
+    """The run in its own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
     layout = config.parallel
     one = world_size(layout) // layout.data
     if gpus is None or gpus % one:
@@ -199,7 +199,7 @@ def read_number(word: str, value: str, whole: bool = False, most: float | None =
 
 
 def as_json(own: Plan, found: Found | None, device: Device, efficiency: Efficiency) -> dict[str, Any]:
-    """Everything the tables show, in bytes, seconds and operations."""
+    """The plan as JSON: everything the tables show, in bytes, seconds and operations."""
     result: dict[str, Any] = {
         "run": own.config.name,
         "gpu": device.name,

@@ -44,7 +44,7 @@ class Simulated:
 
 @cache
 def order_of_passes(stage: int, stages: int, chunks: int, micro_batches: int) -> tuple[Pass, ...]:
-    """What a stage runs, in order.
+    """The passes that a stage runs, in order.
 
     Raises:
         ValueError: interleaving, with a number of micro-batches that is not a multiple of the stages.
@@ -64,7 +64,8 @@ def order_of_passes(stage: int, stages: int, chunks: int, micro_batches: int) ->
 
 
 def _interleaved(number: int, direction: Direction, stages: int, chunks: int) -> Pass:
-    """Groups of as many micro-batches as there are stages go through all chunks before the next group starts."""
+    """The passes' order under virtual stages: groups of as many micro-batches as there are stages go through all
+    chunks before the next group starts."""
     if chunks == 1:
         return Pass(direction, 0, number)
     group, within = divmod(number, stages * chunks)
@@ -78,7 +79,7 @@ def simulate(
     seconds: Sequence[Sequence[tuple[float, float]]],
     transfer: float = 0.0,
 ) -> Simulated:
-    """Run a step.
+    """Simulate one step of the pipeline, event by event.
 
     Args:
         seconds: for every stage and chunk, of a forward and of a backward pass.

@@ -9,7 +9,8 @@ from itertools import groupby, islice
 
 from nemo_pre.config.derived import padded_vocab_size
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import ClusterConfig
+from nemo_pre.config.schema import ClusterConfig, ParallelConfig
+from nemo_pre.options import choices_of
 from nemo_pre.planner.balance import balanced
 from nemo_pre.planner.chunks import layers_problem
 from nemo_pre.planner.devices import Device, Efficiency
@@ -19,7 +20,6 @@ from nemo_pre.planner.step_time import StepTime, step_time
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 SHORTEST_SHARD = 4096  # tokens; context parallelism that leaves less is not tried, its kernels would be small
-RECOMPUTE = ("none", "selective", "full")  # from the fastest to the smallest
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def describe_layers(sizes: Sequence[int]) -> str:
-    """Equal neighbours together: 3, 5x6, 4."""
+    """The sizes as text, with equal neighbours together: 3, 5x6, 4."""
     runs = [(size, len(list(alike))) for size, alike in groupby(sizes)]
     return ", ".join(f"{size}x{number}" if number > 1 else str(size) for size, number in runs)
 
@@ -162,8 +162,8 @@ def indivisible(config: RunConfig) -> str | None:
 def _shapes(
     config: RunConfig, gpus: int, device: Device, efficiency: Efficiency, images_per_row: int | None, found: Found
 ) -> Iterator[RunConfig]:
-    """Tensor parallelism within a server, then pipelines and virtual stages, then context; replicas take the rest.
-    The layers of a pipeline are dealt out so that its stages are busy alike."""
+    """Every shape of a layout: tensor parallelism within a server, then pipelines and virtual stages, then context;
+    replicas take the rest. The layers of a pipeline are dealt out so that its stages are busy alike."""
     language, length = config.model.language, config.data.sequence_length
     contexts = {1} | {size for size in (2, 4, 8) if length // size >= SHORTEST_SHARD} | {config.parallel.context}
     for tensor in _divisors(min(device.per_node, gpus)):
@@ -215,7 +215,7 @@ def _smallest_recomputation(
         return None
     load = largest_load(candidate, images_per_row)
     size = 0
-    for recompute in RECOMPUTE:
+    for recompute in choices_of(ParallelConfig, "recompute"):  # from the fastest to the smallest
         tried = replace(candidate, parallel=replace(candidate.parallel, recompute=recompute))
         size = fullest_rank(tried, load, fused=True)[1].total
         if size <= available:

@@ -47,7 +47,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Of one step.
+    """Seconds of one optimizer step, and what they follow from.
 
     Attributes:
         pipeline: seconds of all micro-batches' passes, waiting included.
@@ -96,7 +96,7 @@ def step_time(
     efficiency: Efficiency,
     exact: bool = True,
 ) -> StepTime:
-    """Of a run on ``device``.
+    """The step's time for a run on ``device``.
 
     Args:
         exact: simulate the pipeline; else take the formula for even stages with the slowest's time.
@@ -131,7 +131,7 @@ def step_time(
 def chunk_seconds(
     config: RunConfig, load: Load, stage: int, device: Device, efficiency: Efficiency
 ) -> list[tuple[float, float]]:
-    """Of a micro-batch's forward and backward pass through each chunk of a stage."""
+    """Seconds of a micro-batch's forward and backward pass through each chunk of a stage."""
     chunks, parts = chunks_of_stages(config)[stage], stage_flops(config, load, stage, dense=False)
     return [
         pass_seconds(config, load, flops, chunk.layers, device, efficiency)
@@ -147,7 +147,8 @@ def pass_seconds(
     device: Device,
     efficiency: Efficiency,
 ) -> tuple[float, float]:
-    """Of a micro-batch's forward and backward pass through ``parts``, with the traffic of the decoder's ``layers``.
+    """Seconds of a micro-batch's forward and backward pass through ``parts``, with the traffic of the decoder's
+    ``layers``.
 
     Raises:
         ValueError: the run wants FP8, and the GPU has none.
@@ -165,7 +166,7 @@ def pass_seconds(
 
 
 def _layer_traffic(config: RunConfig, load: Load, device: Device) -> tuple[float, float]:
-    """Seconds, at the links' full speed, that a layer's forward and backward pass wait.
+    """Seconds, at the links' full speed, that a layer's forward and backward pass wait for communication.
 
     Two all-reduces over tensor-parallel ranks (a gather and a scatter each under sequence parallelism, as many bytes),
     the teacher's tokens forward only; and other context ranks' keys and values, backward with their gradients.
@@ -187,7 +188,7 @@ def _transfer(config: RunConfig, load: Load, device: Device, efficiency: Efficie
 
 
 def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) -> tuple[float, float]:
-    """Reduction of float32 gradients over replicas, and the optimizer's step with the gather of weights."""
+    """Seconds of reducing float32 gradients over replicas, and of the optimizer's step with the gather of weights."""
     layout = config.parallel
     replicas = layout.data * layout.context
     stage = max(stages_that_differ(config), key=lambda number: sum(rank_parameters(config, number).values()))
@@ -207,7 +208,7 @@ def _replica_seconds(config: RunConfig, device: Device, efficiency: Efficiency) 
 
 
 def _objective_seconds(config: RunConfig, micro_batches: int, machine: Machine) -> dict[str, float]:
-    """What objectives do beside the passes, by what it is."""
+    """Seconds of what objectives do beside the passes, by what it is."""
     found: dict[str, float] = {}
     for cost in costs(config):
         for kind, seconds in cost.seconds(machine, micro_batches).items():

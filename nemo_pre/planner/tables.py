@@ -145,7 +145,7 @@ def describe_search(found: Found, gpus: int, device: Device, steps: int, price: 
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left, the others right."""
+    """The rows as text in columns, the first flush left, the others right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = []
     for row in [header, *rows]:

@@ -10,7 +10,7 @@ from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import class_tokens, encoder_tokens, is_native, merge_size
 
 FLOAT, INDEX = 4, 8  # bytes
-AIMV2 = ("aimv2", "aimv2_native")
+AIMV2_FAMILIES = ("aimv2", "aimv2_native")
 
 
 def num_patches(vision: VisionConfig) -> int:
@@ -18,7 +18,8 @@ def num_patches(vision: VisionConfig) -> int:
 
 
 def unused_layers(vision: VisionConfig) -> int:
-    """Behind the layer whose features are taken: they are frozen, and run in a tower of fixed resolution."""
+    """Number of layers behind the one whose features are taken: they are frozen, and run in a tower of fixed
+    resolution."""
     if vision.family == "qwen25_vl":
         return 0
     last_used = vision.feature_layer if vision.feature_layer >= 0 else vision.num_layers + 1 + vision.feature_layer
@@ -37,13 +38,13 @@ def tower_parameters(vision: VisionConfig) -> int:
     positions = 0 if vision.family == "aimv2_native" else encoder_tokens(vision)
     embeddings = (pixels + positions + class_tokens(vision)) * width
     # A norm; a bias and a norm's weight; a bias.
-    embeddings += (2 if vision.family in ("clip", *AIMV2) else 1) * width
+    embeddings += (2 if vision.family in ("clip", *AIMV2_FAMILIES) else 1) * width
     return embeddings + vision.num_layers * layer_parameters(vision) + _beside_layers(vision)
 
 
 def layer_parameters(vision: VisionConfig) -> int:
     width, inner = vision.hidden_size, vision.intermediate_size
-    if vision.family in AIMV2:  # gated MLP, no biases
+    if vision.family in AIMV2_FAMILIES:  # gated MLP, no biases
         return 4 * width**2 + 3 * width * inner + 2 * width
     if vision.family == "qwen25_vl":  # gated MLP
         return 4 * width * (width + 1) + 2 * inner * (width + 1) + width * (inner + 1) + 2 * width
@@ -52,23 +53,24 @@ def layer_parameters(vision: VisionConfig) -> int:
 
 
 def unused_parameters(vision: VisionConfig) -> int:
-    """What the features do not depend on: it is frozen."""
+    """Number of parameters that the features do not depend on: they are frozen."""
     return unused_layers(vision) * layer_parameters(vision) + _beside_layers(vision)
 
 
 def _beside_layers(vision: VisionConfig) -> int:
-    """The last norm; SigLIP's pooling: a probe that attends to all patches, a norm, an MLP; DINOv2's mask token."""
+    """Number of parameters beside the layers: the last norm; SigLIP's pooling (a probe that attends to all patches, a
+    norm, an MLP); DINOv2's mask token."""
     width = vision.hidden_size
     pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
     norm_and_others = {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width}
-    return width if vision.family in AIMV2 else norm_and_others.get(vision.family, 0)
+    return width if vision.family in AIMV2_FAMILIES else norm_and_others.get(vision.family, 0)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
 
 
 def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
-    """Of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
+    """FLOPs of a forward pass over ``tiles`` tiles, and of the backward pass if the tower is trained."""
     if vision.family == "qwen25_vl":
         return _qwen_vl_flops(vision, tiles)
     width, inner, tokens = vision.hidden_size, vision.intermediate_size, encoder_tokens(vision)
@@ -77,7 +79,7 @@ def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
     if vision.family == "patch_mlp":
         output = 2.0 * tiles * tokens * inner * width
         return patches + output, patches + 2 * output  # pixels need no gradient
-    matrices = 4 * width**2 + (3 if vision.family in AIMV2 else 2) * width * inner
+    matrices = 4 * width**2 + (3 if vision.family in AIMV2_FAMILIES else 2) * width * inner
     layer = tiles * (2.0 * tokens * matrices + 4.0 * tokens**2 * width)
     used = vision.num_layers - unused_layers(vision)
     run = used if is_native(vision) else vision.num_layers
@@ -123,30 +125,32 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
     if vision.family == "patch_mlp":
         return 2 * tokens * inner * size + pixels  # the GELU's input and output
     used = vision.num_layers - unused_layers(vision)
-    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", *AIMV2) else 0
+    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", *AIMV2_FAMILIES) else 0
     return used * tokens * _layer_bytes(vision, size) + before_layers + pixels
 
 
 def _layer_bytes(vision: VisionConfig, size: int) -> int:
-    """Of a token in a layer: norms, inputs of linear layers, activation function, attention."""
+    """Bytes that a token keeps in a layer: norms, inputs of linear layers, activation function, attention."""
     width, inner = vision.hidden_size, vision.intermediate_size
     copies = 5 if vision.family == "aimv2" else 2  # its patches lie transposed: each linear layer makes a copy
     inputs = (copies * width + inner) * size
     # CLIP keeps x and sigmoid(1.702 x), a gated MLP both factors and the activated one.
-    activation = (3 if vision.family in AIMV2 else 2 if vision.family == "clip" else 1) * inner * size
+    activation = (3 if vision.family in AIMV2_FAMILIES else 2 if vision.family == "clip" else 1) * inner * size
     attention = 4 * width * size + vision.num_attention_heads * FLOAT
     scaled = 2 * width * size if vision.family == "dinov2" else 0
     return 2 * _norm(vision, size) + inputs + activation + attention + scaled
 
 
 def _qwen_vl_layer_bytes(vision: VisionConfig, size: int) -> int:
-    """Of a token in a layer: queries and keys are rotated in float32, and the windows' outputs put together again."""
+    """Bytes that a token keeps in a layer of Qwen2.5-VL's tower: queries and keys are rotated in float32, and the
+    windows' outputs put together again."""
     width, inner = vision.hidden_size, vision.intermediate_size
     attention = 7 * width * size + vision.num_attention_heads * FLOAT
     return 2 * _norm(vision, size) + (2 * width + 4 * inner) * size + attention
 
 
 def _norm(vision: VisionConfig, size: int) -> int:
-    """Of a token: the input and its statistics; an RMSNorm has a float32 copy, and the normalised input."""
-    width, of_root_mean_square = vision.hidden_size, vision.family in (*AIMV2, "qwen25_vl")
+    """Bytes that a token keeps in a norm: the input and its statistics; an RMSNorm has a float32 copy, and the
+    normalised input."""
+    width, of_root_mean_square = vision.hidden_size, vision.family in (*AIMV2_FAMILIES, "qwen25_vl")
     return width * (FLOAT + size) + FLOAT if of_root_mean_square else (width + 2) * size

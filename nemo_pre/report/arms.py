@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_pre.report.runs import SEEDS, Run, read_run
 
-OWN = (*SEEDS, "output_dir", "name")  # in which runs of one arm may differ
+MAY_DIFFER = (*SEEDS, "output_dir", "name")  # in which runs of one arm may differ
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def arrange(words: Sequence[str], labels: Sequence[str] = ()) -> list[Arm]:
 def option_differences(arms: Sequence[Arm]) -> list[OptionDifference]:
     """What the configs of the arms do not share, seeds and places apart; an unknown config counts for nothing."""
     known = [arm for arm in arms if any(run.options is not None for run in arm.runs)]
-    names = sorted({name for arm in known for run in arm.runs for name in run.options or ()} - set(OWN))
+    names = sorted({name for arm in known for run in arm.runs for name in run.options or ()} - set(MAY_DIFFER))
     found = []
     for name in names:
         if len({text for arm in known for text in _values(arm, name)}) > 1:
@@ -93,7 +93,7 @@ def _group(runs: list[Run]) -> list[list[Run]]:
 def _alike(one: Run, other: Run) -> bool:
     if one.options is None or other.options is None:
         return False
-    names = (one.options.keys() | other.options.keys()) - set(OWN)
+    names = (one.options.keys() | other.options.keys()) - set(MAY_DIFFER)
     return all(_text(one.options.get(name)) == _text(other.options.get(name)) for name in names)
 
 

@@ -11,7 +11,7 @@ from nemo_pre.report.markup import text
 WIDTH, HEIGHT = 380, 232  # about the size at which a page shows it, so that its text keeps the page's size
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
 MOST_POINTS = 400  # of one line
-KINDS = 4  # dashes in the style sheet: a line is told apart without its colour
+DASHES = 4  # dashes in the style sheet: a line is told apart without its colour
 
 Points = Sequence[tuple[float, float]]
 
@@ -125,7 +125,8 @@ def _path(frame: _Frame, points: Points) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """At most ``MOST_POINTS``: of neighbours the lowest and the highest, so that spikes remain, and gaps as gaps."""
+    """No more than ``MOST_POINTS`` points: of neighbours the lowest and the highest, so that spikes remain, and gaps
+    as gaps."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(2 * len(points) / MOST_POINTS)
@@ -170,7 +171,7 @@ def _described(title: str, lines: Sequence[Line]) -> str:
 
 
 def _style(number: int) -> str:
-    return f"line line{number % KINDS}"
+    return f"line line{number % DASHES}"
 
 
 def _n(value: float) -> str:

@@ -50,12 +50,12 @@ class Comparison:
     directory: Path
 
     def text(self) -> str:
-        """For a terminal, with the names of the files that were written."""
+        """The comparison for a terminal, with the names of the files that were written."""
         files = ", ".join(str(self.directory / name) for name in (TABLE, DATA, CURVES))
         return f"{to_text(self)}\n\nwritten: {files}"
 
     def data(self) -> dict[str, Any]:
-        """For JSON; a value that is not finite is null."""
+        """The comparison for JSON; a value that is not finite is null."""
         return {
             "baseline": self.arms[0].label,
             "arms": [

@@ -23,7 +23,7 @@ def training_charts(run: Run) -> list[str]:
 
 
 def exact_match_charts(run: Run) -> list[str]:
-    """Over training, where there was more than one validation."""
+    """Exact match over training, where there was more than one validation."""
     if len(run.series.get(EXACT_MATCH, {})) < 2:
         return []
     named = {"all questions": EXACT_MATCH, **question_metrics(run)}

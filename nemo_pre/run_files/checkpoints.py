@@ -70,7 +70,7 @@ def newest_step(directory: Path) -> int:
 
 
 def numbered_checkpoints(directory: Path) -> dict[int, Path]:
-    """By step, the checkpoints in ``directory`` whose save was finished."""
+    """The checkpoints in ``directory`` whose save was finished, by step."""
     return {
         int(path.name.removeprefix("step=")): path
         for path in directory.glob("step=*")

@@ -16,11 +16,13 @@ RECORD = "skipped_samples.jsonl"
 
 @dataclass(frozen=True)
 class Skipped:
-    """Attributes:
-    first, end: positions of the whole training stream, [first, end).
-    data, shuffle_seed: which stream that is.
-    checkpoint_step, step: trained on after the one and up to the other.
-    reason: what was wrong.
+    """A stretch of the training stream that a run leaves out.
+
+    Attributes:
+        first, end: positions of the whole training stream, [first, end).
+        data, shuffle_seed: which stream that is.
+        checkpoint_step, step: trained on after the one and up to the other.
+        reason: what was wrong.
     """
 
     first: int
@@ -33,7 +35,8 @@ class Skipped:
 
 
 def record_skipped(output_dir: str, skipped: Skipped) -> None:
-    """
+    """Append the skipped stretch to the run's record, and have it on the disk before this returns.
+
     Raises:
         OSError: the disk is full or gone.
     """

@@ -111,7 +111,8 @@ def _cost(axis: Any, results: Sequence[Result], price: float | None) -> bool:
 
 
 def _depth(axis: Any, results: Sequence[Result], price: float | None) -> bool:
-    """Of finished runs only: a simulation says nothing about what a model has learnt."""
+    """Draw the loss over the target layer's depth, of finished runs only: a simulation says nothing about what a model
+    has learnt."""
     axis.set_title("target layer")
     axis.set_xlabel("part of the decoder's depth")
     axis.set_ylabel("val/lm_loss at the end")
@@ -134,7 +135,7 @@ PANELS: dict[str, Panel] = {
 
 
 def _plain_numbers(*scales: Any) -> None:
-    """Rather than powers of ten."""
+    """Label the scales with plain numbers rather than powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for scale in scales:

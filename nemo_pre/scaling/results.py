@@ -66,11 +66,11 @@ class Result:
 
 
 def overheads(results: Sequence[Result]) -> dict[str, list[tuple[Result, float]]]:
-    """By regularizer: time of a sample beside the same point's without one, each in its own layout."""
-    plain = {_same(result): result for result in results if result.point.regularizer == "none"}
+    """Time of a sample, by regularizer, beside the same point's without one, each in its own layout."""
+    plain = {_compared_at(result): result for result in results if result.point.regularizer == "none"}
     found: dict[str, list[tuple[Result, float]]] = {}
     for result in results:
-        beside = plain.get(_same(result))
+        beside = plain.get(_compared_at(result))
         if result.point.regularizer in ("none", "recipe") or beside is None:
             continue
         ours, theirs = result.samples_per_second, beside.samples_per_second
@@ -79,6 +79,6 @@ def overheads(results: Sequence[Result]) -> dict[str, list[tuple[Result, float]]
     return found
 
 
-def _same(result: Result) -> tuple[Any, ...]:
+def _compared_at(result: Result) -> tuple[Any, ...]:
     point = result.point
     return point.experiment, point.gpus, point.layout, point.batch, result.source

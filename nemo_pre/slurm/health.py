@@ -81,7 +81,7 @@ def disk_problem(directory: Path, node: str, min_write_mb_s: float) -> str | Non
 
 
 def _write(path: Path) -> float:
-    """MB/s, as far as the disk and not into memory."""
+    """Speed of writing in MB/s, as far as the disk and not into memory."""
     block = os.urandom(1 << 20)
     begin = time.monotonic()
     with path.open("wb") as file:

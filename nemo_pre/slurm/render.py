@@ -66,11 +66,11 @@ def _training_header(config: RunConfig, log: Path, name: str | None = None, *mor
     cluster = config.cluster
     tasks = world_size(config.parallel) // cluster.nodes
     gpus = tasks if config.platform != "cpu" else 0
-    header = _header(cluster, name or _told(config), log, cluster.nodes, tasks, gpus)
+    header = _header(cluster, name or _listed_name(config), log, cluster.nodes, tasks, gpus)
     return [*header, f"#SBATCH --signal=B:USR1@{cluster.warning_seconds}", "#SBATCH --requeue", *more]
 
 
-def _told(config: RunConfig) -> str:
+def _listed_name(config: RunConfig) -> str:
     """What queue listings show: the run's name, which says model, encoder and stage, with its size and precision."""
     unit = "rank" if config.platform == "cpu" else "gpu"
     return f"{config.name}_{world_size(config.parallel)}{unit}_{config.precision.name}"

@@ -61,7 +61,8 @@ class Request:
 
 
 def parse(words: Sequence[str]) -> Request:
-    """
+    """The request that the words of the command line make.
+
     Raises:
         ValueError: one sentence on a word that fits nowhere.
     """
@@ -198,7 +199,8 @@ def _checked_run(words: Sequence[str], options_only: bool) -> RunConfig:
 
 
 def check_site(config: RunConfig) -> None:
-    """
+    """Check what Slurm is told of the site.
+
     Raises:
         ValueError: one sentence on a value of ``cluster`` that Slurm would refuse or misread.
     """

@@ -95,7 +95,7 @@ def depths(num_layers: int) -> dict[str, int]:
 
 
 def chosen(arms: list[Arm], names: str | None) -> list[Arm]:
-    """Those named, separated by commas, in the list's order; all without names.
+    """The arms named, separated by commas, in the list's order; all without names.
 
     Raises:
         ValueError: a name that no arm has.

@@ -62,12 +62,14 @@ class StudyRun:
 
     @property
     def phase(self) -> str:
-        """What its process is at, in a few words."""
+        """What the run's process is at, in a few words."""
         return "diagnosing" if self._is_trained else f"{self.steps_done}/{self.steps}"
 
     def check(self) -> None:
-        """Raises:
-        ValueError: the directory holds a run with other options.
+        """Refuse a directory that holds a run with other options.
+
+        Raises:
+            ValueError: the directory holds a run with other options.
         """
         held = _read(self.directory / OPTIONS)
         if held is not None and held["options"] != list(self.overrides):

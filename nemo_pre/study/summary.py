@@ -33,7 +33,7 @@ Summary = dict[str, Any]
 
 
 def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any]) -> Summary:
-    """Of the finished runs; an arm without any is left out.
+    """A summary of the finished runs; an arm without any is left out.
 
     A metric is ``exact_match``, ``exact_match/TYPE``, ``loss``, or a diagnostic at a depth of ``settings["layers"]``,
     as ``NAME@DEPTH``, or ``NAME change@DEPTH``, which is that less the input's.
@@ -131,7 +131,8 @@ def _over_seeds(numbers: Mapping[int, Numbers]) -> dict[str, Any]:
 
 
 def _differences(ours: Mapping[int, Numbers], theirs: Mapping[int, Numbers]) -> dict[str, Any]:
-    """Of the seeds that both have, paired; every run of a seed starts from the same weights and sees the same data."""
+    """Differences over the seeds that both have, paired; every run of a seed starts from the same weights and sees the
+    same data."""
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return {}

@@ -63,7 +63,7 @@ class LayerTerm(Term):
     # --- what a subclass says ---------------------------------------------------------------------------------------
 
     def prepare_model(self, model: VisualModelConfig) -> None:
-        """Before the model is built, when ``layers`` is known: ask it for what the term needs, such as heads."""
+        """Ask the model, before it is built and when ``layers`` is known, for what the term needs, such as heads."""
 
     def anchor_width(self) -> int | None:
         """Width of what the first stage sends to the layers, the same on every rank: by default the decoder's. None
@@ -71,11 +71,12 @@ class LayerTerm(Term):
         return self.model.language_transformer_config.hidden_size
 
     def prepare_chunk(self, chunk: VisualChunk) -> None:
-        """When the weights of ``init_from`` are there; those of a checkpoint that is resumed come later."""
+        """Prepare a chunk when the weights of ``init_from`` are there; those of a checkpoint that is resumed come
+        later."""
 
     def anchor(self, chunk: VisualChunk, visual: VisualTokens) -> Tensor:
-        """On the first stage, without a graph: what is compared with, ``[n, anchor_width]`` of all ``n`` visual tokens
-        of a micro-batch. By default what enters the language model."""
+        """What the term compares with, ``[n, anchor_width]`` of all ``n`` visual tokens of a micro-batch: asked on the
+        first stage, without a graph. What enters the language model by default."""
         return visual.tokens
 
     def anchor_dtype(self) -> torch.dtype:
@@ -85,7 +86,7 @@ class LayerTerm(Term):
         return torch.float16 if self.model.fp16 else self.model.params_dtype
 
     def loss_sum(self, layer: int, micro_batch: MicroBatch, visual_tokens: Tensor, anchor: Tensor | None) -> Tensor:
-        """On the layer's stage: the sum, over this rank's visual tokens of a micro-batch, of the loss.
+        """The loss summed over this rank's visual tokens of a micro-batch, on the layer's stage.
 
         Args:
             visual_tokens: ``[n, d]``, the layer's output at this rank's visual tokens; ``n`` may be 0.
@@ -158,7 +159,7 @@ class LayerTerm(Term):
         self.start_step()
 
     def _expect(self, micro_batch: MicroBatch) -> None:
-        """Before a tapped chunk runs: start receiving its anchor."""
+        """Start receiving a tapped chunk's anchor before the chunk runs."""
         assert self._exchange is not None
         source, width = _local(micro_batch).source, self.anchor_width()
         assert width is not None
@@ -166,13 +167,13 @@ class LayerTerm(Term):
 
     @torch.no_grad()
     def _publish(self, chunk: VisualChunk, micro_batch: MicroBatch, visual: VisualTokens) -> None:
-        """On the first stage: the anchor of this rank's shard, to whoever taps."""
+        """Send the anchor of this rank's shard, on the first stage, to whoever taps."""
         assert self._exchange is not None
         anchor = self.anchor(chunk, visual).to(self.anchor_dtype())
         self._exchange.publish(micro_batch.index, anchor[_local(micro_batch).source])
 
     def _visit(self, layer: int, micro_batch: MicroBatch, hidden_states: Tensor) -> Tensor:
-        """On a tapped layer's output: compute the loss, note it, inject its gradient."""
+        """Compute the loss on a tapped layer's output, note it, and inject its gradient."""
         anchor = None if self._exchange is None else self._exchange.take(micro_batch.index)
         visual_tokens = hidden_states.reshape(-1, hidden_states.shape[-1])[_local(micro_batch).position]
         loss_sum = self.loss_sum(layer, micro_batch, visual_tokens, anchor)

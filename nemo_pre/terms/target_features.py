@@ -35,7 +35,7 @@ class TargetFeatures:
         return vision_facts(self.target).width
 
     def install(self, chunk: VisualChunk) -> None:
-        """On the first stage: load the model, where features are not read."""
+        """Load the model on the first stage, where features are not read."""
         if self.target.features is None:
             vision, device = chunk.config.vision_transformer_config, next(chunk.vision_projection.parameters()).device
             self._model = FrozenVision(self.target, device, vision.image_mean, vision.image_std)
@@ -45,7 +45,7 @@ class TargetFeatures:
         self._model = None
 
     def of(self, chunk: VisualChunk, visual: VisualTokens) -> Tensor:
-        """On the first stage: ``[n, width]`` of all ``n`` visual tokens of a micro-batch."""
+        """Features ``[n, width]`` of all ``n`` visual tokens of a micro-batch, on the first stage."""
         if not len(visual.tokens):
             return visual.tokens.new_zeros(0, self.width)
         if self._model is None:

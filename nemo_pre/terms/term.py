@@ -51,10 +51,11 @@ class Term:
         raise NotImplementedError
 
     def prepare(self, model: VisualModelConfig) -> None:
-        """Before the model is built: ask it for what the term needs, see ``model.parts``."""
+        """Ask the model, before it is built, for what the term needs; see ``model.parts``."""
 
     def install(self, training: Training) -> None:
-        """When the model is there with its initial weights; those of a resumed checkpoint come later."""
+        """Install the term when the model is there with its initial weights; those of a resumed checkpoint come
+        later."""
 
     def plan_branches(
         self, training: Training, batches: Sequence[dict[str, Any]], layouts: Sequence[SequenceLayout]
@@ -68,20 +69,21 @@ class Term:
         return {}
 
     def start_step(self) -> None:
-        """Before the first micro-batch of a step."""
+        """Get ready before the first micro-batch of a step."""
 
     def forget_step(self) -> None:
-        """After a pass over the step's micro-batches that is not the step itself."""
+        """Drop what was gathered, after a pass over the step's micro-batches that is not the step itself."""
 
     def end_step(self, plan: StepPlan) -> Mapping[str, Tensor | float]:
-        """After the step's last backward pass: the metrics to record, the same on every rank, by their whole names."""
+        """The metrics to record, the same on every rank, by their whole names: asked after the step's last backward
+        pass."""
         return {}
 
     def after_update(self, training: Training) -> None:
-        """After the optimizer has moved the parameters."""
+        """Follow the parameters after the optimizer has moved them."""
 
     def finish(self) -> None:
-        """When training ends, before the last checkpoint is read."""
+        """Clean up when training ends, before the last checkpoint is read."""
 
     def remove(self) -> None:
         """Take everything off the model again but the parameters it was given."""

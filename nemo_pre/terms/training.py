@@ -42,7 +42,7 @@ class ModelPart(Protocol):
     """What a term adds to the model before it is built: heads, averages, mask tokens."""
 
     def parts(self) -> dict[str, nn.Module | Tensor]:
-        """By the names they get in the model, all of the whole model's added modules and parameters, newly built."""
+        """The whole model's added modules and parameters, newly built, by the names they get in the model."""
 
     def add_to(self, chunk: VisualChunk) -> None:
         """Give a chunk that is being built those that belong to it."""
@@ -52,7 +52,7 @@ class Branch(Protocol):
     """The second sequence beside the samples, as a chunk runs it."""
 
     def mask_token(self) -> Tensor:
-        """On the first stage: the embedding ``[d]`` that the student sees in a masked place."""
+        """The embedding ``[d]`` that the student sees in a masked place, on the first stage."""
 
     def run_teacher(self, branch: Tensor, structure: Tensor | None, rotary: Tensor | None) -> Tensor:
         """The unmasked branch ``[L, B, d]`` through the teacher's part of this chunk, without a graph."""

@@ -125,7 +125,7 @@ def test_a_blend_is_set_on_the_command_line_and_checked_without_a_model(digits, 
         check_run(run(f"[{{path:{tmp_path}/nothing}}]"))
     with pytest.raises(ValueError, match="other has 6 training samples but .*global_batch_size=8: prepare 2 more"):
         check_run(run(f"[{{path:{other}}}]", "trainer.global_batch_size=8", "trainer.micro_batch_size=1"))
-    with pytest.raises(ValueError, match="data.blend needs a weight above 0"):
+    with pytest.raises(ValueError, match=r"data.blend\[0\].weight=0.0 must be more than 0"):
         check_options(run(f"[{{path:{other},weight:0}}]"))
 
 

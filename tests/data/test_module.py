@@ -32,8 +32,6 @@ def read_steps(path: str, steps: int, state: dict | None, workers: int = 0) -> t
     for _ in range(steps):
         read += [batch["tokens"].tolist() for batch in islice(batches, num_microbatches)]
         module.trainer.global_step += 1
-    validation = module.data_sampler.transform_dataloader(module.val_dataloader())
-    assert len(validation) == len(list(validation)) == 80 // 16 * num_microbatches
     return read, {**module.state_dict(), "global_step": module.trainer.global_step}, module.consumed_samples
 
 
@@ -52,7 +50,7 @@ def test_two_ranks_read_what_one_reads_and_either_resumes_the_other(digits):
     assert _in_order([read for read, _, _ in on_two]) == whole[: 10 * 16]
     state = on_two[0][1]
     assert state == on_two[1][1]
-    assert state["consumed_samples"] == 160, "the validation that began meanwhile does not change the count"
+    assert state["consumed_samples"] == 160
 
     ((resumed, state, _),) = run_on_standing_ranks(read_steps, 1, path, 3, state, timeout=300)
     assert _in_order([resumed]) == whole[160 : 160 + 48]

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from nemo_pre.data.sampler import BatchShape, ShuffledStream, TrainingBatches, ValidationBatches
+from nemo_pre.data.sampler import BatchShape, ShuffledStream, TrainingBatches
 
 
 def _global_batches(
@@ -69,14 +69,3 @@ def test_a_batch_larger_than_the_dataset_still_takes_every_sample_in_turn():
 def test_a_layout_that_does_not_divide_the_batch_is_refused():
     with pytest.raises(ValueError, match="global_batch_size=8 must be a multiple"):
         BatchShape(3, 8, 0, 1)
-
-
-def test_validation_reads_whole_batches_of_the_first_samples_every_time():
-    shapes = [BatchShape(2, 8, rank, 2) for rank in range(2)]
-    ranks = [ValidationBatches(20, shape) for shape in shapes]
-    assert [len(rank) for rank in ranks] == [4, 4]
-    read = sorted(sample for rank in ranks for batch in rank for sample in batch)
-    assert read == list(range(16))
-    assert [list(rank) for rank in ranks] == [list(rank) for rank in ranks]
-    with pytest.raises(ValueError, match="less than one global batch"):
-        ValidationBatches(7, shapes[0])

@@ -23,8 +23,6 @@ from nemo_pre.neva.vision import VisionTowerConfig
 from tests.data.prepared_sets import image_bytes, preprocessing, sample, write_set
 from tests.features.made import make, run_config, small_set
 
-IMAGE_STATISTICS = {"image_mean": (0.166,) * 3, "image_std": (0.148,) * 3}
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:

@@ -23,7 +23,7 @@ LOSSES = [
 
 @pytest.mark.parametrize(("rows", "columns", "blocks"), [(7, 3, 4), (7, 100, 7), (6, 4, 3), (0, 4, 0), (3, 0, 1)])
 def test_blocks_are_all_rows_in_order_and_never_empty(rows, columns, blocks, monkeypatch):
-    monkeypatch.setattr(row_blocks, "ELEMENTS", 8)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 8)
     matrix = torch.arange(rows)[:, None].expand(rows, columns)
     found = list(row_blocks.row_blocks(matrix))
     assert len(found) == blocks and all(len(matrix[block]) for block in found)
@@ -33,7 +33,7 @@ def test_blocks_are_all_rows_in_order_and_never_empty(rows, columns, blocks, mon
 @pytest.mark.parametrize(("loss", "plain"), LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_blocks_give_the_plain_expressions_value_and_gradient(loss, plain, dtype, monkeypatch):
-    monkeypatch.setattr(row_blocks, "ELEMENTS", 64)
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 64)
     generator = torch.Generator().manual_seed(0)
     other = torch.randn(23, 16, generator=generator).to(dtype)
     found, expected = (torch.randn(23, 16, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2))

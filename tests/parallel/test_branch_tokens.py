@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_pre.parallel.branch_tokens import branch_tokens, mean_pairwise_cosine_terms
+from nemo_pre.parallel.branch_tokens import branch_tokens
 from nemo_pre.parallel.sequence_layout import sequence_layout
 from nemo_pre.parallel.token_streams import StreamShape, VisualBranch, image_rows, packed_images
 from tests.parallel.branch_ranks import gather_images
@@ -53,18 +53,3 @@ def test_gradients_come_back_to_the_rank_that_has_the_token(cut):
         here = local_positions(8, tp, rank % tp, cp, rank // tp)
         image = lay.layout.visual_image_BS[:, here].transpose(0, 1).reshape(-1)[tokens.position]
         assert torch.equal(gradient, (image[:, None] + 1).float().expand(-1, 3))
-
-
-def test_mean_pairwise_cosine_counts_every_pair_of_an_image():
-    generator = torch.Generator().manual_seed(2)
-    tokens, image = torch.randn(9, 5, generator=generator), torch.tensor([0, 0, 0, 4, 4, 4, 4, 7, 2])
-    expected, pairs = 0.0, 0
-    for i in range(9):
-        for j in range(9):
-            if i != j and image[i] == image[j]:
-                expected += torch.nn.functional.cosine_similarity(tokens[i], tokens[j], dim=0).item()
-                pairs += 1
-    found, count = mean_pairwise_cosine_terms(tokens, image)
-    assert count == pairs == 6 + 12
-    assert found.item() == pytest.approx(expected, abs=1e-5)
-    assert mean_pairwise_cosine_terms(tokens[:0], image[:0])[1] == 0

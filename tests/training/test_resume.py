@@ -110,5 +110,5 @@ def test_a_stage_starts_from_the_newest_weights_of_the_former_stage(uninterrupte
 
 def test_a_head_of_another_shape_is_refused_in_one_sentence(uninterrupted, digits, tmp_path):
     output = continued(uninterrupted, tmp_path)
-    with pytest.raises(RankError, match="set objective.pre's head, anchor and layers as they were"):
+    with pytest.raises(RankError, match="set the options of objective.pre as they were"):
         train(1, overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5"))

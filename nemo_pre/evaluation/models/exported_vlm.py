@@ -95,8 +95,8 @@ class ExportedVLM(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Per request the mean cross-entropy (nats) of the answer's tokens, of which lmms-eval takes the smallest,
-        and whether greedy decoding would give that answer."""
+        """The mean cross-entropy (nats) of each request's answer tokens, of which lmms-eval takes the smallest, and
+        whether greedy decoding would give that answer."""
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="likelihoods"):
             context, target, doc_to_visual, doc_id, task, split = request.args

@@ -89,7 +89,8 @@ class SpatialLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As LlavaForConditionalGeneration's, without ``position_ids`` and ``inputs_embeds``.
+        """Logits, and the loss with ``labels``: LlavaForConditionalGeneration's forward pass without ``position_ids``
+        and ``inputs_embeds``.
 
         Args:
             attention_mask: ``[B, S]``, zero at padding, which may be on either side.
@@ -134,7 +135,7 @@ class SpatialLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """For beams, a row's images are repeated together; the stock method repeats each image by itself."""
+        """Repeat a row's images together for beams; the stock method repeats each image by itself."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None:
             of_rows = pixel_values.split(self._images_per_row(input_ids, pixel_values))
@@ -145,7 +146,7 @@ class SpatialLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return input_ids, model_kwargs if pixel_values is None else {**model_kwargs, "pixel_values": repeated}
 
     def _grids(self, ids_BS: Tensor) -> list[list[tuple[int, int]]]:
-        """The same for every image; too few tokens for one are none."""
+        """Grids of every row's images, which are all alike; too few tokens for one are none."""
         rows, columns = self.config.tile_grid
         counts = (ids_BS == self.config.image_token_index).sum(1).tolist()
         return [[(rows, columns)] * (count // (rows * columns)) for count in counts]

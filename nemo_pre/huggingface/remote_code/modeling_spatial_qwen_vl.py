@@ -84,7 +84,8 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         sequence_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Qwen2_5_VLForConditionalGeneration's, without ``position_ids``, ``inputs_embeds`` and videos.
+        """Logits, and the loss with ``labels``: Qwen2_5_VLForConditionalGeneration's forward pass without
+        ``position_ids``, ``inputs_embeds`` and videos.
 
         Args:
             attention_mask: ``[B, S]``, zero at padding, which may be on either side.
@@ -134,7 +135,7 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """For beams, a row's images are repeated together."""
+        """Repeat a row's images together for beams."""
         images = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw")}
         grids = images["image_grid_thw"]
         if grids is not None and images["pixel_values"] is not None and expand_size > 1:
@@ -149,7 +150,7 @@ class SpatialQwenVLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         return input_ids, {**model_kwargs, **images}
 
     def _new_grids(self, cached_BS: Tensor, ids_BS: Tensor, image_grid_thw: Tensor | None) -> Tensor | None:
-        """Those of images whose tokens are not cached."""
+        """Grids of the images whose tokens are not cached."""
         if image_grid_thw is None or cached_BS.shape[1] == 0:
             return image_grid_thw
         is_new = []

@@ -22,7 +22,7 @@ ATTENTION = ("eager", "sdpa")  # those that take any mask
 
 @dataclass
 class VisualStructure:
-    """Of every token.
+    """Where every token of a batch lies.
 
     Attributes:
         image_BS: its image, counted along its row of the batch; -1 for text.
@@ -37,7 +37,7 @@ class VisualStructure:
 
 
 def visual_structure(ids_BS: Tensor, image_token: int, grids: Sequence[Sequence[Grid]]) -> VisualStructure:
-    """Of a batch whose rows have images with these ``grids``; image tokens beyond them are text."""
+    """The structure of a batch whose rows have images with these ``grids``; image tokens beyond them are text."""
     tables = [_table(of_row) for of_row in grids]
     longest = max(table.shape[1] for table in tables)
     text = torch.tensor([-1, 0, 0, 1])[:, None]
@@ -116,9 +116,11 @@ class SpatialRotaryEmbedding(nn.Module):
 
 
 def check_choices(config: Any, num_frequencies: int) -> None:
-    """Raises:
-    ValueError: ``visual_attention``, ``visual_rope`` or ``rope_axes`` is none that there is, or does not fit; or the
-        text model attends within a window.
+    """Refuse a configuration that this code does not implement.
+
+    Raises:
+        ValueError: ``visual_attention``, ``visual_rope`` or ``rope_axes`` is none that there is, or does not fit; or
+            the text model attends within a window.
     """
     axes = config.rope_axes
     if getattr(config.text_config, "use_sliding_window", False):
@@ -182,8 +184,10 @@ def mask_and_positions(
 
 
 def check_attention(*configs: Any) -> None:
-    """Raises:
-    ValueError: an implementation of attention that does not take any mask.
+    """Refuse an implementation of attention that would drop the mask.
+
+    Raises:
+        ValueError: an implementation of attention that does not take any mask.
     """
     for config in configs:
         chosen = config._attn_implementation
@@ -192,8 +196,10 @@ def check_attention(*configs: Any) -> None:
 
 
 def check_cache(cache: Any) -> None:
-    """Raises:
-    ValueError: a cache of a fixed length, in which the number of tokens so far is not seen.
+    """Refuse a cache that does not tell how many tokens it holds.
+
+    Raises:
+        ValueError: a cache of a fixed length, in which the number of tokens so far is not seen.
     """
     if getattr(cache, "is_compileable", False):
         raise ValueError(f"{type(cache).__name__} has a fixed length: leave cache_implementation out.")

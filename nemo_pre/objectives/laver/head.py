@@ -68,7 +68,8 @@ class ReconstructionSpec:
     teacher_memory: str
 
     def parts(self) -> dict[str, nn.Module | Tensor]:
-        """Of the teacher its head and centre alone: the rest has the names and shapes of the decoder's layers."""
+        """The head, the mask token, and of the teacher its head and centre alone: the rest has the names and shapes of
+        the decoder's layers."""
         parts: dict[str, nn.Module | Tensor] = {
             "laver_head": self.head.build(),
             "laver_teacher.head": self.head.build(),

@@ -136,7 +136,8 @@ class Teacher(nn.Module):
         self._refresh()
 
     def wait(self) -> None:
-        """Until then a parameter may be half old and half new; a forward pass waits by itself."""
+        """Wait for the gathered weights: until then a parameter may be half old and half new. A forward pass waits by
+        itself."""
         for unit in self._units:
             unit.wait()
 
@@ -177,7 +178,7 @@ class Teacher(nn.Module):
         return state
 
     def _take_over(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Before PyTorch copies a checkpoint into the working copy: keep its float32 values."""
+        """Keep a checkpoint's float32 values before PyTorch copies them into the working copy."""
         found = {name: state[prefix + name] for name, _ in self.named_parameters() if prefix + name in state}
         center = state.pop(f"{prefix}center", None)
         if center is not None and self.center is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_pre.losses import gram_anchoring_loss, masked_prediction_loss
+from nemo_pre.losses.pairwise_cosine import pair_cosines_within_images
 from nemo_pre.objectives.laver import NAME, LaVerConfig
 from nemo_pre.objectives.laver.head import ReconstructionHeadSpec, ReconstructionSpec
 from nemo_pre.objectives.laver.masks import visual_token_masks
@@ -18,7 +19,6 @@ from nemo_pre.objectives.laver.schedules import mask_ratio, teacher_momentum, up
 from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
 from nemo_pre.options import value_problems
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
-from nemo_pre.parallel.branch_tokens import mean_pairwise_cosine_terms
 from nemo_pre.parallel.image_tokens import whole_images
 from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch
 from nemo_pre.parallel.sequence_cut import counts_local_tokens, sequence_shard_groups
@@ -157,7 +157,7 @@ class LaVerTerm(Term):
         self.start_step()
 
     def _visit(self, chunk: Any, micro_batch: MicroBatch, states: BranchStates, output: Tensor) -> Tensor:
-        """On the last stage: compare what student and teacher make of the branch, and inject the gradient."""
+        """Compare, on the last stage, what student and teacher make of the branch, and inject the gradient."""
         tokens, options = micro_batch.branch_tokens, self.options
         assert tokens is not None
         student = chunk.laver_head(states.student[tokens.position])
@@ -175,7 +175,7 @@ class LaVerTerm(Term):
         gram_sum = self._gram(micro_batch, whole_student, whole_images(teacher, tokens, places, self._image_groups))
 
         with torch.no_grad():
-            similarity, pairs = mean_pairwise_cosine_terms(whole_student.detach(), tokens.own_image)
+            similarity, pairs = pair_cosines_within_images(whole_student.detach(), tokens.own_image)
             entropy = _entropy(teacher[tokens.masked], center, options.teacher_temperature)
             sums = (mim_sum * self._share(micro_batch), gram_sum, similarity, gram_sum.new_tensor(pairs), entropy)
             self._sums[micro_batch.index] = torch.stack([value.detach().double() for value in sums])

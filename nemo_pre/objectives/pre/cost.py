@@ -72,7 +72,7 @@ class PReCost(Cost):
         return {kind: size for kind, size in held.items() if size and stage == 0}
 
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
-        """On the mean rank: sequence and context parallelism share the visual tokens out."""
+        """FLOPs of the heads on the mean rank: sequence and context parallelism share the visual tokens out."""
         found = {}
         if taps := self.taps(chunk):
             if self.options.variant == "global":

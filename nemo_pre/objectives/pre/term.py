@@ -111,7 +111,8 @@ class PReTerm(LayerTerm):
         return super().anchor(chunk, visual)
 
     def loss_sum(self, layer: int, micro_batch: MicroBatch, visual_tokens: Tensor, anchor: Tensor | None) -> Tensor:
-        """Of this rank's tokens; of ``variant=global`` this rank's share of the micro-batch's images."""
+        """The loss summed over this rank's tokens; with ``variant=global`` this rank's share of the sum over the
+        micro-batch's images."""
         assert anchor is not None
         if self.options.variant == "patch":
             return predictive_loss(self._heads[layer](visual_tokens), anchor)[0]

@@ -12,6 +12,6 @@ def images(row: dict[str, Any]) -> list[Any]:
 
 
 def exact_match(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
-    """Of all questions, and of the row's type."""
+    """Whether the answer is exact, counted for all questions and for the row's type."""
     matched = float(normalise(answers[0]) == normalise(row["answer"]))
     return {"exact_match": matched, f"exact_match_{row['question_type']}": matched}
