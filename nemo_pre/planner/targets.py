@@ -11,11 +11,13 @@ from nemo_pre.objectives.target import Target
 
 @dataclass(frozen=True)
 class TargetCost:
-    """Attributes:
-    width: of its features; None: not known here.
-    parameters: of the model, none where its features are read.
-    flops: of a picture.
-    problem: why nothing is known of it, as one sentence; None where it is.
+    """What one frozen model costs.
+
+    Attributes:
+        width: of its features; None: not known here.
+        parameters: of the model, none where its features are read.
+        flops: of a picture.
+        problem: why nothing is known of it, as one sentence; None where it is.
     """
 
     width: int | None

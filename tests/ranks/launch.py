@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -261,6 +262,13 @@ def _take_jobs(connection: Any, log: Any) -> None:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody is given by chance: below those of connections that name none, of which gloo's ranks make
+    hundreds, and with a start of its own in every process of the tests."""
+    for port in _PORTS:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports are endless")
+
+
+_PORTS = (20_000 + (os.getpid() * 101 + number) % 12_000 for number in itertools.count())

@@ -62,8 +62,8 @@ class ViralCost(Cost):
         return {"frozen target": self.target.parameters * FLOAT} if stage == 0 and self.target.parameters else {}
 
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
-        """On the mean rank: sequence and context parallelism share the visual tokens out; the target sees all
-        tiles."""
+        """Matrix products on the mean rank: sequence and context parallelism share the visual tokens out; the target
+        sees all tiles."""
         found = {}
         if taps := self.taps(chunk):
             inputs = load.rows * load.visual / load.ranks

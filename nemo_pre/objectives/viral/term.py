@@ -89,7 +89,7 @@ class ViralTerm(LayerTerm):
     # --- one step -----------------------------------------------------------------------------------------------
 
     def loss_sum(self, layer: int, micro_batch: MicroBatch, visual_tokens: Tensor, anchor: Tensor | None) -> Tensor:
-        """Of this rank's tokens; of ``form=similarity`` of the images this rank compares."""
+        """The sum over this rank's tokens; with ``form=similarity`` over the images this rank compares."""
         assert anchor is not None
         compared = self._heads[layer](visual_tokens) if has_head(self.options) else visual_tokens
         if self.options.form == "direct":
