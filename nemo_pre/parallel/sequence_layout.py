@@ -192,8 +192,8 @@ def local_positions(sequence_length: int, tp_size: int, tp_rank: int, cp_size: i
     if cp_size > 1:
         if sequence_length % (2 * cp_size):
             raise ValueError(
-                f"A sequence of {sequence_length} tokens cannot be cut into {2 * cp_size} chunks: pad it to a multiple "
-                f"of 2 x context parallel size."
+                f"A sequence of {sequence_length} tokens cannot be cut into {2 * cp_size} chunks: pad it to a "
+                f"multiple of 2 x context parallel size."
             )
         chunks = positions.view(2 * cp_size, -1)
         positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
