@@ -92,7 +92,7 @@ def watch(
 
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:
-    """By step, the checkpoints that have been written to their end, their config.yaml too."""
+    """The checkpoints that have been written to their end, their config.yaml too, by step."""
     finished = numbered_checkpoints(run / "checkpoints")
     return {step: path for step, path in finished.items() if (path / "config.yaml").is_file()}
 

@@ -78,7 +78,7 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def _on(config: RunConfig, gpus: int | None) -> RunConfig:
-    """The run's own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
+    """The run in its own layout with as many replicas as ``gpus`` allow; unchanged where they do not divide."""
     layout = config.parallel
     one = world_size(layout) // layout.data
     if gpus is None or gpus % one:
@@ -135,7 +135,7 @@ def read_number(word: str, value: str, whole: bool = False, most: float | None =
 
 
 def as_json(own: Plan, found: Found | None, device: Device, efficiency: Efficiency) -> dict[str, Any]:
-    """Everything the tables show, in bytes, seconds and operations."""
+    """The plan as JSON: everything the tables show, in bytes, seconds and operations."""
     result: dict[str, Any] = {
         "run": own.config.name,
         "gpu": device.name,
