@@ -67,6 +67,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -87,5 +88,5 @@ lock:
 	@! grep -nE '://|find-links|index-url|file:' requirements/*.txt || { echo "an address got into the lock"; exit 1; }
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache runs
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ def take_arguments() -> tuple[str, dict[str, Any]]:
 def compute(data: Path, cached: list[str], model: str) -> dict[str, Any]:
     """Prepare the data and their features; returns seconds and bytes."""
     from data_prep.digits import prepare
-    from nemo_pre.features.compute import features
+    from nemo_pre.verbs.features import features
 
     prepare(data, num_scenes=SCENES, seed=0, workers=1)
     started = time.perf_counter()

@@ -45,8 +45,8 @@ VERBS = {
     ),
     "plan": Verb(
         "memory, FLOPs, time and the best layouts of a run, before it is queued",
-        "nemo_pre.planner.plan:plan",
-        usage="nemo_pre.planner.plan:plan_help",
+        "nemo_pre.verbs.plan:plan",
+        usage="nemo_pre.verbs.plan:plan_help",
     ),
     "scale": Verb(
         "a grid of runs: simulated, submitted or collected, and drawn",
@@ -71,14 +71,14 @@ VERBS = {
     ),
     "data features": Verb(
         "run a frozen encoder once, for data.features: the options of a run",
-        "nemo_pre.features.compute:features",
-        usage="nemo_pre.features.compute:features_help",
+        "nemo_pre.verbs.features:features",
+        usage="nemo_pre.verbs.features:features_help",
     ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
     "export": Verb("make a Hugging Face directory of a checkpoint", "nemo_pre.huggingface.exporter:export_checkpoint"),
     "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),
     "evaluate": Verb("run lmms-eval on an exported directory", "nemo_pre.evaluation.evaluate:evaluate"),
-    "diagnose": Verb("measure what becomes of a model's visual tokens", "nemo_pre.diagnostics.diagnose:diagnose"),
+    "diagnose": Verb("measure what becomes of a model's visual tokens", "nemo_pre.verbs.diagnose:diagnose"),
     "study digits": Verb("train and diagnose every arm of the digits study", "nemo_pre.study.digits:study"),
     "watch": Verb("evaluate a run's checkpoints while it trains", "nemo_pre.evaluation.watch:evaluate_run"),
     "compare": Verb("put runs side by side: table and plot", "nemo_pre.report.compare:compare"),

@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TrainerConfig,
-)
+from nemo_pre.config.schema import DataConfig
+from nemo_pre.config.untrained import untrained_run
 
 
 @dataclass
@@ -92,7 +86,7 @@ def inference_run(
     from nemo_pre.run_files.saved_config import read_saved, saved_model
 
     saved = read_saved(checkpoint)
-    run = untrained_run(saved_model(checkpoint), output_dir)
+    run = InferenceRun(**vars(untrained_run(saved_model(checkpoint), output_dir)))
     run.name, run.seed, run.platform, run.checkpoint = saved.name, saved.seed, platform, str(checkpoint)
     run.data = DataConfig(
         name=saved.data.name,
@@ -104,21 +98,6 @@ def inference_run(
     )
     run.parallel.tensor, run.parallel.pipeline, run.precision.name = tensor, pipeline, precision
     return run
-
-
-def untrained_run(model: ModelConfig, output_dir: str) -> InferenceRun:
-    """A run that builds a model and does nothing with it, on one rank."""
-    return InferenceRun(
-        name=model.name,
-        output_dir=output_dir,
-        resume=False,
-        model=model,
-        data=DataConfig(name="none", path="", sequence_length=model.language.max_position_embeddings or 2048),
-        parallel=ParallelConfig(distributed_optimizer=False),
-        precision=PrecisionConfig(name="fp32"),
-        optim=OptimConfig(lr=1e-3),  # there is none
-        trainer=TrainerConfig(max_steps=1, global_batch_size=1, micro_batch_size=1),
-    )
 
 
 def load_chunks(run: InferenceRun) -> list[Any]:

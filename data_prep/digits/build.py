@@ -28,9 +28,9 @@ from data_prep.digits.questions import corpus, draw_sample
 from data_prep.digits.scans import Scans, load_scans
 from data_prep.digits.scene import CANVAS, Scene, render
 from data_prep.digits.tokenizer import write_tokenizer
-from data_prep.progress import Progress
 from data_prep.shards import Sample, is_whole, write_shard, write_whole
 from nemo_pre.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST
+from nemo_pre.data.progress import Progress
 
 DATASET = "digits"
 TOOL_VERSION = 1  # raise it whenever the bytes for a seed change

@@ -25,9 +25,9 @@ from data_prep.prepare.manifest import build_manifest, describe_request, read_fi
 from data_prep.prepare.parquet import ParquetRows
 from data_prep.prepare.plan import SPLITS, Chunk, Options, chunk_of, chunks_of, draw_order
 from data_prep.prepare.workplace import Workplace, shard_is_whole
-from data_prep.progress import Progress
 from data_prep.shards import write_whole
 from nemo_pre.data.manifest import MANIFEST
+from nemo_pre.data.progress import Progress
 
 Task = TypeVar("Task")
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.progress import Progress
 from data_prep.validate.check import chunks, named_shards
 from data_prep.validate.content import IMAGE_TAG, load_tokenizer
 from data_prep.validate.members import images_of
@@ -20,6 +19,7 @@ from data_prep.validate.parallel import in_parallel, num_workers
 from data_prep.validate.shard import read_index
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Manifest, Shard, read_manifest
+from nemo_pre.data.progress import Progress
 from nemo_pre.data.shards import ShardedSamples
 
 ORIGIN = re.compile(r"(?P<name>.+?):(?P<file>.+)\[\d+\]")  # of a prepared record: NAME:FILE[ROW]

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from data_prep.progress import Progress
 from data_prep.validate.content import Chunk, ChunkResult, Limits, check_chunk
 from data_prep.validate.duplicates import Place, Questions
 from data_prep.validate.findings import Finding, Report
@@ -19,6 +18,7 @@ from data_prep.validate.parallel import in_parallel, num_workers
 from data_prep.validate.shard import ShardJob, check_shard, read_index
 from data_prep.validate.tar import BLOCK
 from nemo_pre.data.manifest import MANIFEST, Manifest, Shard, read_manifest
+from nemo_pre.data.progress import Progress
 
 SAMPLES_PER_CHUNK = 1024
 

@@ -15,7 +15,7 @@ def check_presence(config: RunConfig) -> str:
     Raises:
         ValueError: one sentence on what is missing or does not fit, and what to do.
     """
-    from nemo_pre.data.manifest import check_data
+    from nemo_pre.checks.data import check_data
 
     model = config.model
     manifest = check_data(config.data.path, None if model.tokenizer else model.language.vocab_size)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from nemo_pre.checks.memory import MemoryEstimate, estimate_memory
 from nemo_pre.checks.precision import ignored_precision_options, precision_of_this_machine, precision_problems
 from nemo_pre.checks.presence import check_presence
-from nemo_pre.checks.visual import ignored_visual_options, tower_problems, visual_problems
+from nemo_pre.checks.visual import ignored_visual_options, visual_problems
 from nemo_pre.config.derived import num_visual_tokens, padded_vocab_size, world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import DataConfig
 from nemo_pre.config.vision_families import is_native
+from nemo_pre.config.vision_towers import tower_problems
 from nemo_pre.launch.environment import external_job, uses_gpu, visible_gpus
 from nemo_pre.objectives.registry import enabled, known, wanted_targets
 from nemo_pre.objectives.target import Target
@@ -97,7 +98,8 @@ def check_run(config: RunConfig) -> Report:
 
 def _check_blend(config: RunConfig) -> None:
     """The prepared sets that are trained on instead of ``data.path``'s training split."""
-    from nemo_pre.data.manifest import check_data, check_training_size
+    from nemo_pre.checks.data import check_data
+    from nemo_pre.data.manifest import check_training_size
 
     manifests = [check_data(source.path, splits=("train",)) for source in config.data.blend or []]
     if manifests:

@@ -37,7 +37,7 @@ def results_queue_per_save():
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     from torch import multiprocessing
 
-    from nemo_pre.launch.orphans import die_with
+    from nemo_pre.orphans import die_with
 
     managers: list[Any] = []  # one server process per rank, started by the first save
 

@@ -4,8 +4,7 @@ Megatron-Core runs context parallelism in Transformer Engine's ring attention, w
 gathers every rank's keys and values and attends with its own queries: more memory, the same numbers. It is the
 reference that a ring attention can be tested against, and what CPU ranks use.
 
-Context rank r of C holds the chunks r and 2C-1-r of a sequence cut into 2C chunks ("zigzag", so that every rank has
-the same share of the causal triangle), as ``megatron.core.utils.get_batch_on_this_cp_rank`` cuts it.
+Which tokens a context rank holds is :func:`nemo_pre.parallel.sequence_layout.local_positions`' to say.
 
 Shapes: S sequence on this rank, C context ranks, B batch, N query heads and G key/value heads on this
 tensor-parallel rank, D head width.
@@ -25,23 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from nemo_pre.parallel.gather import gather_first_dimension
-
-
-def zigzag_positions(sequence_length: int, context_size: int, context_rank: int, device: Any = None) -> Tensor:
-    """The true positions, int64 [S], of the tokens on ``context_rank``; S = ``sequence_length / context_size``.
-
-    Raises:
-        ValueError: the sequence cannot be cut into two chunks per rank.
-    """
-    if context_size == 1:
-        return torch.arange(sequence_length, device=device)
-    if sequence_length % (2 * context_size):
-        raise ValueError(
-            f"a sequence of {sequence_length} tokens cannot be cut into {2 * context_size} chunks:"
-            f" pad it to a multiple of 2 x context parallel size."
-        )
-    chunks = torch.arange(sequence_length, device=device).chunk(2 * context_size)
-    return torch.cat([chunks[context_rank], chunks[2 * context_size - 1 - context_rank]])
+from nemo_pre.parallel.sequence_layout import local_positions
 
 
 class GatheredContextAttention(MegatronModule):
@@ -105,17 +88,16 @@ class GatheredContextAttention(MegatronModule):
         assert attn_mask_type in (None, AttnMaskType.causal), attn_mask_type
         size, rank = self.context_group.size(), self.context_group.rank()
         total = size * query.shape[0]
-        query_positions = zigzag_positions(total, size, rank, query.device)
+        positions = [local_positions(total, 1, 0, size, r).to(query.device) for r in range(size)]  # by rank
         if size > 1:
             key = gather_first_dimension(key, self.context_group)
             value = gather_first_dimension(value, self.context_group)
-        key_positions = torch.cat([zigzag_positions(total, size, r, query.device) for r in range(size)])
 
         heads_per_group = query.shape[2] // key.shape[2]
         key = key.repeat_interleave(heads_per_group, dim=2)  # [C*S, B, N, D]
         value = value.repeat_interleave(heads_per_group, dim=2)
         scores = torch.einsum("sbnd,tbnd->bnst", query, key) * self.softmax_scale
-        hidden = key_positions[None, :] > query_positions[:, None]  # [S, C*S]
+        hidden = torch.cat(positions)[None, :] > positions[rank][:, None]  # [S, C*S]
         scores = scores.masked_fill(hidden, float("-inf"))  # no row is empty: a token sees itself
         wide = torch.promote_types(scores.dtype, torch.float32)
         probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(value.dtype)

@@ -52,7 +52,7 @@ def measure_lengths(manifest: Manifest, how: Preprocessing, workers: int | None 
     path = lengths_file(manifest, how)
     if path.is_file():
         return path
-    from data_prep.progress import Progress
+    from nemo_pre.data.progress import Progress
 
     total = manifest.num_samples("train")
     progress = Progress(f"lengths of {manifest.directory}", total)

@@ -1,4 +1,4 @@
-"""The manifest that data preparation leaves in a data directory, and the cheap check that stands on it.
+"""The manifest that data preparation leaves in a data directory.
 
 Nothing heavy is imported here: ``nemo-pre train dry_run=true`` and data preparation both use it.
 """
@@ -109,41 +109,6 @@ def check_training_size(manifests: Sequence[Manifest], global_batch_size: int) -
             f"{', '.join(str(manifest.directory) for manifest in manifests)} has {found} training samples but "
             f"trainer.global_batch_size={global_batch_size}: prepare {global_batch_size - found} more or lower it to "
             f"{found}"
-        )
-
-
-def check_data(path: str | Path, vocab_size: int | None = None, splits: Sequence[str] = ("train", "val")) -> Manifest:
-    """Presence and schema of prepared data, in milliseconds and without torch: what a dry run asks.
-
-    Every shard of ``splits`` must be there in its size, the first sample must parse, and the
-    tokenizer that lies with the data (if one does) must fit into ``vocab_size``.
-
-    Raises:
-        ValueError: one sentence on what is wrong and what to do.
-    """
-    from nemo_pre.data.shards import ShardedSamples
-
-    manifest = read_manifest(path)
-    for split in splits:
-        if not manifest.shards.get(split):
-            raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
-        verify_shards(manifest.shards[split])
-    ShardedSamples(manifest.shards[splits[0]][:1]).read(0)
-    if manifest.tokenizer is not None:
-        _check_tokenizer(manifest.tokenizer, vocab_size)
-    return manifest
-
-
-def _check_tokenizer(directory: Path, vocab_size: int | None) -> None:
-    file = directory / "tokenizer.json"
-    try:
-        content = json.loads(file.read_text())
-        size = 1 + max([*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a readable tokenizer ({error!r}): prepare the data again") from error
-    if vocab_size is not None and size > vocab_size:
-        raise ValueError(
-            f"{file} has {size} tokens: set model.language.vocab_size to {size} or more, not {vocab_size}"
         )
 
 

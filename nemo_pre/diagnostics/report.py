@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_pre.diagnostics.definitions import MEASURES, PROBES, definitions
 from nemo_pre.diagnostics.pictures import colour_bytes
+from nemo_pre.diagnostics.results import Results
 from nemo_pre.report.charts import Line, line_chart
 from nemo_pre.report.markup import percent, text
 from nemo_pre.report.page import POLICY, STYLE
@@ -20,28 +21,6 @@ OWN_STYLE = Path(__file__).with_name("diagnostics.css")
 SCRIPT = Path(__file__).with_name("patches.js")
 FROM_ZERO = ("effective_dimension", "length", "distance_to_layer_0")  # charts whose axis begins there
 MOST_RUNS = 4  # the style sheet tells this many lines apart
-
-Results = dict[str, Any]
-
-
-def read_results(path: str | Path) -> Results:
-    """``results.json``, or that of a directory.
-
-    Raises:
-        ValueError: there is none, or it is not one of this format.
-    """
-    from nemo_pre.diagnostics.diagnose import FORMAT, FORMAT_VERSION, RESULTS
-
-    file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
-    try:
-        results: Results = json.loads(file.read_text(encoding="utf-8"))
-        if results["format"] != FORMAT or results["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"it states format {results['format']!r} version {results['format_version']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not a {RESULTS} of nemo-pre diagnose ({error}): diagnose the model again."
-        ) from error
-    return results
 
 
 def render(results: Results, others: Sequence[Results] = ()) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.evaluation.results import TaskResult
+from nemo_pre.run_files.checkpoints import numbered_checkpoints
 
 RECORD = "evaluations.jsonl"
 
@@ -92,14 +93,8 @@ def watch(
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:
     """The checkpoints that have been written to their end, their config.yaml too, by step."""
-    from nemo_pre.callbacks.checkpoint import ModelCheckpoint
-
-    steps = {path.name.removeprefix("step="): path for path in (run / "checkpoints").glob("step=*")}
-    return {
-        int(step): path
-        for step, path in steps.items()
-        if step.isdigit() and (path / "config.yaml").is_file() and not ModelCheckpoint.is_checkpoint_unfinished(path)
-    }
+    finished = numbered_checkpoints(run / "checkpoints")
+    return {step: path for step, path in finished.items() if (path / "config.yaml").is_file()}
 
 
 def evaluated_steps(run: Path) -> set[int]:

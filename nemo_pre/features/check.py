@@ -95,7 +95,7 @@ def target_described(config: RunConfig, target: Target) -> dict[str, Any]:
         target.option("filter"): target.image_filter,
     }
     if target.path is not None:
-        from nemo_pre.neva.vision_facts import config_digest, read_statistics, vision_facts
+        from nemo_pre.terms.vision_facts import config_digest, read_statistics, vision_facts
 
         statistics = read_statistics(target)
         found[target.option("image_size")] = vision_facts(target).image_size

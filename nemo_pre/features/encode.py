@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_prep.progress import Progress
 from nemo_pre.config.derived import num_visual_tokens
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.images import image_tensor
+from nemo_pre.data.progress import Progress
 from nemo_pre.data.shards import ShardedSamples
 from nemo_pre.features.check import described, target_described
 from nemo_pre.features.tower import target_weights, tower_weights
 from nemo_pre.features.work import Options, Wanted, Work
 from nemo_pre.features.writer import ShardFeatures, claim
 from nemo_pre.launch.environment import uses_gpu
-from nemo_pre.neva.frozen_vision import FrozenVision
 from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
 from nemo_pre.objectives.target import Target
+from nemo_pre.terms.frozen_vision import FrozenVision
 
 NAMED = 20  # unreadable samples; the rest are counted
 

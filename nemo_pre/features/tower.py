@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
 from nemo_pre.launch.silence import silence
-from nemo_pre.neva.frozen_vision import NOT_USED, load_model
 from nemo_pre.objectives.target import Target
 from nemo_pre.run_files.checkpoints import start_checkpoint
 from nemo_pre.run_files.saved_config import check_same_weights
+from nemo_pre.terms.frozen_vision import NOT_USED, load_model
 
 
 def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:

@@ -80,7 +80,7 @@ def wanted_features(config: RunConfig, of: str | None) -> Wanted:
     target = targets[of]
     if target.features is None:
         raise ValueError(f"Name the directory that features are written to: {target.option('features')}=DIR.")
-    from nemo_pre.neva.vision_facts import check_files, vision_facts
+    from nemo_pre.terms.vision_facts import check_files, vision_facts
 
     check_files(target)
     return Wanted(target.option("features"), Path(target.features), target, tokens, vision_facts(target).width)

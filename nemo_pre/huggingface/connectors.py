@@ -20,8 +20,8 @@ from nemo_pre.neva.model import VisualNevaModel
 class HuggingFaceImporter(io.ModelConnector["LlavaForConditionalGeneration", VisualNevaModel]):  # type: ignore # noqa: F821
     def init(self) -> VisualNevaModel:
         """The model, without weights."""
+        from nemo_pre.config.untrained import untrained_run
         from nemo_pre.huggingface.architecture import read_whole
-        from nemo_pre.inference import untrained_run
         from nemo_pre.neva.build import build_neva_config
 
         run = untrained_run(read_whole(Path(self)), tempfile.gettempdir())

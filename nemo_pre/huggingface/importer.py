@@ -57,8 +57,8 @@ def import_checkpoint(
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
     if llava is not None and image_size is not None:
         raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
-    from nemo_pre.checks.visual import tower_problems
     from nemo_pre.config.vision_families import is_native
+    from nemo_pre.config.vision_towers import tower_problems
     from nemo_pre.huggingface.architecture import read_parts, read_whole
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
     from nemo_pre.launch.environment import prepare_environment

@@ -9,7 +9,7 @@ MEGABYTE = 1_000_000
 
 def bytes_progress(what: str, total: int) -> Callable[[int], None]:
     """A function to be called with the bytes that were moved; it prints rate and remaining time."""
-    from data_prep.progress import Progress
+    from nemo_pre.data.progress import Progress
 
     progress = Progress(f"{what}, MB", -(-total // MEGABYTE))
     moved = 0

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_pre.launch.environment import external_job, prepare_environment, uses_gpu
-from nemo_pre.launch.orphans import forked_processes_die_with_their_parent
 from nemo_pre.launch.stopping import ROLL_BACK
+from nemo_pre.orphans import forked_processes_die_with_their_parent
 
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig

@@ -21,8 +21,8 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig, ParallelConfig
 from nemo_pre.neva.fp8 import fp8_options
 from nemo_pre.neva.model import VisualNevaConfig
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.neva.vision import VisionTowerConfig
+from nemo_pre.parallel.seeding import seeded
 
 
 @dataclass

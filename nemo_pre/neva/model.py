@@ -504,7 +504,7 @@ def model_chunks(trainer: Any) -> list[MCoreVisualNevaModel]:
     chunks = [unwrap_model(chunk) for chunk in trainer.strategy.megatron_parallel]
     for chunk in chunks:
         if not isinstance(chunk, MCoreVisualNevaModel):
-            raise ValueError(f"The model is a {type(chunk).__name__}: build it with nemo_pre.neva.build.build_model.")
+            raise ValueError(f"The model is a {type(chunk).__name__}: build it with nemo_pre.train.build_model.")
     return chunks
 
 

@@ -85,7 +85,7 @@ class VisionTowerConfig:
         return torch.zeros(4, patches, 3 * self.patch_size**2, device=device), [(2, 2)]
 
     def configure_model(self) -> nn.Module:
-        from nemo_pre.neva.seeding import seeded
+        from nemo_pre.parallel.seeding import seeded
 
         with seeded(self.seed, "vision_model"):
             model = _tower(self.vision) if self.stored is None else StoredTower(self.stored)

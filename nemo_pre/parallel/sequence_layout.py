@@ -182,11 +182,19 @@ def local_positions(sequence_length: int, tp_size: int, tp_rank: int, cp_size: i
     """Positions ``[L]`` of the combined sequence on this rank, in the order its hidden states hold them.
 
     Context parallelism gives rank ``r`` the chunks ``r`` and ``2 * cp_size - 1 - r`` of ``2 * cp_size`` (zigzag,
-    so that causal attention is balanced); sequence parallelism cuts what is left into ``tp_size`` runs.
-    Pass ``tp_size=1`` without sequence parallelism.
+    so that causal attention is balanced), as ``megatron.core.utils.get_batch_on_this_cp_rank`` cuts; sequence
+    parallelism cuts what is left into ``tp_size`` runs. Pass ``tp_size=1`` without sequence parallelism.
+
+    Raises:
+        ValueError: the sequence cannot be cut into two chunks per context rank.
     """
     positions = torch.arange(sequence_length)
     if cp_size > 1:
+        if sequence_length % (2 * cp_size):
+            raise ValueError(
+                f"A sequence of {sequence_length} tokens cannot be cut into {2 * cp_size} chunks: pad it to a "
+                f"multiple of 2 x context parallel size."
+            )
         chunks = positions.view(2 * cp_size, -1)
         positions = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
     return positions.view(tp_size, -1)[tp_rank]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 
@@ -65,10 +65,14 @@ def search(
     gpus: int,
     device: Device,
     efficiency: Efficiency,
+    check: Callable[[RunConfig], object],
     images_per_row: int | None = None,
     best: int = 5,
 ) -> Found:
     """The ``best`` layouts of ``gpus`` GPUs for the run; its model, data, batch and objective stay as they are.
+
+    Args:
+        check: raises a ValueError of a layout that ``nemo-pre train`` would refuse.
 
     Raises:
         ValueError: no number of GPUs.
@@ -83,7 +87,7 @@ def search(
                 fitting.append(fits)
     fitting.sort(key=lambda candidate: (round(candidate.time.seconds, 9), -candidate.config.trainer.micro_batch_size))
     found.fitting = len(fitting)
-    accepted = islice((candidate for candidate in fitting if _accepted(candidate, found)), 2 * best)
+    accepted = islice((candidate for candidate in fitting if _accepted(candidate, check, found)), 2 * best)
     found.best = [_exactly(candidate, device, efficiency, images_per_row) for candidate in accepted]
     found.best = sorted(found.best, key=lambda candidate: candidate.time.seconds)[:best]
     return found
@@ -228,13 +232,11 @@ def _does_not_fit(found: Found, config: RunConfig, excess: float, kind: str) -> 
     found.refused[kind].add(f"{describe_layout(config)}: does not fit by {excess / 1e9:.1f} GB", excess)
 
 
-def _accepted(candidate: Candidate, found: Found) -> bool:
+def _accepted(candidate: Candidate, check: Callable[[RunConfig], object], found: Found) -> bool:
     """Whether ``nemo-pre train`` would take the layout, wherever it is: it has rules of its own, such as FP8's and
     objectives'."""
-    from nemo_pre.checks.run import check_options
-
     try:
-        check_options(replace(candidate.config, cluster=ClusterConfig(), platform="gpu", dry_run=True))
+        check(replace(candidate.config, cluster=ClusterConfig(), platform="gpu", dry_run=True))
     except ValueError as error:
         found.refused["refused by nemo-pre train"].add(f"{describe_layout(candidate.config)}: {error}".rstrip("."))
         found.fitting -= 1

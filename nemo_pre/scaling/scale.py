@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.planner.devices import DEVICES, Efficiency
-from nemo_pre.planner.plan import DEFAULT_GPU, read_number
 from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
 from nemo_pre.scaling.results import SIMULATED, Result
+from nemo_pre.verbs.plan import DEFAULT_GPU, read_number
 
 ACTIONS = ("simulate", "submit", "collect")
 RESULTS, TABLE = "results.json", "results.txt"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.objective import LayerObjective, Objective
@@ -106,7 +107,7 @@ def _point_words(config: RunConfig, point: Point) -> list[str]:
 def _laid_out(config: RunConfig, point: Point, device: Device, efficiency: Efficiency) -> Candidate | str:
     """The point's layout on its GPUs, or why there is none."""
     if point.layout == "best":
-        found = search(config, point.gpus, device, efficiency, best=1)
+        found = search(config, point.gpus, device, efficiency, check_options, best=1)
         if found.best:
             return found.best[0]
         return "; ".join(f"{refused.number} {kind}" for kind, refused in found.refused.items())

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from nemo_pre.launch import stopping
-from nemo_pre.launch.orphans import forked_processes_die_with_their_parent
+from nemo_pre.orphans import forked_processes_die_with_their_parent
 
 IN_PLACE = "FT_LAUNCHER_IPC_SOCKET"  # is there where ft_launcher started this rank, and starts it again if it fails
 

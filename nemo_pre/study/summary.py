@@ -75,7 +75,7 @@ def write_summary(summary: Summary, out: Path) -> None:
 def _measured(run: StudyRun) -> dict[str, Any]:
     """What one run recorded: answers at its end, every layer's diagnostics, and its way there."""
     from nemo_pre.diagnostics.over_training import over_training
-    from nemo_pre.diagnostics.report import read_results
+    from nemo_pre.diagnostics.results import read_results
     from nemo_pre.run_files.metrics import METRICS, read_metrics
 
     by_step: dict[int, Numbers] = {}

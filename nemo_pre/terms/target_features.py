@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from nemo_pre.data.features import read_features
-from nemo_pre.neva.frozen_vision import FrozenVision
-from nemo_pre.neva.vision_facts import vision_facts
 from nemo_pre.objectives.target import Target
 from nemo_pre.parallel.micro_batch import VisualTokens
+from nemo_pre.terms.frozen_vision import FrozenVision
 from nemo_pre.terms.training import VisualChunk
+from nemo_pre.terms.vision_facts import vision_facts
 
 
 class TargetFeatures:

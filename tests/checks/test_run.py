@@ -227,7 +227,7 @@ def test_a_tokenizer_out_of_reach_is_refused(source, sentence):
 
 
 def test_a_former_stage_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_pre.data.manifest.check_data", lambda path, vocab_size: Manifest())
+    monkeypatch.setattr("nemo_pre.checks.data.check_data", lambda path, vocab_size: Manifest())
     with pytest.raises(ValueError, match="init_from=.* is not a directory: train the former stage, or import"):
         check_run(run_with(f"init_from={tmp_path / 'nothing'}"))
 

@@ -191,7 +191,7 @@ def test_a_directory_with_something_else_is_refused(digits, tmp_path):
 
 def test_preparing_imports_no_torch(tmp_path):
     program = (
-        "import sys; from data_prep.digits import prepare; from nemo_pre.data.manifest import check_data\n"
+        "import sys; from data_prep.digits import prepare; from nemo_pre.checks.data import check_data\n"
         f"prepare({str(tmp_path / 'few')!r}, num_scenes=8, workers=1); check_data({str(tmp_path / 'few')!r})\n"
         "heavy = {'torch', 'transformers', 'lightning', 'nemo', 'megatron'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nemo_pre.checks.data import check_data
 from nemo_pre.data.collate import Collate
 from nemo_pre.data.conversation import IMAGE_TOKEN_INDEX
 from nemo_pre.data.dataset import ConversationDataset
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.evaluation import load_validation_samples
 from nemo_pre.data.images import image_tensor
-from nemo_pre.data.manifest import check_data, read_manifest
+from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.scoring import Score, exact_match
 from tests.data.prepared import digits_config

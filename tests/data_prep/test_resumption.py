@@ -18,7 +18,7 @@ from data_prep.prepare import prepare
 from data_prep.prepare.chunks import Job
 from data_prep.prepare.workplace import Workplace
 from data_prep.shards import ShardWriter
-from nemo_pre.data.manifest import check_data
+from nemo_pre.checks.data import check_data
 from tests.data_prep import layouts
 from tests.data_prep.layouts import tree
 

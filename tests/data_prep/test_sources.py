@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from data_prep.prepare import prepare
-from nemo_pre.data.manifest import check_data, read_manifest
+from nemo_pre.checks.data import check_data
+from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.shards import ShardedSamples
 from tests.data_prep import layouts
 from tests.data_prep.layouts import picture, records, stored

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def diagnose_checkpoint(checkpoint: str, data: str, out: str, layout: dict[str, int], batch_size: int) -> None:
-    from nemo_pre.diagnostics.diagnose import diagnose_rank, diagnose_run
+    from nemo_pre.verbs.diagnose import diagnose_rank, diagnose_run
 
     run = diagnose_run(checkpoint, tempfile.mkdtemp(), platform="cpu", **layout)
     run.data.chat_template = "vicuna_v1"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nemo_pre.diagnostics.diagnose import FORMAT, FORMAT_VERSION
 from nemo_pre.diagnostics.pictures import KeptTokens, heat_maps, tsne_pictures
+from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION
 from nemo_pre.diagnostics.states import Grid
 
 LAYERS, SIDE, WIDTH = 8, 6, 16

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from nemo_pre.data.conversation import TEMPLATES
-from nemo_pre.diagnostics.diagnose import REPORT, RESULTS, diagnose
+from nemo_pre.diagnostics.results import REPORT, RESULTS
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.processor import jinja_template
+from nemo_pre.verbs.diagnose import diagnose
 from tests.diagnostics.diagnose_ranks import classes_of_stripes, diagnose_checkpoint, numbers
 from tests.huggingface.test_logits import written
 from tests.ranks import run_on_standing_ranks

@@ -16,7 +16,7 @@ from nemo_pre.data.dataset import ConversationDataset
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import CachedFeatures, read_features
 from nemo_pre.data.manifest import read_manifest
-from nemo_pre.features import compute, encode
+from nemo_pre.features import encode
 from nemo_pre.features.tower import tower_weights
 from nemo_pre.features.writer import ShardFeatures
 from nemo_pre.neva.vision import VisionTowerConfig
@@ -151,12 +151,12 @@ def test_a_dry_run_counts_the_bytes_writes_nothing_and_a_full_disk_is_refused(ma
     assert not (tmp_path / "f").exists()
     assert f"4 shards, 19 images of 4 x 12 float32, {total / 1e6:,.1f} MB" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)._replace(free=total - 1)
-    monkeypatch.setattr(compute.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     for word in ("dry_run=true", "dry_run=false"):
         assert make(data, tmp_path / "f", "dtype=float32", word) == 2
         assert "needs 0.0 MB more and its disk has 0.0 MB free" in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
-    monkeypatch.setattr(compute.shutil, "disk_usage", lambda _: usage._replace(free=total))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=total))
     assert make(data, tmp_path / "f", "dtype=float32") == 0
 
 

@@ -20,8 +20,8 @@ from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.packed import PackedCollate
 from nemo_pre.data.preprocessing import looks_at_pixels
 from nemo_pre.features.writer import ShardFeatures
-from nemo_pre.neva.frozen_vision import FrozenVision
 from nemo_pre.objectives.registry import wanted_targets
+from nemo_pre.terms.frozen_vision import FrozenVision
 from tests.data.prepared_sets import image_bytes, preprocessing, sample, write_set
 from tests.features.made import run_config, run_words, small_set, words
 from tests.features.test_check import refused

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.data.conversation import TEMPLATES
-from nemo_pre.diagnostics.diagnose import diagnose_run
 from nemo_pre.huggingface.architecture import read_whole
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
@@ -24,6 +23,7 @@ from nemo_pre.huggingface.remote_code.configuration_spatial_qwen_vl import Spati
 from nemo_pre.huggingface.remote_code.modeling_spatial_qwen_vl import SpatialQwenVLForConditionalGeneration
 from nemo_pre.huggingface.safetensors_files import TensorSource
 from nemo_pre.run_files.saved_config import check_same_weights, saved_model
+from nemo_pre.verbs.diagnose import diagnose_run
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.tiny import tiny_tokenizer
 from tests.ranks import run_on_standing_ranks

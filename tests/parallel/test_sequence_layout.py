@@ -95,6 +95,8 @@ def test_shards_cover_the_sequence_once(tp, cp):
 def test_context_parallel_shards_are_zigzag():
     assert local_positions(8, 1, 0, 2, 0).tolist() == [0, 1, 6, 7]
     assert local_positions(8, 1, 0, 2, 1).tolist() == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="6 tokens cannot be cut into 4 chunks"):
+        local_positions(6, 1, 0, 2, 0)
 
 
 def test_local_tokens_index_the_flattened_sequence_first_hidden_states():

@@ -18,8 +18,9 @@ from nemo_pre.planner.flops import Flops, model_flops
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.memory import rank_memory, state_memory
 from nemo_pre.planner.parameters import layer_parameters
-from nemo_pre.planner.plan import plan, plan_help, plan_layout, read_options
+from nemo_pre.planner.plan import plan_layout
 from nemo_pre.planner.step_time import calibrated, pass_seconds, step_time
+from nemo_pre.verbs.plan import plan, plan_help, read_options
 from tests.planner.shapes import llama3_70b
 
 H100, ASSUMED = DEVICES["h100"], Efficiency()
@@ -50,7 +51,7 @@ def test_a_layout_that_cannot_be_is_named_and_still_searched(capsys) -> None:
 
 def test_it_imports_neither_torch_nor_megatron() -> None:
     script = (
-        "import sys\nfrom nemo_pre.planner.plan import plan\n"
+        "import sys\nfrom nemo_pre.verbs.plan import plan\n"
         "plan(['experiment=llava15_7b_stage2_full'])\n"
         "assert not {'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules)"
     )

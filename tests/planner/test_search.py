@@ -24,7 +24,7 @@ H100, ASSUMED = DEVICES["h100"], Efficiency()
 @pytest.fixture(scope="module")
 def found_for_70b():
     started = time.process_time()
-    found = search(llama3_70b(), 512, H100, ASSUMED)
+    found = search(llama3_70b(), 512, H100, ASSUMED, check_options)
     return found, time.process_time() - started
 
 
@@ -65,7 +65,9 @@ def test_the_fastest_comes_first_and_no_neighbour_that_fits_is_faster(found_for_
 def test_what_train_refuses_is_not_among_the_best() -> None:
     """Five bf16 layers at each end must lie on the first and last stage: eight stages of 28 layers are too short."""
     words = ["precision=fp8_tensorwise", "precision.bf16_layers=5"]
-    found = search(compose_run(["experiment=siglip2_qwen25_7b_stage2_full", *words]), 64, H100, ASSUMED, best=1000)
+    found = search(
+        compose_run(["experiment=siglip2_qwen25_7b_stage2_full", *words]), 64, H100, ASSUMED, check_options, best=1000
+    )
     assert len(found.best) == found.fitting and found.refused["refused by nemo-pre train"].number
     for candidate in found.best:
         check_options(replace(candidate.config, cluster=ClusterConfig(), platform="gpu", dry_run=True))
@@ -79,14 +81,14 @@ def test_it_says_why_others_fail(found_for_70b) -> None:
 
 
 def test_nothing_fits_where_the_weights_alone_do_not() -> None:
-    found = search(qwen25_72b(), 8, H100, ASSUMED)
+    found = search(qwen25_72b(), 8, H100, ASSUMED, check_options)
     assert not found.best and not found.fitting
     assert "weights, gradients and optimizer alone do not fit" in found.refused
 
 
 def test_tensor_parallelism_stops_at_the_query_groups() -> None:
     config = compose_run(["experiment=siglip2_qwen25_7b_stage2_full"])
-    found = search(config, 64, H100, ASSUMED)
+    found = search(config, 64, H100, ASSUMED, check_options)
     assert found.best and all(candidate.config.parallel.tensor <= 4 for candidate in found.best)
     config.parallel = replace(config.parallel, tensor=8, data=1)
     assert indivisible(config) == "TP8 does not divide 28 attention heads"
@@ -94,11 +96,11 @@ def test_tensor_parallelism_stops_at_the_query_groups() -> None:
 
 def test_recomputation_is_taken_only_where_it_is_needed() -> None:
     config, small = compose_run(["experiment=llava15_7b_stage2_full"]), replace(H100, memory=32e9)
-    found = search(config, 8, small, ASSUMED, best=1000)
+    found = search(config, 8, small, ASSUMED, check_options, best=1000)
     recomputing = [c.config for c in found.best if c.config.parallel.recompute != "none"]
     assert recomputing
     for needy in recomputing:
         without = replace(needy, parallel=replace(needy.parallel, recompute="none"))
         assert fullest_rank(without, largest_load(without), fused=True)[1].total > small.memory * ASSUMED.memory
-    roomy = search(config, 8, DEVICES["b200"], ASSUMED)
+    roomy = search(config, 8, DEVICES["b200"], ASSUMED, check_options)
     assert {candidate.config.parallel.recompute for candidate in roomy.best} == {"none"}

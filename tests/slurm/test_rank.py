@@ -84,7 +84,7 @@ def test_a_rank_that_ft_launcher_starts_after_a_verdict_ends_at_once(ends_with, 
 
 FORKS_AND_IS_KILLED = """
 import multiprocessing, os, signal, sys, time
-from nemo_pre.launch.orphans import die_with, forked_processes_die_with_their_parent
+from nemo_pre.orphans import die_with, forked_processes_die_with_their_parent
 forked_processes_die_with_their_parent()
 forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
 forked.start()

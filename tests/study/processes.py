@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.diagnostics.diagnose import FORMAT, FORMAT_VERSION
+from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION
 
 LAYERS = 8
 EFFECT = {"baseline": 0.0, "pre": 0.1, "mixed_2d": 0.0, "mim": -0.1, "mim_ga": 0.02, "laver": 0.05}

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.objectives.laver.teacher import Teacher
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
+from nemo_pre.parallel.seeding import seeded
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nemo_pre.planner.chunks import Chunk, stage_of_layer
 from nemo_pre.planner.flops import Flops, projector_flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.parameters import projector_parameters
-from nemo_pre.planner.targets import TargetCost, target_cost
+from nemo_pre.terms.target_cost import TargetCost, target_cost
 
 PART = "PRe heads"
 

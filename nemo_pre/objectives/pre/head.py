@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.objectives.pre import PReConfig
 from nemo_pre.options import choices_of
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
+from nemo_pre.parallel.seeding import seeded
 from nemo_pre.terms.training import VisualChunk
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}

@@ -10,7 +10,7 @@ from nemo_pre.objectives.viral import external_target, has_head
 from nemo_pre.planner.chunks import Chunk, stage_of_layer
 from nemo_pre.planner.flops import Flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
-from nemo_pre.planner.targets import TargetCost, target_cost
+from nemo_pre.terms.target_cost import TargetCost, target_cost
 
 
 class ViralCost(Cost):

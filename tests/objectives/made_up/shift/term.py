@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
+from nemo_pre.parallel.seeding import seeded
 from nemo_pre.terms.layer_term import LayerTerm
 
 

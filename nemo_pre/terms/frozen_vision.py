@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_pre.neva.vision_facts import last_hidden_state, named_path, read_statistics, vision_facts, vision_part
 from nemo_pre.objectives.target import Target
+from nemo_pre.terms.vision_facts import last_hidden_state, named_path, read_statistics, vision_facts, vision_part
 
 NOT_USED = ("pooler", "head")  # parts of a vision model that its patch features do not depend on
 

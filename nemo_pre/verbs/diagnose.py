@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION, REPORT, RESULTS, read_results
 from nemo_pre.inference import InferenceRun
-
-FORMAT, FORMAT_VERSION = "nemo-pre diagnostics", 1
-RESULTS, REPORT = "results.json", "report.html"
 
 
 @dataclass
@@ -57,7 +55,6 @@ def diagnose(
     checkpoint's: its run's template unless given, how it is laid out over ranks, and how many such models share the
     pictures out.
     """
-    from nemo_pre.diagnostics.report import read_results
     from nemo_pre.launch.environment import prepare_environment
 
     for name, value, least in (
@@ -121,7 +118,7 @@ def _launch(run: DiagnoseRun) -> None:
     from nemo_pre.launch.ranks import launch
 
     check_options(run)
-    launch(run, "nemo_pre.diagnostics.diagnose:diagnose_rank")
+    launch(run, "nemo_pre.verbs.diagnose:diagnose_rank")
 
 
 def diagnose_rank(run: DiagnoseRun) -> None:
@@ -203,7 +200,7 @@ def _write(out: str, title: str, data_path: str, model: Any, data: Any, found: d
 
 
 def _finish(out: str, others: list[dict[str, Any]]) -> None:
-    from nemo_pre.diagnostics.report import read_results, render
+    from nemo_pre.diagnostics.report import render
     from nemo_pre.launch.environment import is_first_rank
 
     if not is_first_rank():

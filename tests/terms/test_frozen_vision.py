@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_pre.neva.frozen_vision import FrozenVision, load_model
-from nemo_pre.neva.vision_facts import check_files, read_statistics, vision_facts
 from nemo_pre.objectives.target import Target
+from nemo_pre.terms.frozen_vision import FrozenVision, load_model
+from nemo_pre.terms.vision_facts import check_files, read_statistics, vision_facts
 
 SMALL = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
 MLP = dict(intermediate_size=32)
