@@ -30,7 +30,7 @@ class TargetCost:
 def target_cost(target: Target) -> TargetCost:
     """Counted from the model's configuration, or from the features that are read, where they are within reach."""
     from nemo_pre.data.features import read_features
-    from nemo_pre.neva.vision_facts import vision_facts
+    from nemo_pre.terms.vision_facts import vision_facts
 
     try:
         if target.features is not None:

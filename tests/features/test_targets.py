@@ -26,8 +26,7 @@ from tests.data.prepared_sets import image_bytes, preprocessing, sample, write_s
 from tests.features.made import run_config, run_words, small_set, words
 from tests.features.test_check import refused
 from tests.features.test_files import contents
-from tests.ranks import run_ranks
-from tests.training.job import run
+from tests.training.job import train
 from tests.training.test_laver_training import lines
 
 TERMS = ("lm/loss", "pre/loss", "laver/mim", "laver/gram", "grad_norm")
@@ -224,7 +223,7 @@ def test_the_encoders_directory_and_the_targets_are_not_mixed_up(digits, digits_
 def computed(digits, external_model, tmp_path_factory) -> Path:
     """Four steps whose external model runs in them."""
     output = tmp_path_factory.mktemp("computed")
-    run_ranks(run, 1, run_words(output, digits, *anchored(external_model)), timeout=150)
+    train(1, run_words(output, digits, *anchored(external_model)))
     return output
 
 
@@ -237,7 +236,7 @@ def test_losses_and_gradient_norms_are_those_of_the_computed_features(
     given = run_words(tmp_path / "run", digits, "objective.pre.anchor=external", *both)
     assert not looks_at_pixels(compose_run(given))
     check_run(compose_run(given))
-    run_ranks(run, 1, given, timeout=150)
+    train(1, given)
     found = lines(tmp_path / "run")
     for step in (1, 2, 3, 4):
         for term in TERMS:
@@ -249,7 +248,7 @@ def test_a_bf16_run_compares_with_the_same_features_read_or_computed(digits, dig
     more = ["precision=bf16", "trainer.max_steps=2", "trainer.val_samples=0"]
     for name, word in (("live", f"{OPTION}=null"), ("read", f"{OPTION}={digits_targets}")):
         given = run_words(tmp_path / name, digits, *anchored(external_model, word, *more))
-        run_ranks(run, 1, given, timeout=150)
+        train(1, given)
     one, other = lines(tmp_path / "live"), lines(tmp_path / "read")
     for step in (1, 2):
         assert other[step]["pre/loss"] == pytest.approx(one[step]["pre/loss"], rel=1e-6), step
@@ -261,7 +260,7 @@ def test_a_run_continues_with_features_in_another_layout(computed, digits, digit
     shutil.copytree(computed / "checkpoints" / "step=2", output / "checkpoints" / "step=2")
     given = run_words(output, digits, *anchored(external_model, f"{OPTION}={digits_targets}"), "parallel=tp2_pp2_sp")
     check_run(compose_run(given))
-    run_ranks(run, 4, given, timeout=200)
+    train(4, given)
     expected, found = lines(computed), lines(output)
     assert min(found) == 3
     for step in (3, 4):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_pre.neva.seeding import seeded
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
+from nemo_pre.parallel.seeding import seeded
 from nemo_pre.terms.training import VisualChunk
 
 ONE, ONE_A_LAYER = "viral_head", "viral_heads"
