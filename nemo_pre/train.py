@@ -78,7 +78,7 @@ def build_trainer(
         num_sanity_val_steps=0,
         enable_progress_bar=False,  # NeMo's enters a collective on rank 0 alone; ProgressCallback reports instead
         enable_model_summary=False,
-        enable_checkpointing=True,
+        enable_checkpointing=callbacks is None,  # the run's own callback saves; without it Lightning would add one
         use_distributed_sampler=False,
         default_root_dir=config.output_dir,
     )
