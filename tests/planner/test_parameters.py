@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import recipes
 from nemo_pre.config.compose import compose_run
 from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.registry import enabled
 from nemo_pre.planner.chunks import Chunk, chunks_of_stages
 from nemo_pre.planner.memory import stages_that_differ
 from nemo_pre.planner.parameters import (
@@ -31,7 +33,9 @@ def config_named(name: str) -> RunConfig:
 def one_recipe_for_each(*distinguish: Callable[[RunConfig], object]) -> list[str]:
     """The last of those recipes that do not differ in what ``distinguish`` says."""
     return list(
-        {tuple(of(config_named(name)) for of in distinguish): name for name in recipes.choices("experiment")}.values()
+        {
+            tuple(str(of(config_named(name))) for of in distinguish): name for name in recipes.choices("experiment")
+        }.values()
     )
 
 
@@ -84,16 +88,29 @@ PARTS = {
 }
 
 
-def heads(config: RunConfig) -> tuple[bool, bool]:
-    return config.objective.pre.enabled, config.objective.laver.enabled
+def heads(config: RunConfig) -> list[str]:
+    return [objective.name for objective in enabled(config)]
+
+
+@pytest.fixture(scope="module")
+def dinov2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published DINOv2-B by its configuration alone: what a head's width and a plan need of VIRAL's target."""
+    from transformers import BitImageProcessor, Dinov2Config
+
+    path = tmp_path_factory.mktemp("dinov2-base")
+    Dinov2Config(image_size=518, patch_size=14, architectures=["Dinov2Model"]).save_pretrained(path)
+    BitImageProcessor().save_pretrained(path)
+    return path
 
 
 @pytest.mark.parametrize("name", [*one_recipe_for_each(model_name, heads), *LARGE, "interleaved"])
-def test_ranks_of_every_model_hold_what_the_built_model_holds(name: str) -> None:
+def test_ranks_of_every_model_hold_what_the_built_model_holds(name: str, dinov2_base: Path) -> None:
     if name == "interleaved":
         config = qwen25_72b(pipeline=4, virtual_pipeline=3, pipeline_layers=[2, 7, 7, 8, *[7] * 8])
     else:
         config = config_named(name)
+    if config.objective.viral.enabled:
+        config.objective.viral.target_path = str(dinov2_base)
     stages = stages_that_differ(config)
     [built] = run_on_standing_ranks(parameters_of_stages, 1, config, stages)
     for stage, found in zip(stages, built, strict=True):
