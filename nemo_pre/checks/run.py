@@ -339,5 +339,5 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
             f"{config.trainer.rank_timeout} ends waiting ranks before."
         )
     if optim.lr_heads is not None and not any(objective.trained for objective in enabled(config)):
-        with_heads = [f"objective.{name}" for name, objective in known().items() if objective.trained]
-        yield f"optim.lr_heads has no effect without {' or '.join(with_heads)}."
+        with_heads = next(name for name, objective in known().items() if objective.trained)
+        yield f"optim.lr_heads has no effect without an objective that has heads, such as objective.{with_heads}."

@@ -159,7 +159,10 @@ WARNED = [
         ["trainer.rank_timeout=600"],
         "trainer.hang_timeout=1800 has no effect where trainer.rank_timeout=600 ends waiting ranks before.",
     ),
-    (["optim.lr_heads=1e-4"], "optim.lr_heads has no effect without objective.pre or objective.laver."),
+    (
+        ["optim.lr_heads=1e-4"],
+        "optim.lr_heads has no effect without an objective that has heads, such as objective.pre.",
+    ),
     (
         ["objective=pre", "objective.pre.external_path=x"],
         "objective.pre.external_path, external_image_size and external_features have no effect with "

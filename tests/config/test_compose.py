@@ -11,6 +11,7 @@ from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run, missing_values, save_resolved
 from nemo_pre.config.derived import num_visual_tokens, world_size
 from nemo_pre.config.run import RunConfig
+from nemo_pre.objectives.registry import known
 from nemo_pre.run_files.saved_config import changed_options
 
 
@@ -23,10 +24,12 @@ def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(
 
 
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
-def test_pre_is_on_exactly_where_the_name_says_so(name):
-    objective = compose_run([f"experiment={name}"]).objective
-    assert objective.pre.enabled == ("pre" in re.split("[-_]", name))
-    assert objective.laver.enabled == (name.startswith("digits-") or "laver_stage2" in name)
+def test_an_objective_is_on_exactly_where_the_name_says_so(name):
+    """LaVer's stages are named after it, and the second of them has it on."""
+    objective, words = compose_run([f"experiment={name}"]).objective, re.split("[-_]", name)
+    for kind in known():
+        said = "laver_stage2" in name if kind == "laver" and "stage" in name else kind in words
+        assert getattr(objective, kind).enabled == said, kind
 
 
 def test_every_layout_composes_and_its_name_states_its_ranks():
