@@ -100,8 +100,9 @@ def check(job: Job, config: ReferenceConfig, weights: Sequence[float] | None = N
         assert not wrong, f"step {step}: {wrong}"
 
 
-@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_direct_form_with_a_head_for_each_of_two_layers(layout: str) -> None:
+    """Where axes multiply the relational form is compared, which has its heads, target, taps and scale, and more."""
     check(*case(layout, SEPARATE))
 
 
