@@ -230,8 +230,8 @@ def _image_tiles(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> list[l
 
 @contextmanager
 def evaluating(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
-    """Evaluation mode, and the training mode it found restored; PRe neither sees nor sends anything, and nothing is
-    computed in FP8."""
+    """Evaluation mode, and the training mode it found restored; objectives neither see nor send anything, and nothing
+    is computed in FP8."""
     training = [chunk.training for chunk in chunks]
     try:
         with unobserved(chunks), without_fp8(chunk.language_model.config for chunk in chunks):

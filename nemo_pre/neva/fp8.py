@@ -2,8 +2,8 @@
 
 Weights stay bf16 with a float32 master, so a checkpoint means the same at either precision and an export has nothing
 to dequantise; ``fp8_delayed`` adds each layer's scales to it. The vision tower, the projector, the word embedding, the
-output layer and the heads of PRe and LaVer lie outside of the decoder and never see FP8. LaVer's teacher has layers
-of its own and so scales of its own.
+output layer and the heads of objectives lie outside of the decoder and never see FP8. A teacher has layers of its own
+and so scales of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The visual tokens of LaVer's branch on one rank, and which of them are masked."""
+"""The visual tokens of the branch on one rank, and which of them are masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences that pass through the decoder side by side: the samples, and LaVer's masked visual tokens.
+"""Sequences that pass through the decoder side by side: the samples, and masked visual tokens.
 
 Everything in a decoder layer but attention works token by token, so a second sequence is simply more tokens: it is
 appended to each row of the micro-batch and crosses the pipeline in the same messages, and attention keeps the two
@@ -33,7 +33,7 @@ BRANCH = 1  # of a branch that is one sequence, and of a packed branch's padding
 
 @dataclass(frozen=True)
 class VisualBranch:
-    """The sequence that LaVer runs beside the samples.
+    """The sequence that runs beside the samples.
 
     Attributes:
         layout: which visual (or text) token lies where.
@@ -154,7 +154,7 @@ def gathered_order(lengths: Sequence[int], tp_size: int, cp_size: int) -> Tensor
     return torch.cat(pieces)
 
 
-# --- LaVer's branch -------------------------------------------------------------------------------------------------
+# --- the branch -----------------------------------------------------------------------------------------------------
 
 
 def image_rows(layout: SequenceLayout) -> list[list[int]]:

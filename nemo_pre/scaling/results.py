@@ -22,7 +22,7 @@ class Result:
         parameters: of the language model.
         layout: in words.
         words: of ``nemo-pre train``, that give exactly this run.
-        target_layers: PRe's.
+        target_layers: of the objectives that have any.
         batch_size: samples of a step.
         samples: of the whole recipe, whatever batch and steps the study gives its runs.
         step_seconds: of a step; measured, the median.
