@@ -143,14 +143,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 def general_help() -> str:
-    from nemo_pre.objectives.registry import known
-
-    titles = ", ".join(objective.title for objective in known().values())
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
         f"nemo-pre VERB [OPTION=VALUE ...]\n\n"
-        f"Vision-language models on NVIDIA NeMo, with {titles}.\n\nverbs:\n{verbs}\n\n"
+        f"Vision-language models on NVIDIA NeMo, whose inner layers keep seeing.\n\nverbs:\n{verbs}\n\n"
         f"nemo-pre VERB --help explains a verb; --traceback shows where an error came from; --version."
     )
 
