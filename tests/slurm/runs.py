@@ -40,4 +40,4 @@ def wait_for_step(bed: TestBed, job: str, run: Path, step: int) -> None:
             f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs
         )
 
-    wait_for(there, 600, complaint)
+    wait_for(there, 1200, complaint)
