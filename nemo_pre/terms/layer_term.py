@@ -7,7 +7,7 @@ stage to them, the gradient's scale, the sum over ranks. What is compared, and h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,6 @@ class LayerTerm(Term):
         batch_groups: the groups of ranks over which the tokens of one micro-batch of all replicas are spread.
     """
 
-    name: ClassVar[str]
     layers: tuple[int, ...]
     model: VisualModelConfig
     image_groups: list[dist.ProcessGroup]

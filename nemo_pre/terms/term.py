@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from nemo_pre.objectives.schedules import ScheduleConfig, ramp
+from nemo_pre.options import value_problems
 
 if TYPE_CHECKING:
     from nemo_pre.objectives.scale import StepPlan
@@ -41,9 +42,19 @@ class Term:
     Args:
         options: the objective's.
         seed: the run's, of initial weights and of whatever the term draws.
+
+    Raises:
+        ValueError: an option has a value that its field does not allow.
+
+    Attributes:
+        name: the objective's.
     """
 
+    name: ClassVar[str]
+
     def __init__(self, options: Any, seed: int = 0) -> None:
+        for problem in value_problems(options, f"objective.{self.name}."):
+            raise ValueError(problem)
         self.options, self.seed = options, seed
 
     def weights(self) -> Mapping[str, Weight]:

@@ -17,7 +17,6 @@ from nemo_pre.objectives.laver.head import ReconstructionHeadSpec, Reconstructio
 from nemo_pre.objectives.laver.masks import visual_token_masks
 from nemo_pre.objectives.laver.schedules import mask_ratio, teacher_momentum, update_interval, updates_teacher
 from nemo_pre.objectives.scale import StepPlan, global_mean, term_scale
-from nemo_pre.options import value_problems
 from nemo_pre.parallel.auxiliary_gradient import backpropagate_with
 from nemo_pre.parallel.image_tokens import whole_images
 from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch
@@ -42,9 +41,9 @@ class LaVerTerm(Term):
         ValueError: an option has a value that it cannot have; from :meth:`prepare`, the model has causal attention.
     """
 
+    name = NAME
+
     def __init__(self, options: LaVerConfig, seed: int = 0) -> None:
-        for problem in value_problems(options, f"objective.{NAME}."):
-            raise ValueError(problem)
         super().__init__(options, seed)
         self._chunks: list[Any] = []  # VisualChunk, with what ReconstructionSpec gives it
         self._sums: dict[int, Tensor] = {}

@@ -14,7 +14,6 @@ from nemo_pre.losses import predictive_loss
 from nemo_pre.objectives.pre import NAME, PReConfig, external_anchor
 from nemo_pre.objectives.pre.head import AveragedProjector, PredictionHeadSpec
 from nemo_pre.objectives.scale import StepPlan
-from nemo_pre.options import value_problems
 from nemo_pre.parallel.image_pooling import mean_per_image
 from nemo_pre.parallel.micro_batch import MicroBatch, VisualTokens
 from nemo_pre.parallel.sums import share_of_replicated_sum
@@ -39,8 +38,6 @@ class PReTerm(LayerTerm):
 
     def __init__(self, options: PReConfig, seed: int = 0) -> None:
         super().__init__(options, seed)
-        for problem in value_problems(options, f"objective.{NAME}."):
-            raise ValueError(problem)
         self._heads: dict[int, nn.Module] = {}
         self._averaged: list[VisualChunk] = []
         external = options.anchor == "external"

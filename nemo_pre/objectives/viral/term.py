@@ -16,7 +16,6 @@ from nemo_pre.losses import gram_anchoring_loss, predictive_loss
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.objectives.viral import NAME, ViralConfig, external_target, has_head
 from nemo_pre.objectives.viral.head import AlignmentHeadSpec
-from nemo_pre.options import value_problems
 from nemo_pre.parallel.image_tokens import whole_images
 from nemo_pre.parallel.micro_batch import MicroBatch, VisualTokens
 from nemo_pre.parallel.sequence_layout import SequenceLayout
@@ -43,8 +42,6 @@ class ViralTerm(LayerTerm):
     options: ViralConfig
 
     def __init__(self, options: ViralConfig, seed: int = 0) -> None:
-        for problem in value_problems(options, f"objective.{NAME}."):
-            raise ValueError(problem)
         super().__init__(options, seed)
         self._heads: dict[int, nn.Module] = {}
         self._target = TargetFeatures(external_target(options)) if options.target == "external" else None
