@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,7 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl)
     if source == "tower":
         whole.model.visual.save_pretrained(tmp_path / "tower")
+        shutil.copy(qwen_vl / "preprocessor_config.json", tmp_path / "tower")
     language = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512,
