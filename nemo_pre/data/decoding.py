@@ -126,7 +126,8 @@ def decoded(source: bytes | Image, where: str) -> Image:
         SampleError: the picture cannot be used; it begins with ``where``.
     """
     with of_sample(where):
-        return decode(source).convert("RGB")
+        picture = decode(source)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 @contextmanager

@@ -46,13 +46,14 @@ CLASSES = {
     "SiglipImageProcessor": ProcessorClass(),
     "ViTImageProcessor": ProcessorClass(resample=2),
     "Qwen2VLImageProcessor": ProcessorClass(native=True),
+    "Qwen2_5_VLImageProcessor": ProcessorClass(native=True),  # its name for a while
 }
 CLASS_OF_FAMILY = {  # where a file names none
     "clip": "CLIPImageProcessor",
     "siglip": "SiglipImageProcessor",
     "dinov2": "BitImageProcessor",
     "aimv2": "CLIPImageProcessor",
-    "aimv2_native": "Qwen2VLImageProcessor",
+    "aimv2_native": "CLIPImageProcessor",
     "qwen25_vl": "Qwen2VLImageProcessor",
     "patch_mlp": "CLIPImageProcessor",
 }

@@ -69,23 +69,21 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
 def _keep_pixels(directory: Path, model: ModelConfig, data: Any) -> None:
     """Put the image processor where ``transformers`` 4 looks for it too: the directory's own where it makes the
     checkpoint's pixels, else, as where it was imported with another, one that does."""
+    keeps = _makes_pixels_of(directory, model, data)
     combined = directory / NESTED
     values = json.loads(combined.read_text()) if combined.is_file() else {}
     nested = {name: values.pop(name) for name in FILES_OF_PARTS if isinstance(values.get(name), dict)}
-    if not _makes_pixels_of(directory, model, data):
-        nested.pop(NESTED_KEY, None)
-        image_processor = _native_image_processor if is_native(model.vision) else _image_processor
-        image_processor(model, data).save_pretrained(directory)
-    if is_native(model.vision) and NESTED_KEY in nested:  # transformers 4 passes over the limits in size
-        limits = {
-            name: value for name, value in _native_options(model).items() if name in ("min_pixels", "max_pixels")
-        }
-        nested[NESTED_KEY] = {**nested[NESTED_KEY], **limits}
+    if nested:
+        combined.write_text(json.dumps(values, indent=2) + "\n")
+    if NESTED_KEY in nested and is_native(model.vision):  # transformers 4 passes over the limits in size
+        options = _native_options(model)
+        nested[NESTED_KEY] |= {name: options[name] for name in ("min_pixels", "max_pixels")}
     for name, content in nested.items():
         if not (directory / FILES_OF_PARTS[name]).is_file():
             (directory / FILES_OF_PARTS[name]).write_text(json.dumps(content, indent=2) + "\n")
-    if combined.is_file():
-        combined.write_text(json.dumps(values, indent=2) + "\n")
+    if not keeps:
+        make = _native_image_processor if is_native(model.vision) else _image_processor
+        make(model, data).save_pretrained(directory)
 
 
 def _makes_pixels_of(directory: Path, model: ModelConfig, data: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 import webdataset
 import yaml
 
-from data_prep.energon import EMPTY
+from data_prep.energon import EMPTY, metadata_files
 from data_prep.prepare import prepare
 from tests.data_prep import layouts
 from tests.data_prep.layouts import stored
@@ -123,6 +123,14 @@ def test_the_demos_set_is_one_of_energons_too_and_nothing_that_lies_with_it_is_s
         (tmp_path / "out" / lost).unlink()
         build(tmp_path / "out", Parameters(12, 0, 0.25, 5), workers=1)
         assert layouts.tree(tmp_path / "out") == before
+
+
+def test_a_split_without_shards_is_one_without_samples():
+    files = metadata_files({"train": {"shards": [{"file": "a.tar", "samples": 3}]}, "val": {"shards": []}})
+    info, split = (yaml.safe_load(files[f".nv-meta/{name}.yaml"]) for name in (".info", "split"))
+    assert split["split_parts"] == {"train": ["a.tar"], "val": [EMPTY], "test": [EMPTY]}
+    assert info["shard_counts"] == {"a.tar": 3, EMPTY: 0}
+    assert len(files[f"{EMPTY}.idx"]) == 8 and not any(files[EMPTY])
 
 
 def test_plain_webdataset_reads_every_sample(prepared):

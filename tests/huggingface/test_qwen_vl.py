@@ -66,7 +66,8 @@ def write_random(config: Any, model_class: type, directory: Path) -> Path:
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     pixels = {"min_pixels": 4 * 8**2, "max_pixels": 64 * 8**2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
+    kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps({**pixels, **kind}))
     return directory
 
 
