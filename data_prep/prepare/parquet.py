@@ -221,8 +221,8 @@ def _packed(kind: str, row: dict[str, Any]) -> bytes:
 
 def _pictures(column: Any) -> list[tuple[bytes | None, str | None]]:
     """The content of each picture, or the path that it is read from. Raises BadSample."""
-    if column is None:
-        return []
+    if column is None or (isinstance(column, dict) and all(value is None for value in column.values())):
+        return []  # a struct of nulls is a null that went through a library
     return [_picture(value, number) for number, value in enumerate(column if isinstance(column, list) else [column])]
 
 

@@ -90,9 +90,9 @@ class MegatronModel:
     def shown(self, sample: DiagnosticSample) -> Image:
         from PIL import Image
 
-        how, plain = self._how, ((0.0,) * 3, (1.0,) * 3)
+        how = self._how
         resize = (how.image_resize, how.image_filter, how.image_crop_from)
-        pixels = image_tensor(sample.picture, how.image_size, *plain, sample.key, *resize)
+        pixels = image_tensor(sample.picture, how.image_size, (0.0,) * 3, (1.0,) * 3, sample.key, *resize)
         return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
     def word(self, token: int) -> str:
@@ -158,9 +158,8 @@ class MegatronModel:
         if mask is None:
             return None
         how = self._how
-        plain = ((0.0,) * 3, (1.0,) * 3)
         resize = (how.image_resize, "nearest", how.image_crop_from)
-        pixels = image_tensor(mask, how.image_size, *plain, sample.key, *resize)
+        pixels = image_tensor(mask, how.image_size, (0.0,) * 3, (1.0,) * 3, sample.key, *resize)
         return square_patches((pixels * 255).round(), side, side)[..., :2]
 
     def _on_every_stage(self, entering: Tensor | None, count: int) -> Tensor:

@@ -213,7 +213,8 @@ def _pixels(values: dict[str, Any], where: str, vision: VisionConfig) -> Pixels:
     number = _filter(read, kind.resample)
     if is_native(vision):
         found = Pixels(where, mean, std, FILTERS[number])
-        found = replace(found, **_limits(read, vision)) if kind.native else found
+        least, most = _limits(read, vision) if kind.native else (None, None)
+        found = replace(found, least=least, most=most)
     elif kind.native:
         raise ValueError(
             f"{where} is a {name}, which keeps aspect ratios, and {FAMILIES[vision.family].title} takes squares: give "
@@ -270,7 +271,8 @@ def _class_of(values: dict[str, Any], where: str, vision: VisionConfig) -> tuple
 
 def _statistics(read: _Fields) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
     """Mean and standard deviation of values between 0 and 1, and whether they are as the file has them."""
-    mean, std = ((0.0,) * 3, (1.0,) * 3)
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
     if read.switch("do_normalize", True):
         mean, std = (_three(read, name) for name in ("image_mean", "image_std"))
         if not all(value > 0 for value in std):
@@ -304,7 +306,7 @@ def _filter(read: _Fields, default: int) -> int:
     return value
 
 
-def _limits(read: _Fields, vision: VisionConfig) -> dict[str, int]:
+def _limits(read: _Fields, vision: VisionConfig) -> tuple[int | None, int | None]:
     """The fewest and most visual tokens of an image, as far as the file says."""
     if not read.switch("do_resize", True):
         raise read.wrong("do_resize", "true: sides are rounded to whole visual tokens")
@@ -328,7 +330,7 @@ def _limits(read: _Fields, vision: VisionConfig) -> dict[str, int]:
                 f"{read.where} has {name}={pixels!r}: it must be a multiple of the {token} pixels of a visual token."
             )
         found[limit] = pixels // token
-    return found
+    return found.get("least"), found.get("most")
 
 
 def _square(read: _Fields, kind: ProcessorClass, found: Pixels) -> Pixels:
