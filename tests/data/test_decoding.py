@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import struct
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from nemo_pre.data.decoding import (
+    DECODING,
     MOST_PIXELS,
     UnreadablePicture,
     decode,
@@ -231,6 +233,31 @@ def test_labels_are_numbers_and_not_colours():
         decode_labels(encoded(Image.fromarray(np.array([[0, 300]], np.uint16))))
     with pytest.raises(UnreadablePicture, match="mode RGB, whose pixels are no labels"):
         decode_labels(encoded(Image.new("RGB", (2, 2))))
+
+
+def test_a_picture_that_comes_out_otherwise_has_another_version_of_decoding():
+    """Stored features know by DECODING alone that pictures are others now: raise it, and add the digest."""
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8))
+    deep = rng.integers(0, 65536, (6, 5), dtype=np.uint16)
+    palette = Image.fromarray(rng.integers(0, 4, (6, 5), dtype=np.uint8))
+    palette.putpalette(range(0, 252, 21))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    files = [
+        encoded(colours, exif=exif),
+        encoded(Image.fromarray(deep)),
+        encoded(colours.convert("L")),
+        encoded(palette, transparency=1),
+        encoded(Image.fromarray(rng.integers(0, 256, (6, 5, 4), dtype=np.uint8))),
+        tiff(deep),
+        tiff(deep, photometric=0),
+        tiff(deep.astype(np.int32)),
+        tiff(deep.astype(np.float32) / 65535),
+        tiff(deep.astype(np.float32)),
+    ]
+    digest = hashlib.sha256(b"".join(np.asarray(decode(content)).tobytes() for content in files)).hexdigest()
+    assert {DECODING: digest[:16]} == {2: "8c38de299bd8a677"}
 
 
 def test_one_colour_is_one_colour():
