@@ -1,8 +1,9 @@
 """Writing indexed WebDataset shards: plain tar files whose bytes depend on the samples alone.
 
 Beside ``name.tar`` lies ``name.index.json``, a list of ``{"key", "members": {extension: [offset, size]}}``
-in the tar's order, with which a reader reaches any sample by one seek. Both are written under a temporary name
-and renamed when complete.
+in the tar's order, with which a reader reaches any sample by one seek, and ``name.tar.idx``, Megatron-Energon's index
+(where each sample starts and the last one ends, 8 bytes each). All are written under a temporary name and renamed
+when complete.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +21,7 @@ Sample = tuple[str, dict[str, bytes]]  # key without dots, {extension: content}
 
 
 class ShardWriter:
-    """Writes ``name.tar`` into ``directory``, sample by sample, and its index when it is finished.
+    """Writes ``name.tar`` into ``directory``, sample by sample, and its indices when it is finished.
 
     ``bytes`` counts what the samples take so far; ``starts`` holds the offset of each sample's first header.
     """
@@ -41,13 +43,16 @@ class ShardWriter:
         self.index.append({"key": key, "members": places, **facts})
 
     def finish(self) -> dict[str, Any]:
-        """Completes the tar and writes the index; returns the shard's entry for the manifest."""
+        """Completes the tar and writes its indices; returns the shard's entry for the manifest."""
+        offsets = [*self.starts, self.bytes]  # before the tar's closing zeros
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self.bytes + end) % tarfile.RECORDSIZE))
         self.file.close()
         os.replace(self.unfinished, self.tar_path)
         index = json.dumps(self.index, separators=(",", ":")).encode()
         write_whole(self.index_path, index)
+        energon = self.tar_path.with_name(energon_index(self.tar_path.name))
+        write_whole(energon, struct.pack(f"<{len(offsets)}Q", *offsets))
         return {
             "file": self.tar_path.name,
             "samples": len(self.index),
@@ -76,12 +81,17 @@ class ShardWriter:
 
 
 def write_shard(directory: Path, name: str, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Writes ``name.tar`` and its index into ``directory``; returns the shard's entry for the manifest."""
+    """Writes ``name.tar`` and its indices into ``directory``; returns the shard's entry for the manifest."""
     writer = ShardWriter(directory, name)
     with writer.file:
         for key, members in samples:
             writer.add(key, members)
         return writer.finish()
+
+
+def energon_index(tar: str) -> str:
+    """The name of Energon's index of a tar."""
+    return f"{tar}.idx"
 
 
 def member_bytes(content: bytes) -> int:
@@ -97,5 +107,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def is_whole(directory: Path, entry: dict[str, Any]) -> bool:
     """Whether the files of a manifest's shard entry are there in the size it states."""
-    files = ((entry["file"], entry["bytes"]), (entry["index"], entry["index_bytes"]))
+    files = (
+        (entry["file"], entry["bytes"]),
+        (entry["index"], entry["index_bytes"]),
+        (energon_index(entry["file"]), 8 * (entry["samples"] + 1)),
+    )
     return all((directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files)

@@ -95,6 +95,7 @@ def inference_run(
         chat_template=saved.data.chat_template,
         image_resize=saved.data.image_resize,
         image_filter=saved.data.image_filter,
+        image_crop_from=saved.data.image_crop_from,
     )
     run.parallel.tensor, run.parallel.pipeline, run.precision.name = tensor, pipeline, precision
     return run

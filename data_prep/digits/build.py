@@ -28,6 +28,7 @@ from data_prep.digits.questions import corpus, draw_sample
 from data_prep.digits.scans import Scans, load_scans
 from data_prep.digits.scene import CANVAS, Scene, render
 from data_prep.digits.tokenizer import write_tokenizer
+from data_prep.energon import FOLDER, is_energons, write_metadata
 from data_prep.shards import Sample, is_whole, write_shard, write_whole
 from nemo_pre.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from nemo_pre.data.progress import Progress
@@ -83,7 +84,8 @@ def build(out: Path, parameters: Parameters, workers: int | None) -> dict[str, A
     if finished is not None:
         entries = {entry["file"]: entry for split in SPLITS for entry in finished["splits"][split]["shards"]}
         jobs = [job for job in jobs if not is_whole(out, entries[f"{job.name}.tar"])]
-        if not jobs and (out / "tokenizer" / "tokenizer.json").is_file():
+        beside = (out / "tokenizer" / "tokenizer.json").is_file() and is_energons(out, finished["splits"])
+        if not jobs and beside:
             _say(f"{out} already holds these {parameters.num_scenes:,} scenes; nothing to do")
             return finished
         _say(f"{out} is complete but for {len(jobs)} shard(s) and what lies with them; writing those again")
@@ -94,6 +96,7 @@ def build(out: Path, parameters: Parameters, workers: int | None) -> dict[str, A
     vocabulary = write_tokenizer(out / "tokenizer", corpus())
     written = _run(jobs, scans, workers)
     manifest = finished or _manifest(parameters, scans, vocabulary, written)
+    write_metadata(out, manifest["splits"])
     write_whole(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     (out / UNFINISHED).unlink()
     _say(f"wrote {parameters.num_scenes:,} scenes in {len(written)} shards and a {vocabulary}-word tokenizer to {out}")
@@ -116,9 +119,12 @@ def _inspect(out: Path, parameters: Parameters) -> dict[str, Any] | None:
         return manifest
     if (out / UNFINISHED).is_file():
         _say(f"{out} was left unfinished; starting it over")
-        for path in [*out.glob("*.tar"), *out.glob("*.index.json"), *out.glob("*.partial")]:
+        for path in [
+            file for pattern in ("*.tar", "*.tar.idx", "*.index.json", "*.partial") for file in out.glob(pattern)
+        ]:
             path.unlink()
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+        for folder in ("tokenizer", FOLDER):
+            shutil.rmtree(out / folder, ignore_errors=True)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out} holds something else; name a new or an empty directory")
     return None

@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from data_prep.energon import is_energons, write_metadata
 from data_prep.prepare.blend import Rows, Source, open_rows
 from data_prep.prepare.chunks import Job
-from data_prep.prepare.energon import metadata_files
 from data_prep.prepare.manifest import build_manifest, describe_request, read_finished
 from data_prep.prepare.parquet import ParquetRows
 from data_prep.prepare.plan import SPLITS, Chunk, Options, chunk_of, chunks_of, draw_order
-from data_prep.prepare.workplace import Workplace, shard_is_whole
-from data_prep.shards import write_whole
+from data_prep.prepare.workplace import Workplace
+from data_prep.shards import is_whole, write_whole
 from nemo_pre.data.manifest import MANIFEST
 from nemo_pre.data.progress import Progress
 
@@ -91,7 +91,7 @@ def _fill(
         missing = [chunk for chunk in chunks if not workplace.is_finished(chunk.name)]
     else:
         missing = _damaged(out, finished, chunks)
-        if not missing and all((out / file).is_file() for file in metadata_files(finished["splits"])):
+        if not missing and is_energons(out, finished["splits"]):
             workplace.remove()
             _say(f"{out} already holds these {sum(map(len, order.values())):,} samples; nothing to do")
             return finished
@@ -105,9 +105,7 @@ def _fill(
         _run(job, job.write, missing, progress, workers)
 
     manifest = finished or build_manifest(request, workplace, chunks)
-    for file, content in metadata_files(manifest["splits"]).items():
-        (out / file).parent.mkdir(exist_ok=True)
-        write_whole(out / file, content)
+    write_metadata(out, manifest["splits"])
     write_whole(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     workplace.remove()
     counts = ", ".join(f"{manifest['splits'][split]['samples']:,} {split}" for split in SPLITS)
@@ -119,7 +117,7 @@ def _fill(
 def _damaged(out: Path, finished: dict[str, Any], chunks: list[Chunk]) -> list[Chunk]:
     """The chunks of a completed directory of which a shard is missing or cut."""
     entries = [entry for split in finished["splits"].values() for entry in split["shards"]]
-    broken = {chunk_of(entry["file"]) for entry in entries if not shard_is_whole(out, entry)}
+    broken = {chunk_of(entry["file"]) for entry in entries if not is_whole(out, entry)}
     return [chunk for chunk in chunks if chunk.name in broken]
 
 

@@ -16,7 +16,6 @@ from data_prep.prepare.arrays import mapped_array
 from data_prep.prepare.blend import Rows
 from data_prep.prepare.candidate import BadSample
 from data_prep.prepare.checks import CheckedSample, checked_sample
-from data_prep.prepare.energon import write_tar_index
 from data_prep.prepare.parquet import ParquetRows
 from data_prep.prepare.plan import Chunk, Options, chunk_of
 from data_prep.prepare.workplace import Workplace
@@ -92,14 +91,14 @@ class Job:
             for key, name, sample in self._samples(chunk, dropped):
                 size = sum(member_bytes(content) for content in sample.members.values())
                 if writer is not None and writer.bytes + size > largest:
-                    entries.append(_finish(writer))
+                    entries.append(writer.finish())
                     writer = None
                 if writer is None:
                     writer = ShardWriter(staged, chunk.name + (f"-{len(entries)}" if entries else ""))
                 writer.add(key, sample.members, text_chars=sample.text_chars, image_sizes=sample.image_sizes)
                 taken[name] += 1
             if writer is not None:
-                entries.append(_finish(writer))
+                entries.append(writer.finish())
         finally:
             if writer is not None:
                 writer.file.close()
@@ -124,9 +123,3 @@ class Job:
                 dropped.append({"source": name, "origin": origin, "reason": error.reason, "detail": error.detail})
             else:
                 yield f"{chunk.split}-{position:09d}", name, checked
-
-
-def _finish(writer: ShardWriter) -> dict[str, Any]:
-    entry = writer.finish()
-    write_tar_index(writer)
-    return entry

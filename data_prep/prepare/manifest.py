@@ -15,7 +15,7 @@ from data_prep.prepare.plan import SPLITS, Chunk, Options
 from data_prep.prepare.workplace import Workplace
 from nemo_pre.data.manifest import FORMAT, FORMAT_VERSION
 
-TOOL_VERSION = 1  # raise it whenever the bytes for a source change
+TOOL_VERSION = 2  # raise it whenever the bytes for a source change
 DROPPED = "dropped.jsonl"
 
 

@@ -6,6 +6,9 @@ data_source. FineVision (https://huggingface.co/datasets/HuggingFaceM4/FineVisio
 ``train-*.parquet``; columns images (list of {bytes, path}), texts (list of {user, assistant}), source and ratings,
 which are not read. Its texts have no image tags: the images stand before the first question.
 
+An image column of other makers is read too: a picture or a list of pictures, each {bytes, path}, bare bytes, or a path
+below the folder. A row that is otherwise is a bad sample, whatever its columns hold.
+
 A row group can only be read as a whole, and a global shuffle asks for its rows one at a time. So the rows that are
 taken are unpacked first, each row group into one file beside an index of its rows.
 """
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.prepare.arrays import mapped_array
-from data_prep.prepare.candidate import Candidate, read_inside
+from data_prep.prepare.candidate import BadSample, Candidate, read_inside
 from nemo_pre.data.conversation import IMAGE_TAG
 
 COLUMNS = {"llava_onevision": ("id", "conversations", "image"), "finevision": ("images", "texts")}
@@ -130,7 +133,7 @@ class ParquetRows:
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=columns):
                 for offset in range(batch.num_rows):
                     if row + offset in chosen:
-                        yield row + offset, _packed(self.kind, batch.slice(offset, 1).to_pylist()[0])
+                        yield row + offset, _packed_or_bad(self.kind, batch.slice(offset, 1))
                 row += batch.num_rows
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -147,6 +150,8 @@ class ParquetRows:
         finally:
             os.close(descriptor)
         fields = json.loads(header)
+        if "bad" in fields:
+            raise BadSample(*fields["bad"])
         images, ends = fields["images"], [0, *accumulate(size or 0 for size in fields["sizes"])]
 
         def load(number: int) -> bytes:
@@ -177,32 +182,83 @@ def kind_of_columns(path: Path) -> str | None:
     return next((kind for kind, columns in COLUMNS.items() if names.issuperset(set(columns) - {"id"})), None)
 
 
+def _packed_or_bad(kind: str, row: Any) -> bytes:
+    """A row as :func:`_packed` gives it, or a line of JSON with what is wrong with it.
+
+    Args:
+        row: a record batch of this row alone.
+    """
+    try:
+        try:
+            values = row.to_pylist()[0]
+        except Exception as error:  # text that is not UTF-8, times that Python lacks, types that pyarrow lacks
+            raise BadSample("broken_record", f"a column cannot be read ({error or repr(error)})") from error
+        return _packed(kind, values)
+    except BadSample as error:
+        return json.dumps({"bad": [error.reason, error.detail]}).encode() + b"\n"
+
+
 def _packed(kind: str, row: dict[str, Any]) -> bytes:
-    """A line of JSON and the images after it."""
+    """A line of JSON and the images after it. Raises BadSample."""
+    pictures = _pictures(row["images" if kind == "finevision" else "image"])
     if kind == "finevision":
-        images = [image or {} for image in row["images"] or []]
-        conversations: Any = _turns_of_texts(row["texts"] or [], len(images))
+        conversations: Any = _turns_of_texts(row["texts"], len(pictures))
     else:
-        images = [row["image"]] if row["image"] else []
         conversations = row["conversations"]
-    contents = [image.get("bytes") for image in images]
+    identity = row.get("id")
     fields = {
-        "id": row.get("id"),
+        "id": None if identity is None else str(identity),
         "conversations": conversations,
-        "images": [image.get("path") or f"image-{number}" for number, image in enumerate(images)],
-        "sizes": [None if content is None else len(content) for content in contents],
+        "images": [path or f"image-{number}" for number, (_, path) in enumerate(pictures)],
+        "sizes": [None if content is None else len(content) for content, _ in pictures],
     }
-    return json.dumps(fields).encode() + b"\n" + b"".join(content or b"" for content in contents)
+    try:
+        header = json.dumps(fields).encode()
+    except (TypeError, ValueError) as error:
+        raise BadSample("broken_record", f"its conversations are no texts ({error})") from error
+    return header + b"\n" + b"".join(content or b"" for content, _ in pictures)
 
 
-def _turns_of_texts(texts: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+def _pictures(column: Any) -> list[tuple[bytes | None, str | None]]:
+    """The content of each picture, or the path that it is read from. Raises BadSample."""
+    if column is None or (isinstance(column, dict) and all(value is None for value in column.values())):
+        return []  # a struct of nulls is a null that went through a library
+    return [_picture(value, number) for number, value in enumerate(column if isinstance(column, list) else [column])]
+
+
+def _picture(value: Any, number: int) -> tuple[bytes | None, str | None]:
+    content, path = value, None
+    if isinstance(value, dict):
+        content, path = value.get("bytes"), value.get("path")
+    elif isinstance(value, str):
+        content, path = None, value
+    if content is None and not path:
+        raise BadSample("missing_image", f"image {number} is null")
+    if not isinstance(content, bytes | None) or not isinstance(path, str | None):
+        kinds = ", ".join(sorted({type(part).__name__ for part in (content, path) if part is not None}))
+        raise BadSample("broken_record", f"image {number} is {kinds} and neither bytes, {{bytes, path}} nor a path")
+    return content, path
+
+
+def _turns_of_texts(texts: Any, num_images: int) -> list[dict[str, Any]]:
+    """FineVision's texts as LLaVA's turns. Raises BadSample."""
+    if not isinstance(texts, list):
+        raise BadSample("broken_record", f"its texts are {_named(texts)} instead of a list")
     turns = []
-    tagged = any(IMAGE_TAG in (text["user"] or "") for text in texts)
     for number, text in enumerate(texts):
-        tags = f"{IMAGE_TAG}\n" * num_images if number == 0 and not tagged else ""
-        turns.append({"from": "human", "value": tags + (text["user"] or "")})
-        turns.append({"from": "gpt", "value": text["assistant"] or ""})
+        if not isinstance(text, dict) or not {"user", "assistant"} <= text.keys():
+            raise BadSample("broken_record", f"text {number} is {_named(text)} instead of {{user, assistant}}")
+        for speaker, name in (("human", "user"), ("gpt", "assistant")):
+            if not isinstance(text[name], str):
+                raise BadSample("broken_record", f"the {name} of text {number} is {_named(text[name])}, not a text")
+            turns.append({"from": speaker, "value": text[name]})
+    if turns and not any(IMAGE_TAG in turn["value"] for turn in turns[::2]):
+        turns[0]["value"] = f"{IMAGE_TAG}\n" * num_images + turns[0]["value"]
     return turns
+
+
+def _named(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _metadata(file: Path) -> Any:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.prepare.energon import tar_index_name
 from data_prep.shards import is_whole, write_whole
 
 FOLDER = ".unfinished"
@@ -99,12 +98,7 @@ class Workplace:
         if not self.committed(chunk).is_dir():
             return False
         self.publish(chunk)
-        if all(shard_is_whole(self.out, entry) for entry in self.journal(chunk)["shards"]):
+        if all(is_whole(self.out, entry) for entry in self.journal(chunk)["shards"]):
             return True
         shutil.rmtree(self.committed(chunk))  # someone removed or cut a shard meanwhile
         return False
-
-
-def shard_is_whole(out: Path, entry: dict[str, Any]) -> bool:
-    index = out / tar_index_name(entry["file"])
-    return is_whole(out, entry) and index.is_file() and index.stat().st_size == 8 * (entry["samples"] + 1)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from data_prep.validate.content import IMAGE_TAG, load_tokenizer
 from data_prep.validate.members import images_of
 from data_prep.validate.parallel import in_parallel, num_workers
 from data_prep.validate.shard import read_index
+from nemo_pre.data.decoding import header_size
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Manifest, Shard, read_manifest
 from nemo_pre.data.progress import Progress
@@ -103,7 +102,7 @@ def _count_sample(counts: Counts, samples: ShardedSamples, position: int, entry:
     record = samples.read(position).record
     texts = [message["value"].replace(IMAGE_TAG, "") for message in _messages(record)]
     names = images_of(entry["members"])
-    sizes = [_size(samples.read_member(position, name)) for name in names]
+    sizes = [header_size(samples.read_member(position, name)) for name in names]
     if job.tokenizer is not None:
         tokens = _num_tokens(texts, job.tokenizer)
         counts.tokens[tokens] += 1
@@ -128,19 +127,6 @@ def _num_tokens(texts: Iterable[str], directory: str) -> int:
         return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
     except TypeError as error:  # half of a surrogate pair, which no UTF-8 has
         raise ValueError(str(error)) from error
-
-
-def _size(content: bytes) -> tuple[int, int]:
-    """(width, height) by the header."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                return image.size
-        except Exception as error:  # Pillow's parsers raise struct.error, IndexError and others
-            raise ValueError(str(error)) from error
 
 
 def _source(record: dict[str, Any], entry: dict[str, Any], dataset: str) -> str:

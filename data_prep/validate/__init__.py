@@ -21,11 +21,12 @@ def validate(
     """Re-reads the prepared data in the directory PATH and tells all that is wrong with it.
 
     Compared are files and checksums with the manifest, every tar with its index, every record with the schema and
-    its images, and the splits with each other (the same image under the same question). Images are decoded in full;
-    decode=false reads their headers only. An image of more than max_pixels is reported without being decoded, a
-    sample of more than max_characters, too; with tokenizer=DIR (that of prepared data is DATA/tokenizer) also one of
-    more than max_tokens text tokens, the chat template not counted. sample=N re-reads N samples drawn at random;
-    checksums and comparisons between splits are then left out. workers are processes (null: one per core).
+    its images, and the splits with each other (the same image under the same question). Images are decoded in full, as
+    training does, and those of one colour throughout are told; decode=false reads their headers only. An image of more
+    than max_pixels is reported without being decoded, a sample of more than max_characters, too; with tokenizer=DIR
+    (that of prepared data is DATA/tokenizer) also one of more than max_tokens text tokens, the chat template not
+    counted. sample=N re-reads N samples drawn at random; checksums and comparisons between splits are then left out.
+    workers are processes (null: one per core).
     report=FILE gets every finding with shard, key and reason as JSON, which is also what is returned.
 
     Exit code: 0 nothing found, 1 something found, 2 no prepared data there or an option out of range.

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from data_prep.energon import EMPTY
 from data_prep.validate.content import Chunk, ChunkResult, Limits, check_chunk
 from data_prep.validate.duplicates import Place, Questions
 from data_prep.validate.findings import Finding, Report
@@ -117,6 +118,7 @@ def _check_manifest(manifest: Manifest) -> list[Finding]:
     if manifest.tokenizer is not None and not os.path.isfile(manifest.tokenizer / "tokenizer.json"):
         findings.append(Finding(MANIFEST, "", "missing_file", f"{manifest.tokenizer / 'tokenizer.json'}"))
     known = {os.path.normpath(file) for _, shard in named_shards(manifest) for file in (shard.path, shard.index_path)}
+    known.add(os.path.normpath(manifest.directory / EMPTY))
     for pattern in ("*.tar", "*.index.json", "*.partial"):
         for file in sorted(manifest.directory.rglob(pattern)):
             if os.path.normpath(file) not in known:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from data_prep.validate.findings import Finding
 from data_prep.validate.members import are_numbered, images_of
 from data_prep.validate.shard import read_index
+from nemo_pre.data.decoding import UnreadablePicture, decode, decode_labels, header_size, is_one_colour
 from nemo_pre.data.manifest import Shard
 from nemo_pre.data.shards import ShardedSamples
 
 if TYPE_CHECKING:
-    from PIL import Image
     from tokenizers import Tokenizer
 
 IMAGE_TAG = "<image>"
@@ -111,7 +109,7 @@ def _check_sample(
         _check_image(image, name, limits, "image_undecodable", tell) for name, image in zip(names, images, strict=True)
     ]
     if mask is not None:
-        mask_size = _check_image(mask, "mask.png", limits, "mask_undecodable", tell)
+        mask_size = _check_image(mask, "mask.png", limits, "mask_undecodable", tell, labels=True)
         if mask_size is not None and sizes and sizes[0] not in (None, mask_size):
             tell("mask_size", f"mask {_by(mask_size)}, image {_by(sizes[0])}")
     named = record.get("images") or record.get("image")
@@ -178,30 +176,21 @@ def _check_length(turns: list[tuple[str, str]], limits: Limits, tell: Tell) -> N
         tell("unknown_text", f"{ids.count(unknown)} of {len(ids)} tokens are unknown")
 
 
-def _check_image(content: bytes, name: str, limits: Limits, reason: str, tell: Tell) -> tuple[int, int] | None:
-    """The image's (width, height); None, and told, if it cannot be decoded."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata and of large images; the size is judged here
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                return _judge(image, name, limits, tell)
-        except Image.DecompressionBombError as error:
-            tell("image_too_large", f"{name}: {error}")
-        except Exception as error:  # Pillow's parsers raise struct.error, IndexError and others
-            tell(reason, f"{name}: {str(error) or repr(error)}")
-    return None
-
-
-def _judge(image: Image.Image, name: str, limits: Limits, tell: Tell) -> tuple[int, int]:
-    width, height = image.size
-    if width * height > limits.max_pixels:
-        tell("image_too_large", f"{name}: {_by(image.size)} pixels")
-    elif limits.decode:
-        image.load()
-        if image.mode not in ("RGB", "L"):  # training converts it
-            image.convert("RGB")
+def _check_image(
+    content: bytes, name: str, limits: Limits, reason: str, tell: Tell, labels: bool = False
+) -> tuple[int, int] | None:
+    """The image's (width, height), upright; None, and told, if it cannot be decoded."""
+    try:
+        width, height = header_size(content)
+        if width * height > limits.max_pixels:
+            tell("image_too_large", f"{name}: {_by((width, height))} pixels")
+        elif limits.decode and labels:
+            decode_labels(content)
+        elif limits.decode and width * height > 1 and is_one_colour(picture := decode(content)):
+            tell("one_colour", f"{name}: {_by((width, height))} pixels of {picture.getpixel((0, 0))}")
+    except UnreadablePicture as error:
+        tell("image_too_large" if error.too_large else reason, f"{name}: {error}")
+        return None
     return width, height
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_pre.checks.memory import MemoryEstimate, estimate_memory
+from nemo_pre.checks.pixels import check_pixels
 from nemo_pre.checks.precision import ignored_precision_options, precision_of_this_machine, precision_problems
 from nemo_pre.checks.presence import check_presence
 from nemo_pre.checks.visual import ignored_visual_options, visual_problems
@@ -70,6 +71,7 @@ def check_run(config: RunConfig) -> Report:
     """
     warnings = check_options(config)
     data = check_presence(config)
+    warnings += check_pixels(config)
     _check_blend(config)
     if config.data.features is not None:
         from nemo_pre.features.check import check_features

@@ -22,6 +22,12 @@ def visual_problems(config: RunConfig) -> Iterator[str]:
         yield str(error)
     if is_native(model.vision):
         yield from _native_run_problems(config)
+    crop_from = config.data.image_crop_from
+    if config.data.image_resize == "crop" and crop_from is not None and crop_from < model.vision.image_size:
+        yield (
+            f"data.image_crop_from={crop_from} must be model.vision.image_size={model.vision.image_size} or more: the "
+            f"middle is cut out of it."
+        )
     if model.rope != "1d" and kept_class_tokens(model.vision):
         yield f"model.rope={model.rope} places a grid of patches: set model.vision.drop_class_token=true."
 
@@ -42,6 +48,8 @@ def ignored_visual_options(config: RunConfig) -> Iterator[str]:
     model = config.model
     if is_native(model.vision) and config.data.image_resize != "whole":
         yield f"data.image_resize={config.data.image_resize} has no effect: {model.vision.family} keeps aspect ratios."
+    if config.data.image_crop_from is not None and config.data.image_resize != "crop":
+        yield f"data.image_crop_from has no effect with data.image_resize={config.data.image_resize}."
     if model.attention == "causal" and model.attention_backend != "auto" and not config.data.packing:
         yield "model.attention_backend has no effect with model.attention=causal and data.packing=false."
     if model.vision.family == "patch_mlp" and config.optim.freeze_vision:

@@ -122,6 +122,9 @@ class DataConfig:
         "whole", {"whole": "aspect ratio lost", "crop": "CLIP's centre crop", "pad": 'LLaVA-1.5\'s "pad"'}
     )
     image_filter: str = choice("bicubic", {"bicubic": "CLIP, SigLIP", "bilinear": "SigLIP2"})
+    # Of image_resize=crop: pixels of the shorter side before the middle is cut out, as DINOv2's 256 for 224; null: all
+    # of it is kept.
+    image_crop_from: int | None = number(None, least=1)
     max_tiles: int = number(
         1, least=1
     )  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more

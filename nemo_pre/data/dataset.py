@@ -53,6 +53,7 @@ class Preprocessing:
     image_std: tuple[float, ...]
     image_resize: str = "whole"
     image_filter: str = "bicubic"
+    image_crop_from: int | None = None
     max_tiles: int = 1
     native: NativeResolution | None = None
     features: str | None = None
@@ -68,7 +69,7 @@ class Preprocessing:
         """float32 [tiles, 3, image_size, image_size]; with native resolution [rows, columns, patches, pixels]."""
         if self.native is not None:
             return self.native.patches(image, self.image_mean, self.image_std, where, self.image_filter)
-        how = (self.max_tiles, self.image_resize, self.image_filter)
+        how = (self.max_tiles, self.image_resize, self.image_filter, self.image_crop_from)
         return image_tiles(image, self.image_size, self.image_mean, self.image_std, where, *how)
 
     def visual_tokens(self, image: torch.Tensor) -> int:

@@ -3,17 +3,18 @@
 The pixels are those of ``transformers``' slow image processors, which resize with Pillow as we do:
 
 - ``whole``: the picture is resized to the square, its aspect ratio lost (SigLIP; CLIP without its centre crop);
-- ``crop``: the shorter side is resized to the square's and the middle cut out (CLIP as published);
+- ``crop``: the shorter side is resized to the square's, or to ``crop_from`` pixels (DINOv2), and the middle cut out
+  (CLIP as published);
 - ``pad``: the picture is put in the middle of a square of the mean colour, then resized (LLaVA-1.5's "pad").
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_pre.config.schema import DataConfig
+from nemo_pre.data.decoding import MOST_PIXELS, decoded
 from nemo_pre.data.errors import SampleError
 from nemo_pre.options import choices_of
 
@@ -32,13 +33,14 @@ def image_tensor(
     where: str,
     resize: str = "whole",
     image_filter: str = "bicubic",
+    crop_from: int | None = None,
 ) -> torch.Tensor:
     """float32 [3, image_size, image_size]: RGB, resized, (x / 255 - mean) / std.
 
     Raises:
         SampleError: the bytes are not a whole image.
     """
-    return image_tiles(source, image_size, mean, std, where, 1, resize, image_filter)[0]
+    return image_tiles(source, image_size, mean, std, where, 1, resize, image_filter, crop_from)[0]
 
 
 def image_tiles(
@@ -50,6 +52,7 @@ def image_tiles(
     max_tiles: int,
     resize: str = "whole",
     image_filter: str = "bicubic",
+    crop_from: int | None = None,
 ) -> torch.Tensor:
     """float32 [tiles, 3, image_size, image_size]: the thumbnail, then the tiles of a grid row by row.
 
@@ -62,39 +65,36 @@ def image_tiles(
     import torch
 
     image = decoded(source, where)
-    tiles = [_square(image, image_size, mean, resize, image_filter, where)]
+    tiles = [_square(image, image_size, mean, resize, image_filter, where, crop_from)]
     rows, columns = _best_grid(image.size, image_size, max_tiles - 1)
     if rows * columns > 1:
         tiles += _grid_tiles(image, rows, columns, image_size, image_filter)
     return torch.stack([normalised(tile, mean, std) for tile in tiles])
 
 
-def decoded(source: bytes | Image, where: str) -> Image:
-    """The image in RGB.
-
-    Raises:
-        SampleError: the bytes are not a whole image.
-    """
-    from PIL import Image
-
-    try:
-        image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-        image = image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise SampleError(f"{where} has an image that cannot be decoded ({error or repr(error)})") from error
-    return image
-
-
-def _square(image: Image, size: int, mean: Sequence[float], resize: str, image_filter: str, where: str) -> Image:
+def _square(
+    image: Image,
+    size: int,
+    mean: Sequence[float],
+    resize: str,
+    image_filter: str,
+    where: str,
+    crop_from: int | None,
+) -> Image:
     assert resize in choices_of(DataConfig, "image_resize"), resize
     if resize != "whole" and max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise SampleError(f"{where} has an image of {image.width} x {image.height} pixels, too thin to {resize}")
     if resize == "pad":
+        if max(image.size) ** 2 > MOST_PIXELS:
+            raise SampleError(
+                f"{where} has an image of {image.width} x {image.height} pixels, which padded to a square are more "
+                f"than {MOST_PIXELS:,}"
+            )
         image = _padded(image, max(image.size), max(image.size), tuple(int(channel * 255) for channel in mean))
     if resize == "crop":
         width, height = image.size
-        short = min(width, height)
-        image = resized(image, int(size * width / short), int(size * height / short), image_filter)
+        short, shorter = min(width, height), crop_from or size
+        image = resized(image, int(shorter * width / short), int(shorter * height / short), image_filter)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
     return resized(image, size, size, image_filter)

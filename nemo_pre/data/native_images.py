@@ -8,13 +8,13 @@ pairs of video frames), which :mod:`nemo_pre.neva.native_qwen_vl` makes where it
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemo_pre.data.decoding import decoded, header_size, of_sample
 from nemo_pre.data.errors import SampleError
-from nemo_pre.data.images import decoded, normalised, resized
+from nemo_pre.data.images import normalised, resized
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +64,8 @@ class NativeResolution:
 
     def grid_of(self, source: bytes, where: str) -> tuple[int, int]:
         """Rows and columns of visual tokens of an encoded image, of which only the header is read."""
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(source)) as image:
-                size = image.size
-        except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-            raise SampleError(f"{where} has an image that cannot be opened ({error or repr(error)})") from error
+        with of_sample(where):
+            size = header_size(source)
         return self.grid(size[0], size[1], where)
 
     def patches(

@@ -59,6 +59,7 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         image_std=tuple(vision.image_std),
         image_resize=config.data.image_resize,
         image_filter=config.data.image_filter,
+        image_crop_from=config.data.image_crop_from,
         max_tiles=config.data.max_tiles,
         native=native_resolution(vision),
         features=config.data.features,

@@ -90,8 +90,9 @@ class MegatronModel:
     def shown(self, sample: DiagnosticSample) -> Image:
         from PIL import Image
 
-        how, plain = self._how, ((0.0,) * 3, (1.0,) * 3)
-        pixels = image_tensor(sample.picture, how.image_size, *plain, sample.key, how.image_resize, how.image_filter)
+        how = self._how
+        resize = (how.image_resize, how.image_filter, how.image_crop_from)
+        pixels = image_tensor(sample.picture, how.image_size, (0.0,) * 3, (1.0,) * 3, sample.key, *resize)
         return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
     def word(self, token: int) -> str:
@@ -148,9 +149,8 @@ class MegatronModel:
         where = f"sample {sample.key}"
         turn = [{"from": "human", "value": sample.question}]
         tokens = encode_prompt(turn, how.tokenizer, how.chat_template, 1, where)
-        pixels = image_tensor(
-            sample.picture, how.image_size, how.image_mean, how.image_std, where, how.image_resize, how.image_filter
-        )
+        resize = (how.image_resize, how.image_filter, how.image_crop_from)
+        pixels = image_tensor(sample.picture, how.image_size, how.image_mean, how.image_std, where, *resize)
         return TokenSequence(torch.tensor(tokens, dtype=torch.int64), pixels[None])
 
     def _mask_patches(self, sample: DiagnosticSample, side: int) -> Tensor | None:
@@ -158,8 +158,8 @@ class MegatronModel:
         if mask is None:
             return None
         how = self._how
-        plain = ((0.0,) * 3, (1.0,) * 3)
-        pixels = image_tensor(mask, how.image_size, *plain, sample.key, how.image_resize, "nearest")
+        resize = (how.image_resize, "nearest", how.image_crop_from)
+        pixels = image_tensor(mask, how.image_size, (0.0,) * 3, (1.0,) * 3, sample.key, *resize)
         return square_patches((pixels * 255).round(), side, side)[..., :2]
 
     def _on_every_stage(self, entering: Tensor | None, count: int) -> Tensor:

@@ -14,7 +14,6 @@ other data (COCO-Stuff) the grey value is the class, 255 is unlabelled, and ther
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nemo_pre.data.conversation import IMAGE_TAG
+from nemo_pre.data.decoding import decode_labels, decoded, of_sample
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import read_manifest, verify_shards
 from nemo_pre.data.shards import RawSample, ShardedSamples
@@ -105,7 +105,7 @@ class DiagnosticData:
                 # A class that the fit set lacks has no indicator, and no answer to it is right.
                 parts.append(_one_of(self.labels.get(str(raw.record.get(str(self.label))), task.size - 1), task.size))
         truth = torch.cat(parts) if parts else torch.zeros(0)
-        return DiagnosticSample(raw.key, _picture(raw), _question(raw), mask, truth)
+        return DiagnosticSample(raw.key, decoded(raw.images[0], raw.where), _question(raw), mask, truth)
 
 
 def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None = None) -> DiagnosticData:
@@ -171,7 +171,8 @@ def _mask(samples: ShardedSamples, position: int, raw: RawSample) -> Image:
     import numpy as np
     from PIL import Image
 
-    values = np.array(_decoded(samples.read_member(position, MASK), raw.where).convert("L"))
+    with of_sample(raw.where):
+        values = np.array(decode_labels(samples.read_member(position, MASK)))
     if "scene" in raw.record:
         of_instance = np.zeros(256, np.uint8)
         for placed in raw.record["scene"]["digits"]:
@@ -196,21 +197,6 @@ def _frequent_classes(samples: ShardedSamples, positions: Sequence[int]) -> list
 
 def _one_of(number: int, size: int) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(number), size).float()
-
-
-def _picture(raw: RawSample) -> Image:
-    return _decoded(raw.images[0], raw.where).convert("RGB")
-
-
-def _decoded(content: bytes, where: str) -> Image:
-    from PIL import Image
-
-    try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise SampleError(f"{where} has an image that cannot be decoded ({error or repr(error)})") from error
-    return image
 
 
 def _question(raw: RawSample) -> str:

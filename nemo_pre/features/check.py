@@ -8,10 +8,13 @@ from typing import Any
 
 from nemo_pre.config.derived import num_visual_tokens, world_size
 from nemo_pre.config.run import RunConfig
+from nemo_pre.data.decoding import DECODING
 from nemo_pre.data.features import CachedFeatures, FeaturesManifest, read_features
 from nemo_pre.data.manifest import Shard, read_manifest
 from nemo_pre.launch.environment import is_first_rank, prepare_environment
 from nemo_pre.objectives.target import Target
+
+PICTURES = "the way in which pictures are decoded"
 
 
 def check_features(config: RunConfig) -> list[str]:
@@ -67,6 +70,12 @@ def check_described(wanted: dict[str, Any], features: FeaturesManifest) -> None:
     """
     for option, value in wanted.items():
         found = features.described.get(option)
+        if option == PICTURES and found != value:
+            raise ValueError(
+                f"{features.option}={features.directory} is of pictures decoded in way {found or 1}, and this version "
+                f"decodes them in way {value} (docs/data.md says what changed): compute features in a directory of "
+                f"their own."
+            )
         if found != value:
             raise ValueError(
                 f"{features.option}={features.directory} was computed with {option}={found} and this run has {value}: "
@@ -78,9 +87,11 @@ def described(config: RunConfig) -> dict[str, Any]:
     """What features depend on beside images and weights, by option."""
     vision = {f"model.vision.{name}": value for name, value in asdict(config.model.vision).items()}
     return {
+        PICTURES: DECODING,
         **vision,
         "data.image_resize": config.data.image_resize,
         "data.image_filter": config.data.image_filter,
+        "data.image_crop_from": config.data.image_crop_from,
     }
 
 
@@ -88,9 +99,11 @@ def target_described(config: RunConfig, target: Target) -> dict[str, Any]:
     """What the features of an objective's model depend on beside its weights: the picture that the run makes of an
     image, what the model is shown of it, and the grid of visual tokens. Without the model, what the run says alone."""
     found: dict[str, Any] = {
+        PICTURES: DECODING,
         "model.vision.image_size": config.model.vision.image_size,
         "data.image_resize": config.data.image_resize,
         "data.image_filter": config.data.image_filter,
+        "data.image_crop_from": config.data.image_crop_from,
         "visual tokens of an image": num_visual_tokens(config.model),
         target.option("filter"): target.image_filter,
     }

@@ -164,7 +164,7 @@ class _Pictures:
         self.samples, self.positions, self.expected = ShardedSamples([work.shard]), positions, work.images_of_samples
         vision, data = config.model.vision, config.data
         self.how = (vision.image_size, tuple(vision.image_mean), tuple(vision.image_std))
-        self.resize = (data.image_resize, data.image_filter)
+        self.resize = (data.image_resize, data.image_filter, data.image_crop_from)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -46,7 +46,7 @@ def _read_qwen_vl(directory: Path, values: dict[str, Any]) -> ModelConfig:
     text, sections = text_config(values)
     model = ModelConfig(
         name=directory.resolve().name,
-        vision=_native_tower(values, directory, where),
+        vision=tower_config(values, where),
         language=_language(_from_dict(text), where),
         rope="mrope",
         tokenizer=str(directory),
@@ -57,15 +57,6 @@ def _read_qwen_vl(directory: Path, values: dict[str, Any]) -> ModelConfig:
         model.attention, model.rope, axes = config.visual_attention, config.visual_rope, config.rope_axes
     model.rope_sections = _sections(axes, model)
     return model
-
-
-def _native_tower(values: dict[str, Any], directory: Path, where: str) -> VisionConfig:
-    processor = directory / "preprocessor_config.json"
-    pixels = _read_json(processor) if processor.is_file() else {}
-    described = tower_config(values, pixels, where)
-    described.image_mean = list(pixels.get("image_mean", described.image_mean))
-    described.image_std = list(pixels.get("image_std", described.image_std))
-    return described
 
 
 def read_llava(directory: Path) -> ModelConfig:
@@ -83,7 +74,7 @@ def read_llava(directory: Path) -> ModelConfig:
         )
     config = _config_class(values["model_type"]).from_dict(values)
     require(where, config, LLAVA_MUST)
-    vision = _vision(config.vision_config, directory, where)
+    vision = _vision(config.vision_config, where)
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
             f"{where} has vision_feature_layer={config.vision_feature_layer}: only one layer is imported."
@@ -127,14 +118,14 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
 def _read_tower(vision: Path) -> VisionConfig:
     tower = _read_json(vision / "config.json")
     if tower.get("model_type") == QWEN_VL or (tower.get("model_type") == AIMV2_MODEL_TYPE and tower.get("is_native")):
-        return _native_tower(tower, vision, f"{vision}/config.json")
+        return tower_config(tower, f"{vision}/config.json")
     if tower.get("model_type") in WHOLE_MODELS:
         tower = tower.get("vision_config", tower)
         if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
             tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
     if tower.get("model_type") == AIMV2_MODEL_TYPE:
         tower = {**tower, "use_head": False}  # no features come from it
-    described = _vision(_from_dict(tower), vision, f"{vision}/config.json")
+    described = _vision(_from_dict(tower), f"{vision}/config.json")
     described.drop_class_token = class_tokens(described) > 0
     return described
 
@@ -308,7 +299,7 @@ def _rope_scaling(values: dict[str, Any] | None, where: str) -> RopeScalingConfi
     raise ValueError(f"{where} has rope_scaling of type {kind}: only linear and llama3 are imported.")
 
 
-def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
+def _vision(tower: Any, where: str) -> VisionConfig:
     if tower.model_type not in VISION_FAMILIES:
         raise ValueError(
             f"{where} has a vision tower of type {tower.model_type}: only {', '.join(VISION_FAMILIES)} can be "
@@ -317,7 +308,7 @@ def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
     family = VISION_FAMILIES[tower.model_type]
     require(where, tower, FAMILIES[family].must)
     width = tower.hidden_size
-    described = VisionConfig(
+    return VisionConfig(
         family=family,
         image_size=tower.image_size,
         patch_size=tower.patch_size,
@@ -326,12 +317,6 @@ def _vision(tower: Any, directory: Path, where: str) -> VisionConfig:
         num_layers=getattr(tower, "num_hidden_layers", 0),  # a patch MLP has neither
         num_attention_heads=getattr(tower, "num_attention_heads", 1),
     )
-    processor = directory / "preprocessor_config.json"
-    if processor.is_file():
-        values = _read_json(processor)
-        described.image_mean = list(values.get("image_mean", described.image_mean))
-        described.image_std = list(values.get("image_std", described.image_std))
-    return described
 
 
 def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:

@@ -22,9 +22,12 @@ class HuggingFaceImporter(io.ModelConnector["LlavaForConditionalGeneration", Vis
         """The model, without weights."""
         from nemo_pre.config.untrained import untrained_run
         from nemo_pre.huggingface.architecture import read_whole
+        from nemo_pre.huggingface.pixels import fit_tower, read_pixels
         from nemo_pre.neva.build import build_neva_config
 
-        run = untrained_run(read_whole(Path(self)), tempfile.gettempdir())
+        model = read_whole(Path(self))
+        fit_tower(read_pixels(Path(self), model.vision), model.vision)
+        run = untrained_run(model, tempfile.gettempdir())
         return VisualNevaModel(build_neva_config(run, on_gpu=False))
 
     def apply(self, output_path: Path) -> Path:

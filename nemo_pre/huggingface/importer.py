@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import DataConfig, ModelConfig
+from nemo_pre.config.schema import ModelConfig
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
+    from nemo_pre.huggingface.pixels import Pixels
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import Weight
 
@@ -41,6 +42,7 @@ def import_checkpoint(
     image_size: int | None = None,
     seed: int = 1234,
     allow_pickle: bool = False,
+    processor: str | None = None,
 ) -> Path:
     """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
 
@@ -51,7 +53,8 @@ def import_checkpoint(
 
     Directories are local, with safetensors. feature_layer, image_size (to which the tower's position embeddings are
     resampled; null: its own) and seed (of the new projector) are for the second form; allow_pickle=true also reads
-    pytorch_model*.bin.
+    pytorch_model*.bin. Pictures become the pixels of the image processor that lies in LLAVA_DIR or vision=DIR;
+    processor=PATH names a folder or JSON file that has one where these have none.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
@@ -59,14 +62,16 @@ def import_checkpoint(
         raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
     from nemo_pre.config.vision_families import is_native
     from nemo_pre.config.vision_towers import tower_problems
-    from nemo_pre.huggingface.architecture import read_parts, read_whole
+    from nemo_pre.huggingface.architecture import is_recipe, read_parts, read_whole
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
+    from nemo_pre.huggingface.pixels import fit_tower, read_pixels, recipe_pixels
     from nemo_pre.launch.environment import prepare_environment
 
     prepare_environment("cpu")
     target = Path(out)
     if llava is not None:
         model = read_whole(Path(llava))
+        pixels = fit_tower(read_pixels(Path(llava), model.vision, processor), model.vision)
         tensors = list(_stored_whole(model, Path(llava), allow_pickle))
         original = Path(llava)
     else:
@@ -76,7 +81,9 @@ def import_checkpoint(
             raise ValueError(f"image_size is not for {vision}, whose tower takes images of any size: leave it out.")
         if model.vision.num_layers and model.vision.family != "qwen25_vl":
             model.vision.feature_layer = feature_layer
-        model.vision.image_size = image_size or model.vision.image_size
+        new = is_recipe(Path(vision)) and processor is None
+        own = recipe_pixels(vision) if new else read_pixels(Path(vision), model.vision, processor)
+        pixels = fit_tower(own, model.vision, image_size, whole=False)
         for problem in tower_problems(model.vision):
             raise ValueError(problem)
         tensors = list(_stored_parts(model, Path(vision), Path(language), seed, allow_pickle))
@@ -86,7 +93,7 @@ def import_checkpoint(
         write_weights(unfinished, tensors, bytes_progress(f"importing to {target}", total))
         _keep_other_files(original, unfinished / ORIGINAL)
         model.tokenizer = str(target / ORIGINAL)
-        _describe(model, unfinished / "config.yaml", seed)
+        _describe(model, pixels, unfinished / "config.yaml", seed)
     print(f"{target}: {model.name}, {total / 1e9:.3g} GB; start a run from it with init_from={target}")
     return target
 
@@ -223,10 +230,9 @@ def _keep_other_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _describe(model: ModelConfig, path: Path, seed: int) -> None:
+def _describe(model: ModelConfig, pixels: Pixels, path: Path, seed: int) -> None:
     from nemo_pre.config.compose import save_resolved
 
     length = model.language.max_position_embeddings
     assert length is not None
-    data = DataConfig(name="none", path="", sequence_length=length)
-    save_resolved(RunConfig(name=model.name, seed=seed, model=model, data=data), path)
+    save_resolved(RunConfig(name=model.name, seed=seed, model=model, data=pixels.data(length)), path)

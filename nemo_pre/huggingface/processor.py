@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, m
 from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer
 from nemo_pre.huggingface.architecture import ARCHITECTURES
 from nemo_pre.huggingface.importer import ORIGINAL
+from nemo_pre.huggingface.pixels import FILTERS, NESTED, NESTED_KEY, OWN, fit_tower, read_pixels
 
 QWEN_IMAGE_TAG = "<|image_pad|>"
-RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
+RESAMPLE = {name: number for number, name in FILTERS.items()}
+# Parts of a processor that transformers 5 writes into one file, and the files of their own that 4 reads.
+FILES_OF_PARTS = {NESTED_KEY: OWN, "video_processor": "video_preprocessor_config.json"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
             for path in sorted(original.iterdir()):
                 if path.name not in ("config.json", "README.md"):
                     shutil.copyfile(path, directory / path.name)
+            _keep_pixels(directory, model, saved.data)
             return _tokens_of(values)
     tag = QWEN_IMAGE_TAG if is_native(model.vision) else IMAGE_TAG
     tokenizer = _tokenizer(saved, model, tag)
@@ -60,6 +64,36 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
         return ImageTokens(image_token_id)
     start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in (template.before_image, template.after_image))
     return ImageTokens(image_token_id, (start, end))
+
+
+def _keep_pixels(directory: Path, model: ModelConfig, data: Any) -> None:
+    """Put the image processor where ``transformers`` 4 looks for it too: the directory's own where it makes the
+    checkpoint's pixels, else, as where it was imported with another, one that does."""
+    keeps = _makes_pixels_of(directory, model, data)
+    combined = directory / NESTED
+    values = json.loads(combined.read_text()) if combined.is_file() else {}
+    nested = {name: values.pop(name) for name in FILES_OF_PARTS if isinstance(values.get(name), dict)}
+    if nested:
+        combined.write_text(json.dumps(values, indent=2) + "\n")
+    if NESTED_KEY in nested and is_native(model.vision):  # transformers 4 passes over the limits in size
+        options = _native_options(model)
+        nested[NESTED_KEY] |= {name: options[name] for name in ("min_pixels", "max_pixels")}
+    for name, content in nested.items():
+        if not (directory / FILES_OF_PARTS[name]).is_file():
+            (directory / FILES_OF_PARTS[name]).write_text(json.dumps(content, indent=2) + "\n")
+    if not keeps:
+        make = _native_image_processor if is_native(model.vision) else _image_processor
+        make(model, data).save_pretrained(directory)
+
+
+def _makes_pixels_of(directory: Path, model: ModelConfig, data: Any) -> bool:
+    vision = replace(model.vision)
+    try:
+        found = fit_tower(read_pixels(directory, vision), vision)
+    except ValueError:
+        return False
+    ways = (found.resize, found.image_filter, found.crop_from)
+    return vision == model.vision and ways == (data.image_resize, data.image_filter, data.image_crop_from)
 
 
 def _tokens_of(values: dict[str, Any]) -> ImageTokens:
@@ -103,12 +137,29 @@ def _processor(tokenizer: Any, model: ModelConfig, data: Any, chat_template: str
 
 
 def _native_processor(tokenizer: Any, model: ModelConfig, data: Any, chat_template: str) -> Any:
-    """Qwen2.5-VL's, whose pixels and sizes are those of :mod:`nemo_pre.data.native_images`."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    """Qwen2.5-VL's."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
+    return Qwen2_5_VLProcessor(
+        image_processor=_native_image_processor(model, data),
+        tokenizer=_as_qwen2(tokenizer),
+        video_processor=Qwen2VLVideoProcessor(**_native_options(model)),  # the class asks for one
+        chat_template=chat_template,
+    )
+
+
+def _native_image_processor(model: ModelConfig, data: Any) -> Any:
+    """The processor whose pixels and sizes are those of :mod:`nemo_pre.data.native_images`."""
+    from transformers import Qwen2VLImageProcessor
+
+    resample = RESAMPLE[data.image_filter]
+    return Qwen2VLImageProcessor(resample=resample, do_convert_rgb=True, **_native_options(model))
+
+
+def _native_options(model: ModelConfig) -> dict[str, Any]:
     vision, pixels = model.vision, token_pixels(model.vision) ** 2
     assert vision.min_visual_tokens is not None and vision.max_visual_tokens is not None
-    how = {
+    return {
         "min_pixels": vision.min_visual_tokens * pixels,
         "max_pixels": vision.max_visual_tokens * pixels,
         "patch_size": vision.patch_size,
@@ -117,13 +168,6 @@ def _native_processor(tokenizer: Any, model: ModelConfig, data: Any, chat_templa
         "image_mean": list(vision.image_mean),
         "image_std": list(vision.image_std),
     }
-    resample = RESAMPLE[data.image_filter]
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(resample=resample, do_convert_rgb=True, **how),
-        tokenizer=_as_qwen2(tokenizer),
-        video_processor=Qwen2VLVideoProcessor(**how),  # the class asks for one
-        chat_template=chat_template,
-    )
 
 
 def _as_qwen2(tokenizer: Any) -> Any:
@@ -158,10 +202,11 @@ def _image_processor(model: ModelConfig, data: Any) -> Any:
         return SiglipImageProcessor(size=square, **how)
     if data.image_resize == "whole":
         return CLIPImageProcessor(size=square, do_center_crop=False, crop_size=square, **how)
-    short = {"size": {"shortest_edge": vision.image_size}, "crop_size": square, "do_center_crop": True}
+    short = {"crop_size": square, "do_center_crop": True}
     if data.image_resize == "crop":
-        return CLIPImageProcessor(**short, **how)
-    return LlavaImageProcessor(do_pad=True, **short, **how)
+        edge = data.image_crop_from or vision.image_size
+        return CLIPImageProcessor(size={"shortest_edge": edge}, **short, **how)
+    return LlavaImageProcessor(do_pad=True, size={"shortest_edge": vision.image_size}, **short, **how)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import ModelConfig, VisionConfig
-from nemo_pre.config.vision_families import FAMILIES, token_pixels, transformers_values
+from nemo_pre.config.vision_families import FAMILIES, transformers_values
 
 SPATIAL_QWEN_VL = "spatial_qwen_vl"  # our custom code's model_type, see remote_code/
 QWEN_VL = "qwen2_5_vl"  # model_type of the whole and of its vision tower alike
@@ -116,12 +116,11 @@ def projector_name(name: str) -> str | None:
     return f"multi_modal_projector.{PROJECTOR_NAMES[layer]}.{kind}" if is_merger else None
 
 
-def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) -> VisionConfig:
-    """Our configuration of a tower of native resolution.
+def tower_config(values: dict[str, Any], where: str) -> VisionConfig:
+    """Our configuration of a tower of native resolution, with the limits that it has where its processor says none.
 
     Args:
         values: ``config.json`` of the tower, or of a whole Qwen2.5-VL.
-        processor: ``preprocessor_config.json``, or nothing.
 
     Raises:
         ValueError: it is none that we have.
@@ -129,11 +128,7 @@ def tower_config(values: dict[str, Any], processor: dict[str, Any], where: str) 
     given = values.get("vision_config", values)
     is_aimv2 = given.get("model_type") == AIMV2_MODEL_TYPE
     described = _aimv2(given, where) if is_aimv2 else _qwen_vl(given, where)
-    size = {} if is_aimv2 else processor.get("size") or {}  # the published AIMv2's is of squares
-    pixels = token_pixels(described) ** 2
-    least = (16 if is_aimv2 else 4) * pixels
-    described.min_visual_tokens = (processor.get("min_pixels") or size.get("shortest_edge") or least) // pixels
-    described.max_visual_tokens = (processor.get("max_pixels") or size.get("longest_edge") or 1280 * pixels) // pixels
+    described.min_visual_tokens, described.max_visual_tokens = 16 if is_aimv2 else 4, 1280
     return described
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.data.conversation import IMAGE_TAG
+from nemo_pre.data.decoding import decoded
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import read_manifest, verify_shards
 from nemo_pre.data.scoring import normalise
@@ -93,15 +94,11 @@ def _questions(data: str | Path, split: str, count: int) -> Iterator[_Question]:
 
 
 def _question(raw: RawSample) -> _Question:
-    from PIL import Image
-
     try:
         question, expected = (raw.record["conversations"][turn]["value"] for turn in (0, 1))
-        picture = Image.open(io.BytesIO(raw.image or b"")).convert("RGB")
     except (LookupError, TypeError) as error:
         raise SampleError(f"{raw.where} has no question with an answer: prepare the data again") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{raw.where} has an image that cannot be decoded ({error})") from error
+    picture = decoded(raw.image or b"", raw.where)
     types = raw.record.get("question_types") or ["all"]
     return _Question(raw.key, picture, question, expected, types[0])
 

@@ -143,9 +143,10 @@ def _one(run: RunConfig, sample: DiagnosticSample) -> tuple[torch.Tensor, torch.
     from nemo_pre.diagnostics.states import square_patches
 
     vision, data = run.model.vision, run.data
-    look = (vision.image_mean, vision.image_std, sample.key, data.image_resize, data.image_filter)
+    look = (vision.image_mean, vision.image_std, sample.key)
+    resize = (data.image_resize, data.image_filter, data.image_crop_from)
     assert sample.mask is not None
     mask = torch.from_numpy(np.array(sample.mask.resize((vision.image_size,) * 2, 0)))  # 0: nearest
     side = vision.image_size // vision.patch_size
     classes = patch_classes(square_patches(mask[None].long(), side, side)[..., 0], background=0)
-    return image_tensor(sample.picture, vision.image_size, *look), classes
+    return image_tensor(sample.picture, vision.image_size, *look, *resize), classes

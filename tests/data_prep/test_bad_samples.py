@@ -146,3 +146,139 @@ def test_a_dataset_of_bad_samples_only_is_no_dataset(tmp_path, images):
     with pytest.raises(ValueError, match="every training sample was dropped .missing_image 1, undecodable_image 1"):
         _prepare(file)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+# --- parquet --------------------------------------------------------------------------------------------------------
+
+
+def _parquet(folder: Path, rows: dict[str, list[Any]], types: dict[str, Any]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    arrays = {name: pa.array(values, types[name]) for name, values in rows.items()}
+    pq.write_table(pa.table(arrays), folder / "train-00000.parquet", row_group_size=3)
+    return folder
+
+
+def _texts(*pairs: Any) -> list[Any]:
+    return [None if pair is None else {"user": pair[0], "assistant": pair[1]} for pair in pairs]
+
+
+def _types() -> dict[str, Any]:
+    import pyarrow as pa
+
+    picture_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return {
+        "list of structs": pa.list_(picture_type),
+        "list of bytes": pa.list_(pa.binary()),
+        "list of paths": pa.list_(pa.string()),
+        "struct": picture_type,
+        "large bytes": pa.large_binary(),
+        "bytes": pa.binary(),
+        "path": pa.string(),
+    }
+
+
+def _as(kind: str, content: bytes) -> Any:
+    value: Any = {"bytes": content, "path": None} if "struct" in kind else "one.jpg" if "path" in kind else content
+    return [value] if kind.startswith("list") else value
+
+
+@pytest.mark.parametrize("kind", _types())
+@pytest.mark.parametrize("dataset", ["finevision", "llava_onevision"])
+def test_a_picture_column_of_any_shape_is_read(tmp_path, dataset, kind):
+    import pyarrow as pa
+
+    none = {"bytes": None, "path": None} if kind == "struct" else None
+    pictures = [_as(kind, picture(0)), none, _as(kind, picture(0))]
+    if dataset == "finevision":
+        texts = [_texts(("What?", "This.")), _texts(("1 + 1?", "2")), _texts(("<image>?", "That."))]
+        rows = {"images": pictures, "texts": texts}
+        types = {"texts": pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())]))}
+    else:
+        asked = [turns("<image>?", "This."), turns("1 + 1?", "2"), turns("<image>?", "That.")]
+        rows = {"image": pictures, "conversations": asked}
+        types = {"conversations": pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))}
+    folder = _parquet(tmp_path / "data", rows, {**types, "images": _types()[kind], "image": _types()[kind]})
+    (folder / "one.jpg").write_bytes(picture(0))
+    prepare(str(folder), str(tmp_path / "out"), val_samples=0, workers=1, shuffle=False, on_error="raise")
+    assert [members.get("jpg") for members in stored(tmp_path / "out").values()] == [picture(0), None, picture(0)]
+
+
+def test_rows_of_parquet_with_nulls_and_other_types_are_dropped_under_their_reason(tmp_path):
+    import pyarrow as pa
+
+    cases: list[tuple[Any, Any, str | None]] = [
+        ([picture(0)], _texts(("What?", "This.")), None),
+        ([picture(0)], _texts(("What?", "This."), None), "broken_record"),
+        ([picture(0)], _texts((None, "This.")), "broken_record"),
+        ([picture(0)], _texts(("What?", None)), "broken_record"),
+        ([picture(0)], _texts(("What?", "")), "empty_answer"),
+        ([picture(0)], None, "broken_record"),
+        ([picture(0)], [], "wrong_turn_order"),
+        ([picture(0), None], _texts(("What?", "This.")), "missing_image"),
+        ([b""], _texts(("What?", "This.")), "undecodable_image"),
+        ([b"<html>"], _texts(("What?", "This.")), "undecodable_image"),
+        (None, _texts(("1 + 1?", "2")), None),
+        ([], _texts(("1 + 1?", "2")), None),
+        (None, _texts(("<image>?", "2")), "image_tags"),
+    ]
+    types = {
+        "images": pa.list_(pa.binary()),
+        "texts": pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())])),
+    }
+    rows = {"images": [case[0] for case in cases], "texts": [case[1] for case in cases]}
+    folder = _parquet(tmp_path / "data", rows, types)
+    manifest = prepare(str(folder), str(tmp_path / "out"), val_samples=0, workers=1)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    expected = {f"train-00000.parquet[{n}]": reason for n, (_, _, reason) in enumerate(cases) if reason is not None}
+    assert {sample["origin"]: sample["reason"] for sample in listed} == expected
+    assert manifest["splits"]["train"]["samples"] == 3
+    with pytest.raises(ValueError, match=r"data:train-00000.parquet\[1\] is bad \(broken_record: text 1 is null"):
+        prepare(str(folder), str(tmp_path / "no"), val_samples=0, workers=1, shuffle=False, on_error="raise")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "detail"),
+    [
+        ("texts", ["a question"], "its texts are a str instead of a list"),
+        ("texts", [["a question"]], "text 0 is a str instead of"),
+        ("texts", [[{"user": "a"}]], "text 0 is a dict instead of"),
+        ("texts", [[{"user": 3, "assistant": "a"}]], "the user of text 0 is a int, not a text"),
+        ("images", [7], "image 0 is int and neither bytes"),
+        ("images", [[[b"x"]]], "image 0 is list and neither bytes"),
+        ("images", [[{"bytes": "text", "path": None}]], "image 0 is str and neither bytes"),
+        ("images", [[{"bytes": None, "path": None}]], "missing_image: image 0 is null"),
+        ("images", [[{"pixels": b"x"}]], "missing_image: image 0 is null"),
+    ],
+)
+def test_a_column_of_another_type_is_told_row_by_row_and_no_traceback(tmp_path, column, values, detail):
+    rows = {"images": [[picture(0)]], "texts": [_texts(("What?", "This."))], column: values}
+    folder = _parquet(tmp_path / "data", rows, {"images": None, "texts": None})
+    with pytest.raises(ValueError, match=rf"data:train-00000.parquet\[0\] is bad .*{detail}"):
+        prepare(str(folder), str(tmp_path / "out"), val_samples=0, workers=1, on_error="raise")
+
+
+def test_text_that_is_not_utf_8_is_its_rows_fault_alone(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"What?", b"\xff\xfe", b"Where?"], pa.binary()).view(pa.string())
+    pairs = pa.StructArray.from_arrays([texts, pa.array(["a", "b", "c"])], ["user", "assistant"])
+    table = pa.table(
+        {
+            "images": pa.array([None] * 3, pa.list_(pa.binary())),
+            "texts": pa.ListArray.from_arrays([0, 1, 2, 3], pairs),
+        }
+    )
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "x.parquet")
+    manifest = prepare(str(tmp_path / "data"), str(tmp_path / "out"), val_samples=0, workers=1)
+    assert manifest["dropped"] == {"broken_record": 1} and manifest["splits"]["train"]["samples"] == 2
+
+
+def test_a_missing_column_is_refused_before_anything_is_read(tmp_path):
+    folder = _parquet(tmp_path / "data", {"images": [[picture(0)]]}, {"images": None})
+    with pytest.raises(ValueError, match="has no column texts: it is no finevision data"):
+        prepare(str(folder), str(tmp_path / "out"), kind="finevision", val_samples=0)

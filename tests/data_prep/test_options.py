@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_prep.prepare import prepare
 from data_prep.prepare.plan import Options, draw_order
+from nemo_pre.data.decoding import decode
 from tests.data_prep import layouts
 from tests.data_prep.layouts import picture, records, stored, tree
 
@@ -108,6 +109,27 @@ def test_reencode_writes_every_image_in_one_format_even_transparent_and_grey_one
     assert len(samples) == 8
     for members in samples:
         assert Image.open(io.BytesIO(members[extension])).size == (9, 8)
+
+
+def test_what_is_written_anew_stands_upright_and_deep_grey_keeps_its_shades(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    image.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.tif")
+    lines = [{"image": name, "conversations": layouts.turns("<image>", "x")} for name in ("turned.png", "deep.tif")]
+    layouts.llava_jsonl(tmp_path / "x.jsonl", lines)
+    for out, options in (("kept", {}), ("anew", {"reencode": "png"}), ("shrunk", {"max_pixels": 300})):
+        _prepare(tmp_path / "x.jsonl", tmp_path / out, val_samples=0, shuffle=False, **options)
+        turned, deep = (decode(members["png"]) for members in stored(tmp_path / out).values())
+        index = json.loads((tmp_path / out / "train-00000.index.json").read_text())
+        assert [entry["image_sizes"] for entry in index] == [[list(turned.size)], [list(deep.size)]]
+        if out != "shrunk":
+            assert (np.asarray(turned) == np.rot90(np.asarray(image), -1)).all()
+            assert deep.mode == "L" and (np.asarray(deep) == ramp).all()
+        else:
+            assert turned.size == (14, 21)
 
 
 def test_a_format_the_reader_does_not_know_becomes_a_png_of_the_same_pixels(tmp_path):

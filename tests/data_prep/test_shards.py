@@ -46,5 +46,5 @@ def test_an_unfinished_shard_has_no_final_name_and_its_size_is_known_beforehand(
     assert writer.bytes == member_bytes(b"{}") + member_bytes(bytes(513))
     assert [file.name for file in tmp_path.iterdir()] == ["s.tar.partial"]
     writer.finish()
-    assert {file.name for file in tmp_path.iterdir()} == {"s.tar", "s.index.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"s.tar", "s.index.json", "s.tar.idx"}
     assert json.loads((tmp_path / "s.index.json").read_text())[0]["text_chars"] == 0

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -57,6 +58,40 @@ def test_a_missing_and_an_unnamed_file_are_found(tmp_path: Path) -> None:
         ("stray_file", "other.tar"),
     }
     assert report.checked == 4  # those of the other shard
+
+
+def test_a_picture_of_one_colour_is_told_and_a_dark_one_is_not(tmp_path: Path) -> None:
+    def png(image: Image.Image) -> bytes:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file.getvalue()
+
+    dark = Image.new("RGB", (24, 24))
+    dark.putpixel((3, 4), (0, 0, 1))
+    ramp = (
+        300 + np.arange(24 * 24, dtype=np.uint16).reshape(24, 24) * 113
+    )  # cut to 255, which it must not be, it is one
+    pictures = {
+        "a": Image.new("L", (24, 24), 255),
+        "b": dark,
+        "c": Image.fromarray(ramp),
+        "d": Image.new("RGB", (1, 1)),
+    }
+    train = [(key, {"png": png(image), "json": record(image=f"{key}.png")}) for key, image in pictures.items()]
+    write(tmp_path, {"train": train, "val": samples("val")})
+    assert found(inspect(tmp_path)) == {("one_colour", "a")}
+    assert found(inspect(tmp_path, decode=False)) == set()
+
+
+def test_a_mask_is_compared_with_its_picture_upright(tmp_path: Path) -> None:
+    exif, file, mask = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 12, 3), np.uint8))
+    image.save(file, "JPEG", exif=exif)
+    Image.fromarray(np.eye(12, 24, dtype=np.uint8)).save(mask, "PNG")
+    members = {"jpg": file.getvalue(), "mask.png": mask.getvalue(), "json": record(image="a.jpg")}
+    write(tmp_path, {"train": [("a", members)], "val": samples("val")})
+    assert found(inspect(tmp_path)) == set()
 
 
 def test_a_cut_tar_is_found_and_so_is_every_sample_that_it_lacks(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from nemo_pre.checks.run import check_run
 from nemo_pre.cli import main
 from nemo_pre.config.compose import compose_run
-from nemo_pre.data.features import read_features
+from nemo_pre.data.decoding import DECODING
+from nemo_pre.data.features import FeaturesManifest, read_features
+from nemo_pre.features.check import PICTURES, check_described, described
 from tests.data.prepared_sets import image_bytes, sample, write_set
 from tests.features.made import run_words
 
@@ -47,6 +50,18 @@ def test_the_features_of_the_run_are_accepted_and_rounded_ones_warned_of(digits,
 def test_another_encoder_or_preprocessing_is_refused(word, sentence, digits, digits_features, tmp_path, capsys):
     words = run_words(tmp_path / "run", digits, f"data.features={digits_features}", word)
     assert sentence in refused(capsys, *words)
+
+
+def test_features_of_pictures_that_were_decoded_in_another_way_are_refused(monkeypatch):
+    config = compose_run(["experiment=digits_tiny", "data.path=x"])
+    now = FeaturesManifest(Path("f"), "data.features", "float32", 1, 1, described(config), {}, {})
+    check_described(described(config), now)
+    before = {name: value for name, value in described(config).items() if name != PICTURES}
+    with pytest.raises(ValueError, match="data.features=f is of pictures decoded in way 1, and this version"):
+        check_described(described(config), replace(now, described=before))
+    monkeypatch.setattr("nemo_pre.features.check.DECODING", DECODING + 1)
+    with pytest.raises(ValueError, match=f"decoded in way {DECODING}, and this version decodes them in way"):
+        check_described(described(config), now)
 
 
 def test_other_shards_and_cut_or_missing_files_are_refused(digits, digits_features, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def write_random(config: Any, model_class: type, directory: Path) -> Path:
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     pixels = {"min_pixels": 4 * 8**2, "max_pixels": 64 * 8**2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (directory / "preprocessor_config.json").write_text(json.dumps(pixels))
+    kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps({**pixels, **kind}))
     return directory
 
 
@@ -288,6 +290,7 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_vl)
     if source == "tower":
         whole.model.visual.save_pretrained(tmp_path / "tower")
+        shutil.copy(qwen_vl / "preprocessor_config.json", tmp_path / "tower")
     language = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=56, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512,

@@ -20,7 +20,7 @@ from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.safetensors_files import TensorSource, made_files, plan_files
 from nemo_pre.huggingface.weights import hub_name, language_weights, projector_weights, tower_weight
 from tests.huggingface.megatron_ranks import save_again
-from tests.huggingface.tiny import tiny_llava
+from tests.huggingface.tiny import tiny_llava, write_image_processor
 from tests.ranks import RankError, run_on_standing_ranks, run_ranks
 
 FAMILIES = {
@@ -99,6 +99,7 @@ def test_a_fresh_model_is_assembled_from_a_tower_and_a_language_model(tmp_path):
     config = AutoConfig.from_pretrained(both)
     AutoModelForCausalLM.from_config(config.text_config).save_pretrained(tmp_path / "lm")
     CLIPModel(CLIPConfig(vision_config=config.vision_config.to_dict())).save_pretrained(tmp_path / "clip")
+    write_image_processor(tmp_path / "clip", "clip", 16)
     for path in both.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "lm")
     import_checkpoint(vision=str(tmp_path / "clip"), language=str(tmp_path / "lm"), out=str(tmp_path / "fresh"))

@@ -19,7 +19,7 @@ from nemo_pre.neva.vision import VisionTowerConfig
 from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.test_logits import expanded
-from tests.huggingface.tiny import tiny_llava
+from tests.huggingface.tiny import tiny_llava, write_image_processor
 from tests.ranks import run_on_standing_ranks
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
@@ -69,6 +69,7 @@ def test_at_another_resolution_a_tower_gives_the_features_of_transformers_own_in
 
     original = tower(family, image_size=28)
     original.save_pretrained(tmp_path / "tower")
+    write_image_processor(tmp_path / "tower", family, 28)
     import_checkpoint(
         vision=str(tmp_path / "tower"), language=str(language), out=str(tmp_path / "fresh"), image_size=16
     )
@@ -89,6 +90,7 @@ def test_the_head_of_an_aimv2_stays_behind(language, tmp_path):
     original = tower("aimv2", image_size=16)
     assert original.config.use_head
     original.save_pretrained(tmp_path / "tower")
+    write_image_processor(tmp_path / "tower", "aimv2", 16)
     import_checkpoint(vision=str(tmp_path / "tower"), language=str(language), out=str(tmp_path / "fresh"))
     export_checkpoint(str(tmp_path / "fresh"), str(tmp_path / "hf"))
     exported = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").model.vision_tower

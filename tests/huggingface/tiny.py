@@ -55,6 +55,19 @@ def tiny_llava(
     return directory
 
 
+def write_image_processor(directory: Path, family: str, image_size: int) -> None:
+    """The processor of a tower by itself, as published."""
+    from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+
+    square = {"height": image_size, "width": image_size}
+    if family == "siglip":
+        processor: Any = SiglipImageProcessor(size=square)
+    else:
+        kind = BitImageProcessor if family == "dinov2" else CLIPImageProcessor
+        processor = kind(size={"shortest_edge": image_size}, crop_size=square)
+    processor.save_pretrained(directory)
+
+
 def tiny_processor(vision: str) -> Any:
     from transformers import CLIPImageProcessor, LlavaProcessor, SiglipImageProcessor
 

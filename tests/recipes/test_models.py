@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -124,7 +125,7 @@ def test_qwen25_vls_tower_and_projector_are_transformers_tower_with_its_merger()
 
     published = Qwen2_5_VLVisionConfig(hidden_size=1280)
     config = compose_run(["model=qwen25vl_qwen25_7b", "stage=stage1_align"])
-    assert tower_config(published.to_dict(), {}, "here") == config.model.vision
+    assert tower_config(published.to_dict(), "here") == config.model.vision
     with torch.device("meta"):
         theirs = Qwen2_5_VisionTransformerPretrainedModel(published)
         built = VisionTowerConfig(config.model.vision, seed=0).configure_model()
@@ -148,9 +149,10 @@ def test_aimv2_fills_the_published_file_of_float32():
     assert round(model_parameters(with_parts("aimv2_l14_336", "qwen25_3b"))["vision"] * 4 / 1e9, 2) == 1.24
 
 
-def test_aimv2_at_native_resolution_is_the_published_one_and_has_no_stored_positions():
+def test_aimv2_at_native_resolution_is_the_published_one_and_has_no_stored_positions(tmp_path):
     """https://huggingface.co/apple/aimv2-large-patch14-native: its shape and its processor, in
     transformers' names, and 1.24 GB of float32 too."""
+    from nemo_pre.huggingface.pixels import fit_tower, read_pixels
     from nemo_pre.huggingface.qwen_vl import tower_config
 
     published = {
@@ -159,9 +161,14 @@ def test_aimv2_at_native_resolution_is_the_published_one_and_has_no_stored_posit
         "image_size": 224, "patch_size": 14, "num_channels": 3, "rms_norm_eps": 1e-05, "qkv_bias": False,
         "mlp_bias": False, "attention_dropout": 0.0,
     }  # fmt: skip
-    processor = {"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}}
     config = with_parts("aimv2_l14_native", "qwen25_3b")
-    assert tower_config(published, processor, "here") == config.model.vision
+    statistics = {name: list(getattr(config.model.vision, name)) for name in ("image_mean", "image_std")}
+    processor = {"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}, **statistics}
+    processor["image_processor_type"] = "CLIPImageProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    vision = tower_config(published, "here")
+    assert fit_tower(read_pixels(tmp_path, vision), vision).image_filter == config.data.image_filter
+    assert vision == config.model.vision
     positions = 576 * 1024
     planned = model_parameters(config)["vision"]
     assert planned == model_parameters(with_parts("aimv2_l14_336", "qwen25_3b"))["vision"] - positions
