@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "tokenizer_config.json"
 # What a vocabulary lies in, by itself or with its merges: of tokenizers, of SentencePiece, of GPT-2's kind.
-VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+VOCABULARIES: tuple[tuple[str, ...], ...] = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -94,12 +94,7 @@ def tokenizer_problem(path: str | Path) -> str | None:
     if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         wanted = ", nor ".join(" and ".join(names) for names in VOCABULARIES)
         return f"it has no {wanted}; copy the tokenizer's files there"
-    files = [
-        SETTINGS,
-        "special_tokens_map.json",
-        "added_tokens.json",
-        *(name for names in VOCABULARIES for name in names),
-    ]
+    files = (SETTINGS, "special_tokens_map.json", "added_tokens.json", *sum(VOCABULARIES, ()))
     for file in (folder / name for name in files):
         problem = _file_problem(file) if file.exists() else None
         if problem is not None:

@@ -49,9 +49,9 @@ def import_checkpoint(
       nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
       nemo-pre import vision=patch_mlp language=DIR out=OUT      a new patch MLP (recipes/model/vision), no encoder
 
-    Directories are local, with safetensors and the language model's tokenizer. feature_layer, image_size (to which the tower's position embeddings are
-    resampled; null: its own) and seed (of the new projector) are for the second form; allow_pickle=true also reads
-    pytorch_model*.bin.
+    Directories are local, with safetensors, and the tokenizer is beside the language model. feature_layer, image_size
+    (to which the tower's position embeddings are resampled; null: its own) and seed (of the new projector) are for the
+    second form; allow_pickle=true also reads pytorch_model*.bin.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")

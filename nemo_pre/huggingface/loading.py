@@ -33,7 +33,7 @@ def load_processor(directory: Path, **how: Any) -> Any:
 
 
 def own_files(model_type: str) -> dict[str, Path]:
-    """The files of ``remote_code/`` that a model of this type is loaded with, by their names; none for others' types."""
+    """The files of ``remote_code/`` that a model of this type is loaded with, by name; none for others' types."""
     from nemo_pre.huggingface import remote_code
     from nemo_pre.huggingface.architecture import SPATIAL
     from nemo_pre.huggingface.qwen_vl import SPATIAL_QWEN_VL

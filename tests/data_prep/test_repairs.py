@@ -101,7 +101,8 @@ def test_what_is_lost_is_said_last_with_its_reasons_and_what_may_keep_it(tmp_pat
     assert manifest["dropped"] == {"empty_answer": 2, "image_tags": 3, "missing_image": 1, "wrong_turn_order": 1}
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "LOST 7 of 47 samples, 14.9%: 6.38% image_tags, 4.26% empty_answer, 2.13% missing_image, 2.13% wrong_turn_order."
+        "LOST 7 of 47 samples, 14.9%: 6.38% image_tags, 4.26% empty_answer, 2.13% missing_image, "
+        "2.13% wrong_turn_order."
     )
     assert "repair=first_answer,empty_answer,repeated_tag,unseen_image,untagged_image,text_tag may keep some" in last
     assert str(tmp_path / "out" / "dropped.jsonl") in last
