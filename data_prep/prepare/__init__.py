@@ -21,6 +21,7 @@ def prepare(
     verify_images: bool = False,
     max_pixels: int | None = None,
     reencode: str | None = None,
+    repair: Any = None,
     on_error: str = "drop",
     workers: int | None = None,
 ) -> dict[str, Any]:
@@ -48,6 +49,14 @@ def prepare(
     verify_images  decode every image, not only its header: finds cut files, takes longer
     max_pixels     shrink larger images to this many pixels (null: keep the files as they are)
     reencode       jpeg, png or webp: write every image anew (null: only GIF and the like, as PNG)
+    repair         keep samples that would be dropped, by one or several of (null: none)
+                   first_answer    an answer before the first question is left out
+                   empty_answer    a question with an empty answer is left out, if others stay
+                   repeated_tag    a question that repeats <image> for its one image shows it once
+                   unseen_image    images that no question shows are left out, and the text stays
+                   untagged_image  images that no question shows go before the first one
+                   text_tag        <image> in an answer, or in a sample without an image, is text
+                   llava           what LLaVA-1.5's loader takes: all of these but untagged_image
     on_error       drop (and list in OUT/dropped.jsonl) or raise, at a sample that cannot be trained on
     workers        processes (null: one per core)
 
@@ -59,6 +68,7 @@ def prepare(
     from data_prep.prepare.blend import Source, single_source, sources_of_blend
     from data_prep.prepare.build import build
     from data_prep.prepare.plan import Options
+    from data_prep.prepare.repairs import chosen_repairs
 
     sources: list[Source]
     if kind == "blend" or (kind == "auto" and source.endswith((".yaml", ".yml"))):
@@ -78,5 +88,6 @@ def prepare(
         verify_images=verify_images,
         max_pixels=max_pixels,
         reencode=reencode,
+        repair=chosen_repairs(repair),
     )
     return build(name or blend_name, sources, options, out, on_error, workers)

@@ -21,15 +21,17 @@ import numpy as np
 from data_prep.energon import is_energons, write_metadata
 from data_prep.prepare.blend import Rows, Source, open_rows
 from data_prep.prepare.chunks import Job
-from data_prep.prepare.manifest import build_manifest, describe_request, read_finished
+from data_prep.prepare.manifest import DROPPED, build_manifest, describe_request, read_finished
 from data_prep.prepare.parquet import ParquetRows
 from data_prep.prepare.plan import SPLITS, Chunk, Options, chunk_of, chunks_of, draw_order
+from data_prep.prepare.repairs import offered
 from data_prep.prepare.workplace import Workplace
 from data_prep.shards import is_whole, write_whole
 from nemo_pre.data.manifest import MANIFEST
 from nemo_pre.data.progress import Progress
 
 Task = TypeVar("Task")
+TOLERATED_LOSS = 0.01  # of the samples
 
 
 def build(
@@ -94,6 +96,7 @@ def _fill(
         if not missing and is_energons(out, finished["splits"]):
             workplace.remove()
             _say(f"{out} already holds these {sum(map(len, order.values())):,} samples; nothing to do")
+            _say_losses(finished, out)
             return finished
     _say(f"{len(chunks) - len(missing)} of {len(chunks)} chunks are there; writing {len(missing)}")
     if missing:
@@ -110,8 +113,29 @@ def _fill(
     workplace.remove()
     counts = ", ".join(f"{manifest['splits'][split]['samples']:,} {split}" for split in SPLITS)
     lost = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
-    _say(f"wrote {counts} samples to {out}" + (f"; dropped {lost} (see dropped.jsonl)" if lost else ""))
+    mended = ", ".join(f"{count:,} {repair}" for repair, count in manifest["repaired"].items())
+    _say(
+        f"wrote {counts} samples to {out}"
+        + (f"; repaired {mended}" if mended else "")
+        + (f"; dropped {lost} (see dropped.jsonl)" if lost else "")
+    )
+    _say_losses(manifest, out)
     return manifest
+
+
+def _say_losses(manifest: dict[str, Any], out: Path) -> None:
+    """What is lost, where it is more than anyone would overlook knowingly."""
+    dropped = manifest["dropped"]
+    lost = sum(dropped.values())
+    total = lost + sum(manifest["splits"][split]["samples"] for split in SPLITS)
+    if lost <= TOLERATED_LOSS * total:
+        return
+    shares = ", ".join(
+        f"{count / total:.2%} {reason}" for reason, count in sorted(dropped.items(), key=lambda item: -item[1])
+    )
+    repairs = [name for name in offered(dropped) if name not in manifest["parameters"]["repair"]]
+    cure = f"; repair={','.join(repairs)} may keep some (see --help)" if repairs else ""
+    _say(f"LOST {lost:,} of {total:,} samples, {lost / total:.1%}: {shares}. {out / DROPPED} lists them{cure}.")
 
 
 def _damaged(out: Path, finished: dict[str, Any], chunks: list[Chunk]) -> list[Chunk]:

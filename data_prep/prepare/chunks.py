@@ -87,6 +87,7 @@ class Job:
         entries: list[dict[str, Any]] = []
         dropped: list[dict[str, str]] = []
         taken: Counter[str] = Counter()
+        repaired: Counter[str] = Counter()
         try:
             for key, name, sample in self._samples(chunk, dropped):
                 size = sum(member_bytes(content) for content in sample.members.values())
@@ -97,12 +98,13 @@ class Job:
                     writer = ShardWriter(staged, chunk.name + (f"-{len(entries)}" if entries else ""))
                 writer.add(key, sample.members, text_chars=sample.text_chars, image_sizes=sample.image_sizes)
                 taken[name] += 1
+                repaired.update(sample.repaired)
             if writer is not None:
                 entries.append(writer.finish())
         finally:
             if writer is not None:
                 writer.file.close()
-        return {"shards": entries, "dropped": dropped, "taken": taken}
+        return {"shards": entries, "dropped": dropped, "taken": taken, "repaired": repaired}
 
     def _samples(self, chunk: Chunk, dropped: list[dict[str, str]]) -> Iterator[tuple[str, str, CheckedSample]]:
         order = mapped_array(self.workplace.order_file(chunk.split))

@@ -41,12 +41,14 @@ def build_manifest(request: dict[str, Any], workplace: Workplace, chunks: Iterab
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     dropped: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     taken: Counter[str] = Counter()
+    repaired: Counter[str] = Counter()
     unfinished = workplace.folder / DROPPED
     with unfinished.open("w") as file:
         for chunk in chunks:
             journal = workplace.journal(chunk.name)
             shards[chunk.split] += journal["shards"]
             taken.update(journal["taken"])
+            repaired.update(journal["repaired"])
             for sample in journal["dropped"]:
                 dropped[chunk.split][sample["reason"]] += 1
                 file.write(json.dumps({"split": chunk.split, **sample}) + "\n")
@@ -60,6 +62,7 @@ def build_manifest(request: dict[str, Any], workplace: Workplace, chunks: Iterab
         **request,
         "libraries": {name: version(name) for name in ("numpy", "pillow", "pyarrow", "pyyaml")},
         "taken": dict(sorted(taken.items())),
+        "repaired": dict(sorted(repaired.items())),
         "dropped": dict(sorted((dropped["train"] + dropped["val"]).items())),
         "splits": {
             split: {

@@ -30,6 +30,7 @@ class Options:
     verify_images: bool = False
     max_pixels: int | None = None
     reencode: str | None = None
+    repair: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("subset", 1), ("val_samples", 0), ("seed", 0), ("shard_samples", 1), ("shard_mb", 1)):

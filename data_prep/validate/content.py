@@ -7,26 +7,26 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.validate.findings import Finding
 from data_prep.validate.members import are_numbered, images_of
 from data_prep.validate.shard import read_index
+from nemo_pre.data.conversation import IMAGE_TAG, num_image_tags
 from nemo_pre.data.decoding import UnreadablePicture, decode, decode_labels, header_size, is_one_colour
 from nemo_pre.data.manifest import Shard
 from nemo_pre.data.shards import ShardedSamples
+from nemo_pre.data.tokenizer import load_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-IMAGE_TAG = "<image>"
 DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``max_tokens`` counts only where ``tokenizer`` names a directory with a tokenizer.json."""
+    """``max_tokens`` counts only where ``tokenizer`` names a tokenizer's directory."""
 
     decode: bool = True
     max_pixels: int = 64_000_000
@@ -119,7 +119,7 @@ def _check_sample(
     if turns is None:
         return []
     questions = [value for speaker, value in turns if speaker == "human"]
-    _check_tags(sum(question.count(IMAGE_TAG) for question in questions), len(names), tell)
+    _check_tags(sum(map(num_image_tags, record["conversations"][::2])), len(names), tell)
     _check_length(turns, limits, tell)
     if not images:
         return []
@@ -200,17 +200,11 @@ def _by(size: tuple[int, int] | None) -> str:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(directory: str) -> tuple[Tokenizer, int | None]:
-    """The tokenizer of ``directory/tokenizer.json`` and the id of its unknown token.
+    """The tokenizer of a directory and the id of its unknown token.
 
     Raises:
         ValueError: there is none that can be read.
     """
-    from tokenizers import Tokenizer
-
-    file = Path(directory) / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-        unknown = json.loads(file.read_text())["model"].get("unk_token")
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"tokenizer={directory} has no readable tokenizer.json ({error})") from error
+    tokenizer = load_backend(directory)
+    unknown = json.loads(tokenizer.to_str())["model"].get("unk_token")
     return tokenizer, None if unknown is None else tokenizer.token_to_id(unknown)

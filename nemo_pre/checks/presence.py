@@ -16,11 +16,15 @@ def check_presence(config: RunConfig) -> str:
         ValueError: one sentence on what is missing or does not fit, and what to do.
     """
     from nemo_pre.checks.data import check_data
+    from nemo_pre.data.tokenizer import SETTINGS, tokenizer_problem
 
     model = config.model
     manifest = check_data(config.data.path, None if model.tokenizer else model.language.vocab_size)
     if model.tokenizer:
-        find_hf_file("model.tokenizer", model.tokenizer, "tokenizer_config.json")
+        problem = tokenizer_problem(model.tokenizer)
+        if problem is not None:
+            raise ValueError(f"model.tokenizer={model.tokenizer} cannot be loaded: {problem}.")
+        find_hf_file("model.tokenizer", model.tokenizer, SETTINGS)
     elif manifest.tokenizer is None:
         raise ValueError(
             f"No tokenizer lies with data.path={config.data.path}: set model.tokenizer to an HF tokenizer directory."

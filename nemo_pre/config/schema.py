@@ -117,7 +117,19 @@ class DataConfig:
     sequence_length: int = number(MISSING, least=1)  # tokens of text and images together; longer samples are cut
     num_workers: int = number(0, least=0)  # loader processes per rank
     shuffle_seed: int = 0
-    chat_template: str = choice("plain", ("plain", "vicuna_v1", "caption", "chatml", "qwen_vl", "llama3"))
+    chat_template: str = choice(
+        "plain",
+        {
+            "plain": "",
+            "vicuna_v1": "as transformers tokenizes it",
+            "llava_v1": "the same as LLaVA-1.5 tokenizes it, its images first in their turns",
+            "caption": "the eos token ends it",
+            "llava_caption": "LLaVA-1.5's, which a line break ends",
+            "chatml": "",
+            "qwen_vl": "",
+            "llama3": "",
+        },
+    )
     image_resize: str = choice(
         "whole", {"whole": "aspect ratio lost", "crop": "CLIP's centre crop", "pad": 'LLaVA-1.5\'s "pad"'}
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_pre.data.conversation import IMAGE_TAG, encode
+from nemo_pre.data.conversation import encode, num_image_tags
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Manifest
@@ -95,7 +95,7 @@ def sample_length(record: dict[str, object], how: Preprocessing, where: str, ima
     """
     conversation = record["conversations"]
     assert isinstance(conversation, list)
-    count = sum(str(message.get("value", "")).count(IMAGE_TAG) for message in conversation[::2])
+    count = sum(map(num_image_tags, conversation[::2]))
     if how.native is None:
         visual = count * how.tile_tokens
     else:

@@ -10,7 +10,7 @@ from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import is_native, merge_size
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.native_images import NativeResolution
-from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
+from nemo_pre.data.tokenizer import check_size, load_tokenizer, tokenizer_path
 from nemo_pre.objectives.registry import enabled, wanted_targets
 
 
@@ -43,11 +43,7 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         ValueError: the tokenizer cannot be loaded or is larger than the model's vocabulary.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(tokenizer_path(config))
-    if len(tokenizer) > config.model.language.vocab_size:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens: set model.language.vocab_size to "
-            f"{len(tokenizer)} or more, not {config.model.language.vocab_size}"
-        )
+    check_size(tokenizer, config.model.language.vocab_size)
     vision = config.model.vision
     return Preprocessing(
         tokenizer=tokenizer,

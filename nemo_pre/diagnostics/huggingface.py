@@ -7,7 +7,6 @@ measured, and those of the tile that shows the whole picture are compared with t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,13 +199,10 @@ def _decoder(network: Any) -> Any:
 def _load(directory: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 
-    from nemo_pre.huggingface.loading import load_processor
+    from nemo_pre.huggingface.loading import load_processor, needs_own_code
 
-    config = directory / "config.json"
     try:
-        # Code from the directory is run only where its config says that it needs some.
-        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
+        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": needs_own_code(directory)}
         processor = load_processor(directory, **how)
         network = AutoModelForImageTextToText.from_pretrained(
             directory, dtype="auto", attn_implementation="eager", **how

@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, is_native
+from nemo_pre.huggingface.loading import SNIPPET
 from nemo_pre.huggingface.qwen_vl import QWEN_VL
 from nemo_pre.objectives.registry import enabled_options, metric_prefixes
 
@@ -98,20 +99,13 @@ def _usage(model: ModelConfig, own_code: bool) -> str:
             "\n\nThe code beside the weights is needed: loaded as a plain LLaVA the model would attend causally and "
             "count positions in one dimension, which it was not trained for."
         )
-    classes, processor = (
-        "AutoModelForImageTextToText, AutoProcessor",
-        "directory, use_fast=False)  # resizes as in training",
-    )
-    if is_native(model.vision):  # whose slow tokenizer need not be there
-        classes = f"AutoImageProcessor, {classes}"
-        processor = "directory)\nprocessor.image_processor = AutoImageProcessor.from_pretrained(" + processor
     return f"""## Use
 
 ```python
 from PIL import Image
-from transformers import {classes}
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained({processor}
+{SNIPPET}
 model = AutoModelForImageTextToText.from_pretrained(directory{remote})
 chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
 prompt = processor.apply_chat_template(chat, add_generation_prompt=True)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.safetensors_files import Group
     from nemo_pre.huggingface.weights import Weight
 
+# The oldest release that the files are for. One after 4.57.2 and before 5 would make transformers 4.57 take any large
+# vocabulary (Qwen2.5's) for an old Mistral's, and advise a flag that changes the ids.
+WRITTEN_FOR = "4.57.0"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -168,17 +171,15 @@ def _stored_dtype(weights: list[Weight], reader: CheckpointReader) -> str:
 
 def write_config(directory: Path, values: dict[str, Any]) -> None:
     """``config.json`` and, where the model needs it, the code beside it."""
+    values = {**values, "transformers_version": WRITTEN_FOR}
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     if "auto_map" in values:
         copy_own_code(values["model_type"], directory)
 
 
 def copy_own_code(model_type: str, directory: Path) -> None:
-    """The files of ``remote_code/`` that a model of this type is loaded with."""
-    from nemo_pre.huggingface import remote_code
-    from nemo_pre.huggingface.qwen_vl import SPATIAL_QWEN_VL
+    """The files that a model of this type is loaded with."""
+    from nemo_pre.huggingface.loading import own_files
 
-    code = Path(remote_code.__file__).parent
-    others = ("spatial_tokens.py", *(("native_aimv2.py",) if model_type == SPATIAL_QWEN_VL else ()))
-    for name in (f"configuration_{model_type}.py", f"modeling_{model_type}.py", *others):
-        shutil.copyfile(code / name, directory / name)
+    for name, file in own_files(model_type).items():
+        shutil.copyfile(file, directory / name)

@@ -51,10 +51,10 @@ def import_checkpoint(
       nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
       nemo-pre import vision=patch_mlp language=DIR out=OUT      a new patch MLP (recipes/model/vision), no encoder
 
-    Directories are local, with safetensors. feature_layer, image_size (to which the tower's position embeddings are
-    resampled; null: its own) and seed (of the new projector) are for the second form; allow_pickle=true also reads
-    pytorch_model*.bin. Pictures become the pixels of the image processor that lies in LLAVA_DIR or vision=DIR;
-    processor=PATH names a folder or JSON file that has one where these have none.
+    Directories are local, with safetensors, and the tokenizer is beside the language model. feature_layer, image_size
+    (to which the tower's position embeddings are resampled; null: its own) and seed (of the new projector) are for the
+    second form; allow_pickle=true also reads pytorch_model*.bin. Pictures become the pixels of the image processor that
+    lies in LLAVA_DIR or vision=DIR; processor=PATH names a folder or JSON file that has one where these have none.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
@@ -62,6 +62,7 @@ def import_checkpoint(
         raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
     from nemo_pre.config.vision_families import is_native
     from nemo_pre.config.vision_towers import tower_problems
+    from nemo_pre.data.tokenizer import check_size, load_tokenizer
     from nemo_pre.huggingface.architecture import is_recipe, read_parts, read_whole
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
     from nemo_pre.huggingface.pixels import fit_tower, read_pixels, recipe_pixels
@@ -88,6 +89,7 @@ def import_checkpoint(
             raise ValueError(problem)
         tensors = list(_stored_parts(model, Path(vision), Path(language), seed, allow_pickle))
         original = Path(language)
+    check_size(load_tokenizer(original), model.language.vocab_size)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
     with appearing(target) as unfinished:
         write_weights(unfinished, tensors, bytes_progress(f"importing to {target}", total))

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, merge_size, token_pixels
-from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer
+from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer, marks_first_text_only
 from nemo_pre.huggingface.architecture import ARCHITECTURES
 from nemo_pre.huggingface.importer import ORIGINAL
 from nemo_pre.huggingface.pixels import FILTERS, NESTED, NESTED_KEY, OWN, fit_tower, read_pixels
@@ -55,7 +55,7 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
     tag = QWEN_IMAGE_TAG if is_native(model.vision) else IMAGE_TAG
     tokenizer = _tokenizer(saved, model, tag)
     template = TEMPLATES[saved.data.chat_template]
-    chat_template = jinja_template(template, _adds_bos(tokenizer), tag)
+    chat_template = jinja_template(template, _adds_bos(tokenizer), tag, mark_behind_image(tokenizer, template))
     make = _native_processor if is_native(model.vision) else _processor
     make(tokenizer, model, saved.data, chat_template).save_pretrained(directory)
     image_token_id = int(tokenizer.convert_tokens_to_ids(tag))
@@ -214,30 +214,29 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool, image_tag: str = IMAGE_TAG) -> str:
+def mark_behind_image(tokenizer: Any, template: ChatTemplate) -> str:
+    """What a text behind an image begins with so that it is tokenized as in training: a space becomes the word mark
+    that the tokenizer puts before the first text of a sequence alone."""
+    return " " if template.text_anew and marks_first_text_only(tokenizer) else ""
+
+
+def jinja_template(
+    template: ChatTemplate, tokenizer_adds_bos: bool, image_tag: str = IMAGE_TAG, behind_image: str = ""
+) -> str:
     """Our chat template in the language of ``transformers``: contents are text, or lists of images and texts; an
     image is followed by a line break where text follows it, as in LLaVA's data."""
     bos = "" if tokenizer_adds_bos else "{{ bos_token if bos_token else '' }}"
-    image = _literal(template.before_image + image_tag + template.after_image)
-    line_break = "" if not template.keep_question else r"{% if not loop.last %}{{ '\n' }}{% endif %}"
-    text = "{{ part['text'] }}" if template.keep_question else ""
-    question = _trimmed(
-        "{% if message['content'] is string %}"
-        + ("{{ message['content'] }}" if template.keep_question else "")
-        + "{% else %}{% for part in message['content'] %}"
-        + "{% if part['type'] == 'image' %}"
-        + image
-        + line_break
-        + "{% elif part['type'] == 'text' %}"
-        + text
-        + "{% endif %}{% endfor %}{% endif %}",
-        template,
-    )
+    image = template.before_image + image_tag + template.after_image
+    if template.image_first:
+        question = _images_first(image_tag, image + behind_image)
+    else:
+        question = _trimmed(_as_written(template, image, image_tag), template)
     answer = _trimmed(
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}",
         template,
     )
+    lead = template.before_answer + template.answer_lead + (behind_image if not template.keep_question else "")
     end = _literal(template.answer_end) or "{{ eos_token }}"
     between_turns = ""
     if template.between_turns:
@@ -250,13 +249,49 @@ def jinja_template(template: ChatTemplate, tokenizer_adds_bos: bool, image_tag: 
         + _literal(template.before_question)
         + question
         + "{% elif message['role'] == 'assistant' %}"
-        + _literal(template.before_answer + template.answer_lead)
+        + _literal(lead)
         + answer
         + end
         + "{% else %}{{ raise_exception('Only user and assistant take part in a conversation.') }}"
         + "{% endif %}{% endfor %}{% if add_generation_prompt %}"
         + _literal(template.before_answer)
         + "{% endif %}"
+    )
+
+
+def _as_written(template: ChatTemplate, image: str, image_tag: str) -> str:
+    """A question's parts in their order; without its text where the template leaves that out."""
+    if not template.keep_question:
+        pieces = "message['content'].split(" + json.dumps(image_tag) + ")"
+        return (
+            "{% if message['content'] is string %}{{ " + json.dumps(image) + " * (" + pieces + " | length - 1) }}"
+            "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+            + _literal(image)
+            + "{% endif %}{% endfor %}{% endif %}"
+        )
+    return (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        + _literal(image)
+        + r"{% if not loop.last %}{{ '\n' }}{% endif %}"
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    )
+
+
+def _images_first(image_tag: str, image: str) -> str:
+    """All images of a question, a line break after each where something follows, and its text without the white space
+    at its ends; a question without an image as it is."""
+    tag = json.dumps(image_tag)
+    return (
+        "{% set asked = namespace(images=0, text='') %}{% if message['content'] is string %}"
+        "{% set asked.images = message['content'].split(" + tag + ") | length - 1 %}"
+        "{% set asked.text = message['content'] | replace(" + tag + ", '') %}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        "{% set asked.images = asked.images + 1 %}{% elif part['type'] == 'text' %}"
+        "{% set asked.text = asked.text + part['text'] %}{% endif %}{% endfor %}{% endif %}"
+        "{% if asked.images %}{{ ([" + json.dumps(image) + "] * asked.images) | join('\\n') }}"
+        "{% if asked.text | trim %}{{ '\\n' + asked.text | trim }}{% endif %}"
+        "{% else %}{{ asked.text }}{% endif %}"
     )
 
 

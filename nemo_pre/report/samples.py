@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +109,10 @@ def _load(model: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from nemo_pre.huggingface.loading import load_processor
+    from nemo_pre.huggingface.loading import load_processor, needs_own_code
 
     try:
-        # Code from the directory is run only where its config says that it needs some.
-        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-        how = {"local_files_only": True, "trust_remote_code": own_code}
+        how = {"local_files_only": True, "trust_remote_code": needs_own_code(model)}
         processor = load_processor(model, **how)
         network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:

@@ -80,7 +80,9 @@ def load_model(target: Target) -> nn.Module:
 
     path = named_path(target)
     try:
-        whole, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        whole, report = AutoModel.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     except OSError as error:
         raise ValueError(f"{target.option('path')}={path} cannot be loaded ({error}): download it whole.") from error
     model = vision_part(whole, target)

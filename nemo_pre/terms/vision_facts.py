@@ -206,7 +206,7 @@ def read_config(target: Target) -> Any:
 
     path = named_path(target)
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{target.option('path')}={path} is neither a transformers model's directory nor a hub id that can be "

@@ -7,8 +7,8 @@ Where ours differ from what others would give, a test says so:
 - ``transformers`` ends Qwen's conversation with a line break after the last ``<|im_end|>``; ours ends before it, and
   no label is lost, for it predicts nothing and is predicted by nothing;
 - LLaVA-1.5's own code tokenizes the text after an image as if a sequence began there. With a legacy SentencePiece
-  tokenizer (Vicuna's) that makes no difference; with a newer one it puts a word mark after each image, which neither
-  ``transformers`` nor we do.
+  tokenizer that makes no difference; with a newer one it puts a word mark after each image, which neither
+  ``transformers`` nor ``vicuna_v1`` do. ``llava_v1`` does: ``test_llava_ids.py``.
 """
 
 from __future__ import annotations

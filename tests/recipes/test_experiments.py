@@ -49,7 +49,7 @@ DATA = {
 }
 # PRe's layer (main text, section 4): the middle one.
 MIDDLE = {"vicuna_7b": 16, "llava15_7b": 16, "qwen25_7b": 14, "qwen25_3b": 18}
-TEMPLATE = {"llava15": "vicuna_v1", "llama3": "llama3", "qwen25vl": "qwen_vl", "qwen25": "chatml"}
+TEMPLATE = {"llava15": "llava_v1", "llama3": "llama3", "qwen25vl": "qwen_vl", "qwen25": "chatml"}
 
 HALVED = {  # the micro-batch, with FP8
     "siglip2_qwen25_7b_laver_stage2_released_code",
@@ -124,7 +124,8 @@ def test_data_and_template_are_those_of_the_stage_and_the_language_model(name):
     )
     family = next(family for family in TEMPLATE if family in name)
     assert config.data.name == data
-    assert config.data.chat_template == ("caption" if "align" in stage else TEMPLATE[family])
+    caption = "llava_caption" if family == "llava15" else "caption"
+    assert config.data.chat_template == (caption if "align" in stage else TEMPLATE[family])
     assert config.data.sequence_length >= num_visual_tokens(config.model) + 190
     assert config.data.sequence_length <= (config.model.language.max_position_embeddings or 0)
     assert config.model.tokenizer, "the data's own is for digits"

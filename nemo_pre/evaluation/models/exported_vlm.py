@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ PASSED_ON = (
 class ExportedVLM(lmms):
     """A LLaVA, a Qwen2.5-VL or our own kind of one from a local directory, with its own processor and chat template.
 
-    Code from the directory runs only because the directory is local. Prompts of a batch are padded on the left.
+    Code from the directory runs only where it is what an export writes. Prompts of a batch are padded on the left.
     Under torchrun each process takes its share of the questions and the GPU of its local rank.
     """
 
@@ -41,12 +40,12 @@ class ExportedVLM(lmms):
         super().__init__()
         from transformers import AutoModelForImageTextToText
 
-        from nemo_pre.huggingface.loading import load_processor
+        from nemo_pre.huggingface.loading import load_processor, needs_own_code
 
         directory = Path(pretrained)
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory} has no config.json: give the directory of an exported model.")
-        own_code = "auto_map" in json.loads((directory / "config.json").read_text())
+        own_code = needs_own_code(directory)
         self._device = torch.device(device or _default_device())
         model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, trust_remote_code=own_code)
         self.model = model.to(self._device).eval()
