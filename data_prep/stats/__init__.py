@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import Count, PathText
+
 
 def stats(
-    path: str,
-    tokenizer: str | None = None,
+    path: PathText,
+    tokenizer: PathText | None = None,
     visual_tokens: int = 576,
     sequence_length: int = 4096,
     dp: int = 8,
     workers: int = 4,
-    processes: int | None = None,
-    out: str | None = None,
+    processes: Count | None = None,
+    out: PathText | None = None,
 ) -> dict[str, Any]:
     """Counts what the prepared data in the directory PATH consists of, and advises on shards.
 

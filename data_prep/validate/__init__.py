@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import Count, PathText
+
 
 def validate(
-    path: str,
-    workers: int | None = None,
-    sample: int | None = None,
+    path: PathText,
+    workers: Count | None = None,
+    sample: Count | None = None,
     decode: bool = True,
-    max_pixels: int = 64_000_000,
-    max_characters: int = 32_768,
-    tokenizer: str | None = None,
-    max_tokens: int = 4096,
-    report: str | None = None,
+    max_pixels: Count = 64_000_000,
+    max_characters: Count = 32_768,
+    tokenizer: PathText | None = None,
+    max_tokens: Count = 4096,
+    report: PathText | None = None,
 ) -> dict[str, Any]:
     """Re-reads the prepared data in the directory PATH and tells all that is wrong with it.
 

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import DataConfig, ModelConfig
+from nemo_pre.data.tokenizer import KEPT as ORIGINAL
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
+from nemo_pre.options import Count, PathText, Seed
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import Weight
 
-ORIGINAL = "huggingface"  # the source's files beside its weights, in the checkpoint
 # Computed, not learned; and what no features come from: the parts of a whole CLIP or SigLIP beside its vision tower,
 # and AIMv2's head.
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
@@ -33,13 +34,13 @@ OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "
 
 
 def import_checkpoint(
-    llava: str | None = None,
-    out: str | None = None,
-    vision: str | None = None,
-    language: str | None = None,
+    llava: PathText | None = None,
+    out: PathText | None = None,
+    vision: PathText | None = None,
+    language: PathText | None = None,
     feature_layer: int = -2,
-    image_size: int | None = None,
-    seed: int = 1234,
+    image_size: Count | None = None,
+    seed: Seed = 1234,
     allow_pickle: bool = False,
 ) -> Path:
     """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
@@ -228,5 +229,5 @@ def _describe(model: ModelConfig, path: Path, seed: int) -> None:
 
     length = model.language.max_position_embeddings
     assert length is not None
-    data = DataConfig(name="none", path="", sequence_length=length)
+    data = DataConfig(name="none", path="none", sequence_length=length)
     save_resolved(RunConfig(name=model.name, seed=seed, model=model, data=data), path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.objectives.registry import compared_metrics
+from nemo_pre.options import PathText
 from nemo_pre.report.arms import Arm, OptionDifference, arrange, option_differences
 from nemo_pre.report.intervals import Difference, Estimate, difference, mean_interval
 from nemo_pre.report.runs import Run, natural
@@ -78,8 +79,8 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[str],
-    out: str = "comparison",
+    runs: Sequence[PathText],
+    out: PathText = "comparison",
     metrics: str = METRICS,
     labels: str | None = None,
     average_last: int = 1,

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
+from nemo_pre.options import PathText
 from nemo_pre.plots import EXACT_MATCH
 from nemo_pre.report.answers import ANSWERS, of_answers, question_types, sample_cards
 from nemo_pre.report.markup import percent, text
@@ -22,7 +23,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def report(
-    run: str, out: str = "report.html", model: str | None = None, num_samples: int = 12, data: str | None = None
+    run: PathText,
+    out: PathText = "report.html",
+    model: PathText | None = None,
+    num_samples: int = 12,
+    data: PathText | None = None,
 ) -> Path:
     """Write the report of a run as one HTML file: figures, answers by question type, samples, config, provenance.
 

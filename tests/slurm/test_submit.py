@@ -50,7 +50,7 @@ def test_a_cpu_run_asks_for_no_gpu():
 
 
 def test_environment_and_setup_lines_stand_before_the_ranks_start():
-    (script,) = scripts(*RUN, *SITE, "cluster.setup=[module load cuda]", "+cluster.environment.NCCL_DEBUG='a b'")
+    (script,) = scripts(*RUN, *SITE, "cluster.setup=[module load cuda]", "cluster.environment.NCCL_DEBUG=a b")
     assert "\nmodule load cuda\n" in script and "\nexport NCCL_DEBUG='a b'\n" in script
     assert script.index("module load cuda") < script.index("export NCCL_DEBUG") < script.index("srun")
 
@@ -63,12 +63,12 @@ def test_a_container_mounts_the_working_directory_and_brings_its_own_python(monk
 
 
 def test_words_with_blanks_and_dollars_reach_the_ranks_as_they_were():
-    (script,) = scripts(*RUN, *SITE, "data.path='a b$HOME'")
+    (script,) = scripts(*RUN, *SITE, "data.path=a b$HOME'=")
     line = next(line for line in script.splitlines() if line.startswith("WORDS="))
     shown = subprocess.run(
         ["bash", "-c", line + '; printf "%s\\n" "${WORDS[@]}"'], capture_output=True, text=True, check=True
     )
-    assert "data.path='a b$HOME'" in shown.stdout.splitlines()
+    assert "data.path=a b$HOME'=" in shown.stdout.splitlines()
 
 
 def test_a_chain_hands_each_stage_the_former_ones_checkpoints():
@@ -107,7 +107,7 @@ def test_a_sweep_is_an_array_with_a_directory_for_every_combination():
         (["cluster.sbatch_options=[exclusive]"], "cluster.sbatch_options has 'exclusive'"),
         (["resume=false"], "resume=false would make a requeued job begin anew"),
         (["cluster.max_failures=0"], "cluster.max_failures=0 must be 1 or more"),
-        (["output_dir='a b'"], "has a blank or a %"),
+        (["output_dir=a\\b"], "has a \\ or a line break"),
         (["chain=[a,b]"], "experiment= and chain= both name runs"),
         (["sweep=optim.lr"], "sweep=optim.lr is not OPTION=VALUE,VALUE"),
         (["sweep=seed=1,2", "output_dir=x"], "need directories of their own"),
