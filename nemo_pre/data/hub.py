@@ -37,7 +37,7 @@ def may_be_hub_name(source: str) -> bool:
     """Whether the hub could have a repository of that name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1 or not source.isascii():
         return False
     try:
         validate_repo_id(source)

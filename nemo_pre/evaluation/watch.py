@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from nemo_pre.evaluation.results import TaskResult
 from nemo_pre.options import Count, CountOrNone, FreeText, PathText, Positive, Rule
 from nemo_pre.run_files.checkpoints import numbered_checkpoints
+from nemo_pre.run_files.json_files import check_type, read_json_lines
 
 RECORD = "evaluations.jsonl"
 
@@ -100,7 +101,13 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
 
 def evaluated_steps(run: Path) -> set[int]:
     file = run / RECORD
-    return {json.loads(line)["step"] for line in file.read_text().splitlines()} if file.is_file() else set()
+    if not file.is_file():
+        return set()
+    steps = set()
+    for where, record in read_json_lines(file, "a run whose evaluations can be read"):
+        check_type(record.get("step"), int, f"{where}: 'step'")
+        steps.add(record["step"])
+    return steps
 
 
 def _last_step(run: Path) -> int:

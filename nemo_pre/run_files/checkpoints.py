@@ -105,8 +105,10 @@ def damage_of(checkpoint: Path) -> str:
         sizes = json.loads((checkpoint / SIZES).read_text())
     except FileNotFoundError:
         return ""
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return f"{SIZES} cannot be read"
+    if not isinstance(sizes, dict):
+        return f"{SIZES} holds no sizes"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

@@ -55,7 +55,7 @@ def read_saved(checkpoint: str | Path) -> Any:
         raise ValueError(f"{checkpoint} has no {FILE}: name a checkpoint that a run or nemo-pre import wrote.")
     try:
         return OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    except (OmegaConfBaseException, OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+    except (OmegaConfBaseException, OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".:")
         raise ValueError(f"{path} is not a run's configuration: {first}.") from error
 
