@@ -16,6 +16,7 @@ from nemo_pre.config.schema import DataConfig, PrecisionConfig
 from nemo_pre.config.untrained import untrained_run
 from nemo_pre.options import Count, PathText, rule_of, split_paths
 from nemo_pre.run_files.json_files import check_fields, check_type, read_json_lines
+from nemo_pre.run_files.outputs import check_output_file
 
 # Options of the run that a verb sets from its own, as the check of the run calls them and as the user does.
 OWN_WORDS = {
@@ -87,6 +88,8 @@ def generate(
         run.requests, run.max_new_tokens, run.answers_file = asked, max_new_tokens, out
         with in_own_words(OWN_WORDS):
             check_options(run)
+        if out is not None:
+            check_output_file("out", out)
         launch(run, "nemo_pre.inference:answer")
 
 

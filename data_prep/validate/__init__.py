@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.options import Count, PathText
+from nemo_pre.run_files.outputs import check_output_file
 
 
 def validate(
@@ -40,11 +41,12 @@ def validate(
     from data_prep.validate.content import Limits
     from data_prep.validate.findings import table
 
+    if report is not None:
+        check_output_file("report", report)
     limits = Limits(decode, max_pixels, max_characters, tokenizer, max_tokens)
     result = check(Path(path), limits, workers, sample)
     content = result.as_json()
     if report is not None:
-        Path(report).parent.mkdir(parents=True, exist_ok=True)
         Path(report).write_text(json.dumps(content, indent=1) + "\n")
     print(table(result))
     if result.findings:

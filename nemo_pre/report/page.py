@@ -16,6 +16,7 @@ from nemo_pre.report.provenance import provenance
 from nemo_pre.report.run_charts import exact_match_charts, regularizer_charts, training_charts
 from nemo_pre.report.runs import CONFIG, Run, read_run
 from nemo_pre.report.samples import SampleAnswer, sample_answers
+from nemo_pre.run_files.outputs import check_output_file
 
 STYLE = Path(__file__).with_name("page.css")
 # Nothing may be loaded, and nothing run, whatever a name or an answer contains.
@@ -43,12 +44,12 @@ def report(
     read = read_run(run)
     where = data or (read.options or {}).get("data.path")
     samples: list[SampleAnswer] | None = None
+    check_output_file("out", out)
     if model is not None:
         if not where:
             raise ValueError(f"{run} does not tell where its data are: give data=DIRECTORY.")
         samples = sample_answers(model, where, num_samples)
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(read, samples, provenance(read, where, model)), encoding="utf-8")
     for sample in (samples or [])[:1]:
         print(f"asked: {sample.question} | answered: {sample.answer} | expected: {sample.expected}")

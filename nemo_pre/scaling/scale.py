@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.planner.devices import DEVICES, Efficiency
+from nemo_pre.run_files.outputs import make_output_folder
 from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
 from nemo_pre.scaling.results import SIMULATED, Result
 from nemo_pre.verbs.plan import DEFAULT_GPU, named, read_number
@@ -47,6 +48,8 @@ def scale(words: Sequence[str]) -> None:
     """
     grid, options = read_words(words)
     points = grid.points()
+    if options.action != "submit":
+        make_output_folder("out", options.out)
     from nemo_pre.scaling.simulate import simulate
 
     results = []

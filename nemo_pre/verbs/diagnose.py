@@ -14,6 +14,7 @@ from nemo_pre.config.schema import DataConfig, PrecisionConfig
 from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION, REPORT, RESULTS, read_results
 from nemo_pre.inference import OWN_WORDS, InferenceRun, in_own_words
 from nemo_pre.options import Count, PathText, rule_of, split_paths
+from nemo_pre.run_files.outputs import make_output_folder
 
 
 @dataclass
@@ -71,7 +72,7 @@ def diagnose(
     if num_fit == 1:
         raise ValueError("num_fit=1: a probe is fitted on 2 images or more, or on none (0).")
     others = [read_results(path) for path in split_paths(compare)] if compare else []
-    Path(out).mkdir(parents=True, exist_ok=True)
+    make_output_folder("out", out)
     named = title or Path(model).resolve().name
     if (Path(model) / "config.json").is_file():
         prepare_environment(platform)

@@ -20,6 +20,7 @@ from nemo_pre.planner.plan import Plan, plan_layout
 from nemo_pre.planner.search import Candidate, Found, search
 from nemo_pre.planner.step_time import StepTime, calibrated
 from nemo_pre.planner.tables import describe_plan, describe_search, describe_times
+from nemo_pre.run_files.outputs import check_output_file
 
 DEFAULT_GPU = "h100"
 MOST = 1_000_000  # GPUs, images and layouts: the search walks through the divisors of their number
@@ -60,6 +61,8 @@ def plan(arguments: Sequence[str]) -> None:
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(overrides)
+    if options.json is not None:
+        check_output_file("json", options.json)
     named = device_of_cluster(config.cluster.name) if options.gpu is None else find_device(options.gpu)
     device = named or DEVICES[DEFAULT_GPU]
     efficiency = options.efficiency
@@ -77,7 +80,6 @@ def plan(arguments: Sequence[str]) -> None:
         text += "\n\n" + describe_search(found, options.gpus, device, config.trainer.max_steps, options.price)
     print(text)
     if options.json is not None:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps(as_json(own, found, device, efficiency), indent=1) + "\n")
         print(f"written to {options.json}")
 
