@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import Rule, nearest
+
 Arguments = Sequence[str]
 
 
@@ -92,16 +94,16 @@ def main(arguments: Arguments | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words or bool(os.environ.get("NEMO_PRE_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]
-    from nemo_pre.launch.ranks import RankFailure
+    from nemo_pre.launch.failures import RankFailure, os_sentence
 
     try:
-        return _dispatch(words)
+        return _dispatch(_own_recipes(words))
     except ValueError as error:
         if show_traceback:
             traceback.print_exc()
         return _complain(str(error), 2)
     except RankFailure as failure:
-        if failure.traceback and (show_traceback or "ended with ValueError" not in str(failure)):
+        if failure.traceback and (show_traceback or not failure.explained):
             print(failure.traceback, file=sys.stderr)
         return _complain(str(failure), 1)
     except KeyboardInterrupt:
@@ -109,6 +111,30 @@ def main(arguments: Arguments | None = None) -> int:
     except BrokenPipeError:  # whoever reads, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        sentence = os_sentence(error)
+        if sentence is None:
+            raise
+        if show_traceback:
+            traceback.print_exc()
+        return _complain(sentence, 2)
+
+
+def _own_recipes(words: list[str]) -> list[str]:
+    """The words without ``--recipes DIR``, which names the folder of the user's own recipes for this command."""
+    import recipes
+
+    rest: list[str] = []
+    given = iter(words)
+    for word in given:
+        if word == "--recipes" or word.startswith("--recipes="):
+            folder = word.partition("=")[2] or next(given, "")
+            if not os.path.isdir(os.path.expanduser(folder)):
+                raise ValueError(f"--recipes {folder} is not a folder: name the one with your recipes.")
+            os.environ[recipes.OWN_VARIABLE] = os.path.abspath(os.path.expanduser(folder))
+        else:
+            rest.append(word)
+    return rest
 
 
 def _dispatch(words: list[str]) -> int:
@@ -126,7 +152,9 @@ def _dispatch(words: list[str]) -> int:
             print(general_help())
             return 0 if words[1:] else 2
         given = " ".join(words[:2]) if any(known.startswith(words[0] + " ") for known in VERBS) else words[0]
-        raise ValueError(f"'{given}' is not a verb of nemo-pre: choose one of {', '.join(VERBS)}.")
+        near = nearest(given, VERBS) or nearest(" ".join(words[:2]), VERBS)
+        hint = f"the nearest is {near}" if near else f"choose one of {', '.join(VERBS)}"
+        raise ValueError(f"'{given}' is not a verb of nemo-pre: {hint}.")
     verb, rest = VERBS[name], words[len(name.split()) :]
     function = _resolve(verb.function)
     if "-h" in rest or "--help" in rest:
@@ -148,7 +176,8 @@ def general_help() -> str:
     return (
         f"nemo-pre VERB [OPTION=VALUE ...]\n\n"
         f"Vision-language models on NVIDIA NeMo, whose inner layers keep seeing.\n\nverbs:\n{verbs}\n\n"
-        f"nemo-pre VERB --help explains a verb; --traceback shows where an error came from; --version."
+        f"nemo-pre VERB --help explains a verb; --recipes DIR names the folder of your own recipes (or ./recipes, or\n"
+        f"NEMO_PRE_RECIPES); --traceback shows where an error came from; --version."
     )
 
 
@@ -256,12 +285,13 @@ sequence length and number of visual tokens."""
 
 def options(function: Callable[..., Any], arguments: Arguments, verb: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """``["seed=1"]``, ``["--seed", "1"]`` or, in their order, bare values as the keyword arguments of ``function``,
-    converted to its annotations. A parameter that is a sequence of texts takes all bare values.
+    converted to its annotations, which may carry a rule (:mod:`nemo_pre.options`). A parameter that is a sequence of
+    texts takes all bare values. A bare value may be a path with an equals sign in it.
 
     Raises:
-        ValueError: an unknown or missing option, or a value that does not convert.
+        ValueError: an unknown or missing option, or a value that does not convert or that its rule refuses.
     """
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters
     free = list(parameters)  # for bare values
     given: dict[str, Any] = {}
@@ -271,20 +301,21 @@ def options(function: Callable[..., Any], arguments: Arguments, verb: str, defau
         name = name.replace("-", "_") if word.startswith("--") else name
         if word.startswith("--") and not equals:
             text = next(words, "")
-        elif not word.startswith("--") and not name.isidentifier() or not equals:
+        elif not word.startswith("--") and (not equals or _is_bare(word, name, parameters)):
             name, text = (free[0] if free else ""), word
             if name and _is_list(hints[name]):
-                given.setdefault(name, []).append(word)  # and stays free for the next
+                given.setdefault(name, []).append(_convert(name, word, hints[name]))  # and stays free for the next
                 continue
         if name not in parameters:
-            raise ValueError(
-                f"'{word}' is not an option of nemo-pre {verb}: give OPTION=VALUE with one of {', '.join(parameters)}."
-            )
+            near = nearest(name, parameters) if name else None
+            hint = f"the nearest is {near}" if near else f"give OPTION=VALUE with one of {', '.join(parameters)}"
+            raise ValueError(f"'{word}' is not an option of nemo-pre {verb}: {hint}.")
         if name in given:
             raise ValueError(f"{name} is given twice to nemo-pre {verb}: give it once.")
         if name in free:
             free.remove(name)
-        given[name] = _convert(name, text, hints[name])
+        converted = _convert(name, text, hints[name])
+        given[name] = [converted] if _is_list(hints[name]) else converted
     given = {**defaults, **given}
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
     if missing:
@@ -292,24 +323,48 @@ def options(function: Callable[..., Any], arguments: Arguments, verb: str, defau
     return given
 
 
+def _is_bare(word: str, name: str, parameters: collections.abc.Container[str]) -> bool:
+    """Whether ``NAME=...`` is no option but a path that has an equals sign in it."""
+    return name not in parameters and (not name.isidentifier() or os.path.exists(os.path.expanduser(word)))
+
+
 def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is collections.abc.Sequence
 
 
 def _convert(name: str, text: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in kinds and text.lower() in ("null", "none"):
+    """A word's text as a value of an annotation, which may be a union, each of its kinds with a rule."""
+    if _is_list(hint):
+        (hint,) = typing.get_args(hint)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    rules = dict(map(_kind_and_rule, typing.get_args(hint) if union else (hint,)))
+    if type(None) in rules and text.lower() in ("null", "none"):
         return None
+    value, kind = _as_kind(name, text, rules)
+    rule = rules[kind]
+    problem = rule.problem(name, value)
+    if problem is not None:
+        raise ValueError(problem)
+    return os.path.expanduser(value) if rule.path else value
+
+
+def _kind_and_rule(hint: Any) -> tuple[type, Rule]:
+    rule = next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Rule)), Rule())
+    return getattr(hint, "__origin__", hint), rule
+
+
+def _as_kind(name: str, text: str, kinds: collections.abc.Collection[type]) -> tuple[Any, type]:
     if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        if kind in kinds:
+        return text.lower() == "true", bool
+    for number in (int, float):
+        if number in kinds:
             try:
-                return kind(text.replace("_", "") if kind is int else text)
+                return number(text.replace("_", "") if number is int else text), number
             except ValueError:
                 continue
-    if str in kinds:
-        return text
+    for kind in (str, Path):
+        if kind in kinds:
+            return text, kind
     expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
     raise ValueError(f"{name}={text} is not a value of type {expected}.")
 
@@ -334,7 +389,7 @@ def _resolve(name: str) -> Any:
 
 
 def _complain(sentence: str, code: int) -> int:
-    print(f"nemo-pre: {sentence}", file=sys.stderr)
+    print(f"nemo-pre: {' '.join(map(str.strip, sentence.splitlines()))}", file=sys.stderr)  # of a library: lines
     return code
 
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import DataConfig
+from nemo_pre.config.schema import DataConfig, PrecisionConfig
 from nemo_pre.config.untrained import untrained_run
+from nemo_pre.options import Count, PathText, rule_of, split_paths
+from nemo_pre.run_files.json_files import check_fields, check_type, read_json_lines
+from nemo_pre.run_files.outputs import check_output_file
+
+# Options of the run that a verb sets from its own, as the check of the run calls them and as the user does.
+OWN_WORDS = {
+    "parallel.tensor": "tensor",
+    "parallel.pipeline": "pipeline",
+    "parallel.data": "replicas",
+    "precision.name": "precision",
+    "trainer.micro_batch_size": "micro_batch_size",
+    "trainer.global_batch_size": "micro_batch_size",
+    "data.chat_template": "chat_template",
+}
 
 
 @dataclass
@@ -30,18 +46,18 @@ class InferenceRun(RunConfig):
 
 
 def generate(
-    checkpoint: str,
+    checkpoint: PathText,
     prompt: str | None = None,
-    image: str | None = None,
-    requests: str | None = None,
-    out: str | None = None,
-    max_new_tokens: int = 64,
-    micro_batch_size: int = 8,
-    chat_template: str | None = None,
-    tensor: int = 1,
-    pipeline: int = 1,
-    precision: str = "fp32",
-    platform: str = "auto",
+    image: PathText | None = None,
+    requests: PathText | None = None,
+    out: PathText | None = None,
+    max_new_tokens: Count = 64,
+    micro_batch_size: Count = 8,
+    chat_template: Annotated[str, rule_of(DataConfig, "chat_template")] | None = None,
+    tensor: Count = 1,
+    pipeline: Count = 1,
+    precision: Annotated[str, rule_of(PrecisionConfig, "name")] = "fp32",
+    platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
 ) -> None:
     """Ask a model of a run or of an import; greedy, with a key-value cache.
 
@@ -62,16 +78,31 @@ def generate(
     prepare_environment(platform, tensor * pipeline)
     source = complete_checkpoint(checkpoint)
     if requests is not None:
-        asked = _read_requests(Path(requests))
+        asked = read_requests(Path(requests))
     else:
-        asked = [(str(prompt), image.split(",") if image else [])]
+        asked = [(str(prompt), split_paths(image) if image else [])]
     with tempfile.TemporaryDirectory(prefix="nemo-pre-") as scratch:
         run = inference_run(source, scratch, tensor, pipeline, precision, platform)
         run.trainer.micro_batch_size = run.trainer.global_batch_size = micro_batch_size
         run.data.chat_template = chat_template or run.data.chat_template
         run.requests, run.max_new_tokens, run.answers_file = asked, max_new_tokens, out
-        check_options(run)
+        with in_own_words(OWN_WORDS):
+            check_options(run)
+        if out is not None:
+            check_output_file("out", out)
         launch(run, "nemo_pre.inference:answer")
+
+
+@contextmanager
+def in_own_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Refusals meanwhile speak of a verb's own options, where a check speaks of the run's."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, own in words.items():
+            text = text.replace(name, own)
+        raise ValueError(text) from error
 
 
 def inference_run(
@@ -184,18 +215,18 @@ def _prompt(how: Any, number: int, text: str, images: list[str]) -> Any:
     return TokenSequence(torch.tensor(tokens, dtype=torch.int64), media["media"], grids=media.get("media_grids"))
 
 
-def _read_requests(path: Path) -> list[tuple[str, list[str]]]:
+def read_requests(path: Path) -> list[tuple[str, list[str]]]:
+    """The prompt of every request in a file of JSON lines, and the paths of its images.
+
+    Raises:
+        ValueError: the file cannot be read or holds none, or one has an unknown field or one of another type.
+    """
     asked = []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"requests={path} cannot be read: {error.strerror}.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            asked.append((str(record["prompt"]), [str(path.parent / image) for image in record.get("images", [])]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}, line {number}: a request is {{"prompt": "...", "images": [...]}}.') from error
+    for where, record in read_json_lines(path, 'lines of {"prompt": "...", "images": ["x.png"]}'):
+        check_fields(record, where, {"prompt": str, "images": list}, needed=("prompt",))
+        for number, image in enumerate(record.get("images", []), start=1):
+            check_type(image, str, f"{where}: image {number}")
+        asked.append((record["prompt"], [str(path.parent / image) for image in record.get("images", [])]))
     if not asked:
         raise ValueError(f"requests={path} holds no request.")
     return asked

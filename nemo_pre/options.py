@@ -1,42 +1,58 @@
-"""What a field of the configuration may hold, said where the field is declared.
+"""What an option may hold, said where the option is declared.
 
-A dataclass field made by :func:`choice` or :func:`number` carries its rule with it. The check of a run, the help of
-the command line and the code that reads the field all ask the field, so that no list of allowed values stands twice.
+A dataclass field made by :func:`choice`, :func:`number` or :func:`place` carries its rule with it, and so does a
+parameter of a verb whose annotation is one of the types below (:data:`Count`, :data:`PathText`, ...). The check of a
+run, the command line, its help and the code that reads the option all ask the rule, so that no list of allowed values
+stands twice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 RULE = "nemo_pre"  # the key of a field's metadata
+LARGEST_SEED = 2**31 - 1  # numpy's generators take 32 bits, and ranks add their number to it
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be; None as a value is always allowed, where the field's type allows it.
+    """What a value must be; None as a value is always allowed, where the option's type allows it.
 
     Attributes:
         choices: the allowed words, each with what it means, or an empty text.
         least: the smallest number allowed.
         above: what a number must be larger than.
         most: the largest number allowed.
+        path: whether the value is the path of a file or folder, in which a leading ``~`` is the user's home.
+        may_be_empty: whether an empty text is a value.
     """
 
-    choices: Mapping[str, str] | None = None
+    choices: Mapping[str, str] | None = field(default=None, hash=False)
     least: float | None = None
     above: float | None = None
     most: float | None = None
+    path: bool = False
+    may_be_empty: bool = False
 
     def problem(self, name: str, value: Any) -> str | None:
-        """The sentence that refuses ``name=value``; None where it is allowed."""
+        """The sentence that refuses ``name=value``; None where it is allowed. Of a list every item must be."""
         if value is None or (isinstance(value, str) and value == "???"):
             return None
+        if isinstance(value, list | tuple):
+            return next((found for item in value if (found := self.problem(name, item)) is not None), None)
         if self.choices is not None:
             allowed = value in self.choices
             return None if allowed else f"{name}={value} is unknown: choose one of {', '.join(self.choices)}."
+        if isinstance(value, str):
+            return None if value.strip() or self.may_be_empty else f"{name} is empty: give it a value."
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name}={value} is no finite number{f': it must {self.range}' if self.has_range else ''}."
         inside = (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -45,20 +61,34 @@ class Rule:
         return None if inside else f"{name}={value} must {self.range}."
 
     @property
+    def has_range(self) -> bool:
+        """Whether the rule bounds numbers."""
+        return any(bound is not None for bound in (self.least, self.above, self.most))
+
+    @property
     def range(self) -> str:
         """The allowed numbers in words, as they follow "must"."""
         if self.above is not None:
-            return f"be more than {self.above:g}"
+            most = "" if self.most is None else f" and at most {_plain(self.most)}"
+            return f"be more than {_plain(self.above)}{most}"
         if self.most is not None:
-            return f"lie between {self.least or 0:g} and {self.most:g}"
-        return f"be {self.least or 0:g} or more"
+            return f"lie between {_plain(self.least or 0)} and {_plain(self.most)}"
+        return f"be {_plain(self.least or 0)} or more"
 
     @property
     def help(self) -> str:
-        """The rule as one line of a help text."""
-        if self.choices is None:
-            return f"must {self.range}"
-        return " | ".join(word + (f" ({meaning})" if meaning else "") for word, meaning in self.choices.items())
+        """The rule as one line of a help text, empty where there is nothing to say."""
+        if self.choices is not None:
+            return " | ".join(word + (f" ({meaning})" if meaning else "") for word, meaning in self.choices.items())
+        return f"must {self.range}" if self.has_range else ""
+
+
+def _plain(number: float) -> str:
+    """A bound without an exponent where it is whole."""
+    return str(int(number)) if number == int(number) and abs(number) >= 1e6 else f"{number:g}"
+
+
+# --- fields of a configuration ---------------------------------------------------------------------------------------
 
 
 def choice(default: Any, choices: Mapping[str, str] | Sequence[str]) -> Any:
@@ -68,8 +98,13 @@ def choice(default: Any, choices: Mapping[str, str] | Sequence[str]) -> Any:
 
 
 def number(default: Any, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
-    """A dataclass field that holds a number within bounds, or None where its type allows it."""
+    """A dataclass field that holds a number within bounds, or a list of them, or None where its type allows it."""
     return field(default=default, metadata={RULE: Rule(least=least, above=above, most=most)})
+
+
+def numbers(default: Sequence[float], least: float | None = None, above: float | None = None) -> Any:
+    """A dataclass field that holds a list of numbers, ``default`` unless given."""
+    return field(default_factory=lambda: list(default), metadata={RULE: Rule(least=least, above=above)})
 
 
 def fraction(default: Any) -> Any:
@@ -77,10 +112,62 @@ def fraction(default: Any) -> Any:
     return number(default, least=0, most=1)
 
 
+def seed_number(default: Any) -> Any:
+    """A dataclass field that holds what random numbers begin with."""
+    return number(default, least=0, most=LARGEST_SEED)
+
+
+def place(default: Any) -> Any:
+    """A dataclass field that holds the path of a file or folder; a leading ``~`` is the user's home."""
+    return field(default=default, metadata={RULE: Rule(path=True)})
+
+
+# --- parameters of a verb --------------------------------------------------------------------------------------------
+
+PathText = Annotated[str, Rule(path=True)]
+Count = Annotated[int, Rule(least=1)]
+CountOrNone = Annotated[int, Rule(least=0)]  # 0: none of them
+Seed = Annotated[int, Rule(least=0, most=LARGEST_SEED)]
+Positive = Annotated[float, Rule(above=0)]
+FreeText = Annotated[str, Rule(may_be_empty=True)]
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The one of ``choices`` that ``word`` was most likely meant to be: one that ends in it behind a dot, or one
+    written almost alike; None where there is none."""
+    known = list(choices)
+    endings = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
+    if len(endings) == 1:
+        return endings[0]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return close[0] if close else None
+
+
+def split_paths(text: str) -> list[str]:
+    """The paths in a list that commas separate. One may have commas itself: the longest piece that exists counts."""
+    pieces, found = text.split(","), []
+    while pieces:
+        lengths = range(len(pieces), 1, -1)
+        length = next((size for size in lengths if os.path.exists(",".join(pieces[:size]).strip())), 1)
+        found.append(os.path.expanduser(",".join(pieces[:length]).strip()))
+        pieces = pieces[length:]
+    return found
+
+
 def choices_of(owner: type, name: str) -> tuple[str, ...]:
     """The words that the field ``name`` of the dataclass ``owner`` may hold."""
     rule = next(f for f in dataclasses.fields(owner) if f.name == name).metadata[RULE]
     return tuple(rule.choices)
+
+
+def rule_of(owner: type, name: str) -> Rule:
+    """The rule of the field ``name`` of the dataclass ``owner``, for an option of a verb that means the same."""
+    rule = next(f for f in dataclasses.fields(owner) if f.name == name).metadata[RULE]
+    assert isinstance(rule, Rule)
+    return rule
 
 
 def alternatives(owner: type, name: str) -> str:
@@ -90,7 +177,8 @@ def alternatives(owner: type, name: str) -> str:
 
 
 def value_problems(values: Any, prefix: str = "") -> Iterator[str]:
-    """Every value in a dataclass, and in those inside it, that its field's rule refuses, as one sentence each."""
+    """Every value in a dataclass, and in those inside it, that its field's rule refuses, as one sentence each. A field
+    without a rule may hold no empty text and no number that is not finite."""
     for part in dataclasses.fields(values):
         name, value = prefix + part.name, getattr(values, part.name)
         if dataclasses.is_dataclass(value):
@@ -98,10 +186,21 @@ def value_problems(values: Any, prefix: str = "") -> Iterator[str]:
         elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
             for index, item in enumerate(value):
                 yield from value_problems(item, f"{name}[{index}].")
-        elif RULE in part.metadata:
-            problem = part.metadata[RULE].problem(name, value)
+        else:
+            problem = part.metadata.get(RULE, Rule()).problem(name, value)
             if problem is not None:
                 yield problem
+
+
+def with_homes(values: Any) -> None:
+    """Write the user's home in the place of a leading ``~`` into every path of a dataclass and of those inside it."""
+    for part in dataclasses.fields(values):
+        value = getattr(values, part.name)
+        for inner in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(inner):
+                with_homes(inner)
+        if isinstance(value, str) and part.metadata.get(RULE, Rule()).path:
+            setattr(values, part.name, os.path.expanduser(value))
 
 
 def changed_fields(values: Any) -> list[str]:

@@ -8,9 +8,11 @@ output. Linux only; elsewhere nothing happens.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,3 +36,17 @@ def forked_processes_die_with_their_parent() -> None:
         parent = os.getpid()
 
     os.register_at_fork(before=remember, after_in_child=lambda: die_with(parent))
+
+
+def end_with_the_pool() -> None:
+    """Have this worker process of a pool end when the process that has the pool does, however that ends: nobody is
+    left to take the results. Ctrl-C ends the worker without a traceback."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import PathText, Seed
+
 
 def prepare(
-    out: str | Path,
+    out: PathText | Path,
     num_scenes: int = 20_000,
-    seed: int = 0,
+    seed: Seed = 0,
     workers: int | None = None,
     val_fraction: float = 0.05,
     scenes_per_shard: int = 500,

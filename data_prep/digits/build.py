@@ -32,6 +32,7 @@ from data_prep.energon import FOLDER, is_energons, write_metadata
 from data_prep.shards import Sample, is_whole, write_shard, write_whole
 from nemo_pre.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from nemo_pre.data.progress import Progress
+from nemo_pre.orphans import end_with_the_pool
 
 DATASET = "digits"
 TOOL_VERSION = 1  # raise it whenever the bytes for a seed change
@@ -154,7 +155,7 @@ def _run(jobs: list[ShardJob], scans: Scans, workers: int | None) -> list[dict[s
         _receive_scans(scans)
         return collect(map(_write, jobs))
     with ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_receive_scans, initargs=(scans,)
+        workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(scans,)
     ) as pool:
         return collect(pool.map(_write, jobs))
 
@@ -165,6 +166,11 @@ _scans: Scans  # of a worker process: sent once, not with each shard
 def _receive_scans(scans: Scans) -> None:
     global _scans
     _scans = scans
+
+
+def _begin(scans: Scans) -> None:
+    end_with_the_pool()
+    _receive_scans(scans)
 
 
 def _write(job: ShardJob) -> dict[str, Any]:

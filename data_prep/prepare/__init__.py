@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_pre.options import PathText, Seed
+
 
 def prepare(
-    source: str,
-    out: str,
+    source: PathText,
+    out: PathText,
     kind: str = "auto",
-    images: str | None = None,
-    masks: str | None = None,
+    images: PathText | None = None,
+    masks: PathText | None = None,
     name: str | None = None,
     subset: int | None = None,
     val_samples: int = 1000,
-    seed: int = 0,
+    seed: Seed = 0,
     shuffle: bool = True,
     shard_samples: int = 10_000,
     shard_mb: int = 1000,

@@ -6,9 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +27,7 @@ from data_prep.prepare.workplace import Workplace
 from data_prep.shards import is_whole, write_whole
 from nemo_pre.data.manifest import MANIFEST
 from nemo_pre.data.progress import Progress
+from nemo_pre.orphans import end_with_the_pool
 
 Task = TypeVar("Task")
 TOLERATED_LOSS = 0.01  # of the samples
@@ -212,15 +211,7 @@ _work: Callable[[Any], int]  # of a worker process: what it was started for
 def _receive(job: Job, method: str) -> None:
     global _work
     _work = getattr(job, method)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)  # nobody is left to take the results, and another run may already be at the same chunk
-
-    threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all without a traceback from each
+    end_with_the_pool()  # another run may already be at the same chunk
 
 
 def _do(task: Any) -> int:

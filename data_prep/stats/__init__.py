@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import Count, PathText
+from nemo_pre.run_files.outputs import make_output_folder
+
 
 def stats(
-    path: str,
-    tokenizer: str | None = None,
+    path: PathText,
+    tokenizer: PathText | None = None,
     visual_tokens: int = 576,
     sequence_length: int = 4096,
     dp: int = 8,
     workers: int = 4,
-    processes: int | None = None,
-    out: str | None = None,
+    processes: Count | None = None,
+    out: PathText | None = None,
 ) -> dict[str, Any]:
     """Counts what the prepared data in the directory PATH consists of, and advises on shards.
 
@@ -37,12 +40,13 @@ def stats(
     for name, value in options.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give at least 1")
+    if out is not None:
+        make_output_folder("out", out)
     counted = count(Path(path), tokenizer, visual_tokens, processes)
     result = summarise(counted, sequence_length, dp, workers)
     print(table(result))
     if out is not None:
         directory = Path(out)
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / "stats.json").write_text(json.dumps(result, indent=1) + "\n")
         plot(counted, directory / "stats.png")
         print(f"written to {directory / 'stats.json'} and {directory / 'stats.png'}")

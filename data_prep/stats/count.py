@@ -67,7 +67,7 @@ class Job:
 
 def count(path: Path, tokenizer: str | None, visual_tokens: int, processes: int | None = None) -> Counted:
     """Raises ValueError if the manifest, an index or the tokenizer cannot be read."""
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, "path")
     if tokenizer is None and manifest.tokenizer is not None:
         tokenizer = str(manifest.tokenizer)
     if tokenizer is not None:

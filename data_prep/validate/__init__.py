@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import Count, PathText
+from nemo_pre.run_files.outputs import check_output_file
+
 
 def validate(
-    path: str,
-    workers: int | None = None,
-    sample: int | None = None,
+    path: PathText,
+    workers: Count | None = None,
+    sample: Count | None = None,
     decode: bool = True,
-    max_pixels: int = 64_000_000,
-    max_characters: int = 32_768,
-    tokenizer: str | None = None,
-    max_tokens: int = 4096,
-    report: str | None = None,
+    max_pixels: Count = 64_000_000,
+    max_characters: Count = 32_768,
+    tokenizer: PathText | None = None,
+    max_tokens: Count = 4096,
+    report: PathText | None = None,
 ) -> dict[str, Any]:
     """Re-reads the prepared data in the directory PATH and tells all that is wrong with it.
 
@@ -39,11 +42,12 @@ def validate(
     from data_prep.validate.content import Limits
     from data_prep.validate.findings import table
 
+    if report is not None:
+        check_output_file("report", report)
     limits = Limits(decode, max_pixels, max_characters, tokenizer, max_tokens)
     result = check(Path(path), limits, workers, sample)
     content = result.as_json()
     if report is not None:
-        Path(report).parent.mkdir(parents=True, exist_ok=True)
         Path(report).write_text(json.dumps(content, indent=1) + "\n")
     print(table(result))
     if result.findings:

@@ -9,6 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from nemo_pre.orphans import end_with_the_pool
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 WAITING_PER_WORKER = 4
@@ -30,7 +32,8 @@ def in_parallel(function: Callable[[Job], Result], jobs: Sequence[Job], workers:
     if workers == 1 or len(jobs) <= 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), spawn, initializer=end_with_the_pool) as pool:
         waiting: set[Future[Result]] = set()
         try:
             for job in jobs:

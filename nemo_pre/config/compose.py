@@ -15,6 +15,8 @@ from typing import Any
 
 import recipes
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.words import as_override, unknown_option
+from nemo_pre.options import nearest, value_problems, with_homes
 
 SCHEMA = "run_schema"  # the name by which recipes/config.yaml inherits the dataclasses
 
@@ -33,7 +35,7 @@ def compose_config(overrides: Sequence[str]) -> Any:
     _search_own_recipes_too()
     _refuse_search_path(overrides)
     with _one_sentence(), initialize_config_dir(config_dir=str(recipes.DIRECTORY), version_base="1.3"):
-        composed = compose("config", overrides=list(overrides), return_hydra_config=True)
+        composed = compose("config", overrides=list(map(as_override, overrides)), return_hydra_config=True)
         values = OmegaConf.to_container(composed, resolve=False)
         assert isinstance(values, dict)
         values["experiment"] = _with_origin(values.pop("hydra")["runtime"]["choices"].get("experiment"))
@@ -70,10 +72,11 @@ def _with_origin(experiment: str | None) -> str | None:
 
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:
-    """The run that ``nemo-pre train OVERRIDES`` describes, complete and typed.
+    """The run that ``nemo-pre train OVERRIDES`` describes, complete and typed; ``~`` in its paths is the user's home.
 
     Raises:
-        ValueError: one sentence: an unknown option, a value of the wrong type, or a value that is still missing.
+        ValueError: one sentence: an unknown option, a value of the wrong type or off its option's range, or a value
+            that is still missing.
     """
     from omegaconf import OmegaConf
 
@@ -85,6 +88,9 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     with _one_sentence():
         run = OmegaConf.to_object(config)
     assert isinstance(run, RunConfig)
+    with_homes(run)
+    for problem in value_problems(run):  # whoever computes with a run's values may rely on them
+        raise ValueError(problem)
     return run
 
 
@@ -140,6 +146,9 @@ def _missing_choice(error: Exception) -> str:
     group, _, choice = (name[1] if name else "config").rpartition("/")
     if not group:
         return f"There is no config group '{choice}': see nemo-pre train --cfg job for what can be set."
+    near = nearest(choice, choices)
+    if near is not None:
+        return f"{group}={choice} does not exist: the nearest is {near}; nemo-pre train --help lists all."
     return f"{group}={choice} does not exist: choose one of {', '.join(choices)}."
 
 
@@ -153,10 +162,10 @@ def _explain(error: Exception) -> str:
             continue
         what = str(getattr(cause, "msg", cause)).splitlines()[0]
         if re.search(r"not in struct|not in '", what):
-            return f"There is no option {key}: see nemo-pre train --cfg job for what can be set."
+            return unknown_option(key)
         return f"{key} has a value that does not fit: {what.rstrip('.')}."
     first = str(error).splitlines()[0].rstrip(".")
     override = re.match(r"Could not override '(.+?)'", first)
     if override:
-        return f"There is no option {override[1]}: see nemo-pre train --cfg job for what can be set."
+        return unknown_option(override[1])
     return f"The overrides cannot be read: {first}."

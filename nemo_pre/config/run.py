@@ -18,7 +18,7 @@ from nemo_pre.config.schema import (
     TrainerConfig,
 )
 from nemo_pre.objectives.registry import known
-from nemo_pre.options import choice, number
+from nemo_pre.options import choice, number, place, seed_number
 
 
 def _objective_config() -> type:
@@ -45,11 +45,13 @@ class RunConfig:
     """One run. ``nemo-pre train experiment=NAME`` fills it; the resolved copy is saved with the run."""
 
     name: str = MISSING
-    seed: int = number(1234, least=0)
+    seed: int = seed_number(1234)
     platform: str = choice("auto", ("auto", "cpu", "gpu"))
-    output_dir: str = "runs/${name}"
+    output_dir: str = place("runs/${name}")
     dry_run: bool = False
-    init_from: str | None = None  # weights to start from: a former stage's checkpoint, or what `nemo-pre import` wrote
+    init_from: str | None = place(
+        None
+    )  # weights to start from: a former stage's checkpoint, or what `nemo-pre import` wrote
     resume: bool = True  # continue from the newest checkpoint in output_dir
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

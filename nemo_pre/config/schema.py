@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemo_pre.options import choice, fraction, number
+from nemo_pre.options import choice, fraction, number, numbers, place, seed_number
 
 VISION_FAMILIES = {
     "clip": "",
@@ -31,21 +31,27 @@ class VisionConfig:
     weights are random, or come with ``init_from``."""
 
     family: str = choice("clip", VISION_FAMILIES)
-    image_size: int = MISSING  # pixels, square; with native resolution 0: an image keeps its aspect ratio
+    image_size: int = number(
+        MISSING, least=0
+    )  # pixels, square; with native resolution 0: an image keeps its aspect ratio
     patch_size: int = number(MISSING, least=1)  # pixels, square
     hidden_size: int = number(MISSING, least=1)
     # Of dinov2 a multiple of hidden_size; of patch_mlp the width between its two layers.
     intermediate_size: int = number(MISSING, least=1)
-    num_layers: int = MISSING  # of patch_mlp 0
+    num_layers: int = number(MISSING, least=0)  # of patch_mlp 0
     num_attention_heads: int = number(MISSING, least=1)  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
     drop_class_token: bool = True
-    min_visual_tokens: int | None = None  # of an image, native resolution only; smaller are enlarged
-    max_visual_tokens: int | None = None  # likewise; larger are reduced; at least four times the former
-    window_size: int | None = None  # of qwen25_vl: pixels, square, within which most layers attend
-    full_attention_layers: list[int] | None = None  # of qwen25_vl: from 0, those that attend to the whole image
-    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    min_visual_tokens: int | None = number(None, least=1)  # of an image, native resolution only; smaller are enlarged
+    max_visual_tokens: int | None = number(
+        None, least=1
+    )  # likewise; larger are reduced; at least four times the former
+    window_size: int | None = number(None, least=1)  # of qwen25_vl: pixels, square, within which most layers attend
+    full_attention_layers: list[int] | None = number(
+        None, least=0
+    )  # of qwen25_vl: from 0, those that attend to the whole image
+    image_mean: list[float] = numbers((0.48145466, 0.4578275, 0.40821073))  # of red, green and blue, as the next
+    image_std: list[float] = numbers((0.26862954, 0.26130258, 0.27577711), above=0)
 
 
 @dataclass
@@ -55,10 +61,10 @@ class RopeScalingConfig:
     kind: str = choice(
         "none", {"none": "", "linear": "all, by factor", "llama3": "Llama 3.1: the slow ones, by factor"}
     )
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # of llama3, with the next two
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
+    factor: float = number(1.0, above=0)
+    low_freq_factor: float = number(1.0, above=0)  # of llama3, with the next two
+    high_freq_factor: float = number(4.0, above=0)
+    original_positions: int = number(8192, least=1)
 
 
 @dataclass
@@ -72,10 +78,12 @@ class LanguageConfig:
     num_attention_heads: int = number(MISSING, least=1)
     num_query_groups: int = number(MISSING, least=1)
     vocab_size: int = number(MISSING, least=1)  # tokenizer's size; padded to a multiple of 128 x TP inside the model
-    rotary_base: float = 10000.0
+    rotary_base: float = number(10000.0, above=0)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    max_position_embeddings: int | None = None  # what an exported model states; null: data.sequence_length
-    layernorm_epsilon: float = 1e-5
+    max_position_embeddings: int | None = number(
+        None, least=1
+    )  # what an exported model states; null: data.sequence_length
+    layernorm_epsilon: float = number(1e-5, above=0)
     tie_embeddings: bool = False
     init_std: float = number(0.02, above=0)
 
@@ -97,26 +105,28 @@ class ModelConfig:
         },
     )
     rope: str = choice("1d", {"1d": "", "2d": "row and column of a patch", "mrope": "Qwen2-VL's: time, row, column"})
-    rope_sections: list[int] | None = None  # frequencies per axis; null: 2d alternates, mrope 2:3:3
-    tokenizer: str | None = None  # HF tokenizer directory; null: the one that lies with the data
+    rope_sections: list[int] | None = number(None, least=0)  # frequencies per axis; null: 2d alternates, mrope 2:3:3
+    tokenizer: str | None = place(None)  # HF tokenizer directory; null: the data's, else that of init_from
 
 
 @dataclass
 class BlendSource:
     """One prepared set of several that are trained on together."""
 
-    path: str = MISSING  # directory that `nemo-pre data ...` wrote
+    path: str = place(MISSING)  # directory that `nemo-pre data ...` wrote
     weight: float = number(1.0, above=0)  # in proportion to which its samples are drawn
 
 
 @dataclass
 class DataConfig:
     name: str = MISSING
-    path: str = MISSING  # directory that `nemo-pre data ...` wrote; with blend, of validation and tokenizer only
+    path: str = place(
+        MISSING
+    )  # directory that `nemo-pre data ...` wrote; with blend, of validation and tokenizer only
     blend: list[BlendSource] | None = None  # train on these instead of path's training split
     sequence_length: int = number(MISSING, least=1)  # tokens of text and images together; longer samples are cut
     num_workers: int = number(0, least=0)  # loader processes per rank
-    shuffle_seed: int = 0
+    shuffle_seed: int = seed_number(0)
     chat_template: str = choice(
         "plain",
         {
@@ -140,7 +150,9 @@ class DataConfig:
     max_tiles: int = number(
         1, least=1
     )  # of an image: its thumbnail and the cells of a grid, as LLaVA-NeXT's; 1, or 3 and more
-    features: str | None = None  # directory of `nemo-pre data features`: a frozen encoder's output instead of images
+    features: str | None = place(
+        None
+    )  # directory of `nemo-pre data features`: a frozen encoder's output instead of images
     on_error: str = choice("raise", ("raise", "skip"))  # what a sample that cannot be read does
     packing: bool = False  # several samples, isolated, in a sequence; batch sizes count sequences
     packing_window: int = number(1024, least=1)  # samples that are packed at a time
@@ -154,7 +166,9 @@ class ParallelConfig:
     tensor: int = number(1, least=1)
     pipeline: int = number(1, least=1)
     virtual_pipeline: int | None = number(None, least=1)  # model chunks per pipeline rank
-    pipeline_layers: list[int] | None = None  # decoder layers of each chunk, as a sample meets them; null: even
+    pipeline_layers: list[int] | None = number(
+        None, least=0
+    )  # decoder layers of each chunk, as a sample meets them; null: even
     context: int = number(1, least=1)
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     data: int = number(1, least=1)
@@ -249,19 +263,21 @@ class ClusterConfig:
     account: str | None = None
     qos: str | None = None
     time_limit: str | None = None  # days-hours:minutes:seconds; null: the partition's
-    warning_seconds: int = 120  # before the time limit a checkpoint is written and the job requeued
-    cpus_per_task: int | None = None
+    warning_seconds: int = number(120, least=1)  # before the time limit a checkpoint is written and the job requeued
+    cpus_per_task: int | None = number(None, least=1)
     memory_per_node: str | None = None  # as sbatch --mem takes it
     exclude: list[str] = field(default_factory=list)  # nodes
     sbatch_options: list[str] = field(default_factory=list)  # further ones, such as --exclusive
-    container_image: str | None = None  # for pyxis and enroot; null: no container
+    container_image: str | None = place(None)  # for pyxis and enroot; null: no container
     container_mounts: list[str] = field(default_factory=list)  # FROM:TO; the working directory is always mounted
-    python: str | None = None  # of the virtual environment; null: the submitting one, in a container python3
+    python: str | None = place(None)  # of the virtual environment; null: the submitting one, in a container python3
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_*, GLOO_SOCKET_IFNAME, ...
     setup: list[str] = field(default_factory=list)  # shell lines of the batch script, such as module load
-    ft_restarts: int = 0  # above 0: by nvidia-resiliency-ext's ft_launcher, in place, before the job is requeued
-    max_failures: int = 5  # in a row without a new checkpoint, before the job stops restarting
+    ft_restarts: int = number(
+        0, least=0
+    )  # above 0: by nvidia-resiliency-ext's ft_launcher, in place, before the job is requeued
+    max_failures: int = number(5, least=1)  # in a row without a new checkpoint, before the job stops restarting
     health_check: bool = True  # of every node before training; a bad one is excluded and the job requeued
     all_reduce_check: bool = True  # of every node's ranks, and of all, after the health check
-    min_free_gb: float = 10.0  # disk space the health check wants in output_dir
-    min_write_mb_s: float = 20.0  # and speed of writing
+    min_free_gb: float = number(10.0, least=0)  # disk space the health check wants in output_dir
+    min_write_mb_s: float = number(20.0, least=0)  # and speed of writing

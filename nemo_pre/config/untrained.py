@@ -20,7 +20,7 @@ def untrained_run(model: ModelConfig, output_dir: str) -> RunConfig:
         output_dir=output_dir,
         resume=False,
         model=model,
-        data=DataConfig(name="none", path="", sequence_length=model.language.max_position_embeddings or 2048),
+        data=DataConfig(name="none", path="none", sequence_length=model.language.max_position_embeddings or 2048),
         parallel=ParallelConfig(distributed_optimizer=False),
         precision=PrecisionConfig(name="fp32"),
         optim=OptimConfig(lr=1e-3),  # there is none

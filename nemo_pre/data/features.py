@@ -177,7 +177,7 @@ def read_features(directory: str | Path, option: str = "data.features") -> Featu
         found = FeaturesManifest(directory, option, raw["dtype"], *shape[:2], described, tower, files)
     except FileNotFoundError as error:
         raise ValueError(f"{option}={directory} has no {MANIFEST}: {AGAIN}.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a manifest of {FORMAT} version {FORMAT_VERSION} ({error!r}): name another directory."
         ) from error

@@ -42,8 +42,11 @@ class Manifest:
         return sum(shard.samples for shard in self.shards[split])
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Path, option: str = "data.path") -> Manifest:
     """Parses ``path/manifest.json``.
+
+    Args:
+        option: which named the directory.
 
     Raises:
         ValueError: there is none, or it is not one of this format.
@@ -52,7 +55,7 @@ def read_manifest(path: str | Path) -> Manifest:
     file = directory / MANIFEST
     if not file.is_file():
         raise ValueError(
-            f"data.path={directory} has no {MANIFEST}: prepare the data first with nemo-pre data prepare, "
+            f"{option}={directory} has no {MANIFEST}: prepare the data first with nemo-pre data prepare, "
             f"or the demo's with nemo-pre data demo out={directory}"
         )
     try:

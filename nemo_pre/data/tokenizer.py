@@ -1,4 +1,5 @@
-"""Loading tokenizers: the one the run's model names, or the one that lies with the data. All are loaded here."""
+"""Loading tokenizers: the one that the model names, that lies with the data, or that the weights came with. All are
+loaded here."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.data.hub import find_hf_file
 from nemo_pre.data.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -17,18 +19,42 @@ SETTINGS = "tokenizer_config.json"
 # What a vocabulary lies in, by itself or with its merges: of tokenizers, of SentencePiece, of GPT-2's kind.
 VOCABULARIES: tuple[tuple[str, ...], ...] = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 LFS_POINTER = b"version https://git-lfs"
+KEPT = "huggingface"  # the folder of an import's checkpoint with the source's files beside its weights
 
 
 def tokenizer_path(config: RunConfig) -> str:
-    """Directory or hub id of the tokenizer of a run."""
+    """Directory or hub id of the tokenizer of a run: ``model.tokenizer``; else the one that lies with the data; else
+    the one that the weights of ``init_from`` came with.
+
+    Raises:
+        ValueError: there is none.
+    """
     if config.model.tokenizer:
         return str(config.model.tokenizer)
     manifest = read_manifest(config.data.path)
-    if manifest.tokenizer is None:
+    found = manifest.tokenizer or (_tokenizer_of(config.init_from) if config.init_from else None)
+    if found is None:
+        also = f" nor in init_from={config.init_from}" if config.init_from else ""
         raise ValueError(
-            f"no tokenizer lies with {config.data.path}: set model.tokenizer to an HF tokenizer directory"
+            f"No tokenizer lies with data.path={config.data.path}{also}: set model.tokenizer to an HF tokenizer "
+            f"directory."
         )
-    return str(manifest.tokenizer)
+    return str(found)
+
+
+def _tokenizer_of(init_from: str) -> str | None:
+    """The tokenizer that an import kept beside its weights, wherever it was moved since, or that a former stage's run
+    used; None where neither is there."""
+    from nemo_pre.run_files.checkpoints import former_stage
+    from nemo_pre.run_files.saved_config import read_saved
+
+    checkpoint = Path(former_stage(init_from))
+    if (checkpoint / KEPT / SETTINGS).is_file():
+        return str(checkpoint / KEPT)
+    saved = read_saved(checkpoint)
+    if saved.model.tokenizer is not None:
+        return str(saved.model.tokenizer)
+    return _tokenizer_of(saved.init_from) if saved.init_from and Path(saved.init_from).is_dir() else None
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -44,6 +70,8 @@ def load_tokenizer(path: str | Path) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
+    if not Path(path).is_dir():
+        find_hf_file("tokenizer", str(path), SETTINGS)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.run_files.json_files import check_type, read_json
+
 FORMAT, FORMAT_VERSION = "nemo-pre diagnostics", 1
+FIELDS = {"title": str, "model": dict, "data": dict, "layers": list, "pictures": dict}
 RESULTS, REPORT = "results.json", "report.html"
 
 Results = dict[str, Any]
@@ -20,10 +22,17 @@ def read_results(path: str | Path) -> Results:
     """
     file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
     try:
-        results: Results = json.loads(file.read_text(encoding="utf-8"))
+        results: Results = read_json(file, f"a {RESULTS} of nemo-pre diagnose")
         if results["format"] != FORMAT or results["format_version"] != FORMAT_VERSION:
             raise ValueError(f"it states format {results['format']!r} version {results['format_version']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, kind in FIELDS.items():
+            check_type(results[name], kind, f"'{name}'")
+        for number, layer in enumerate(results["layers"]):
+            check_type(layer, dict, f"layer {number}")
+            check_type(layer["layer"], int, f"the number of layer {number}")
+        if not results["layers"]:
+            raise ValueError("it has no layer")
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{file} is not a {RESULTS} of nemo-pre diagnose ({error}): diagnose the model again."
         ) from error

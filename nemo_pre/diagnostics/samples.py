@@ -114,7 +114,7 @@ def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None =
     Raises:
         ValueError: the data cannot be read, or no val sample has exactly one image, or no fit sample has the label.
     """
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, "data")
     splits: dict[str, ShardedSamples | None] = {"train": None, "val": None}
     for split in splits:
         if shards := manifest.shards.get(split):

@@ -52,7 +52,7 @@ def write_digits_task(data: str, directory: Path) -> Path:
 
 
 def _val_split(data: str) -> tuple[Manifest, ShardedSamples]:
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, "data")
     if not manifest.shards.get("val"):
         raise ValueError(f"{manifest.directory} has no val shards: prepare the data again")
     verify_shards(manifest.shards["val"])

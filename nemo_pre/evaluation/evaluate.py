@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_pre.evaluation.cached_data import DataSet, how_to_get, is_cached
 from nemo_pre.evaluation.digits import TASK as DIGITS
@@ -17,23 +17,24 @@ from nemo_pre.evaluation.harness import Harness, index_tasks, run_task, version
 from nemo_pre.evaluation.published import published_row
 from nemo_pre.evaluation.results import TaskResult, markdown, read_results, store_result, stored_result, table_rows
 from nemo_pre.evaluation.suites import benchmarks_of, suite_tasks
+from nemo_pre.options import Count, CountOrNone, FreeText, PathText, Rule
 
 MISSING = ("refuse", "skip", "download")
 
 
 def evaluate(
-    model: str,
+    model: PathText,
     suite: str = "pre",
     tasks: str | None = None,
-    out: str | None = None,
-    data: str = "data/digits",
-    batch_size: int = 1,
+    out: PathText | None = None,
+    data: PathText = "data/digits",
+    batch_size: Count = 1,
     device: str | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    processes: int = 1,
-    flags: str = "",
-    python: str | None = None,
+    limit: Count | Annotated[float, Rule(above=0)] | None = None,
+    num_fewshot: CountOrNone | None = None,
+    processes: Count = 1,
+    flags: FreeText = "",
+    python: PathText | None = None,
     missing: str = "refuse",
     again: bool = False,
     published: str | None = None,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.evaluation.task_index import MARK
+from nemo_pre.launch.leash import leashed
 
 # What the command line below says itself.
 SET_BY_US = ("--model", "--model_args", "--tasks", "--output_path", "--include_path", "--log_samples", "--config")
@@ -116,7 +117,7 @@ def run_task(harness: Harness, model: Path, task: str, directory: Path, include:
     with _environment(harness) as environment, log.open("w") as output:
         # Some tasks write a submission to the current directory.
         subprocess.run(
-            command(harness, model, task, directory, include),
+            leashed(command(harness, model, task, directory, include)),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -8,29 +8,31 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_pre.evaluation.results import TaskResult
+from nemo_pre.options import Count, CountOrNone, FreeText, PathText, Positive, Rule
 from nemo_pre.run_files.checkpoints import numbered_checkpoints
+from nemo_pre.run_files.json_files import check_type, read_json_lines
 
 RECORD = "evaluations.jsonl"
 
 
 def evaluate_run(
-    run: str,
+    run: PathText,
     suite: str = "digits",
     tasks: str | None = None,
-    poll_seconds: float = 60.0,
+    poll_seconds: Positive = 60.0,
     follow: bool = True,
     keep_exports: bool = False,
-    data: str = "data/digits",
-    batch_size: int = 1,
+    data: PathText = "data/digits",
+    batch_size: Count = 1,
     device: str | None = None,
-    limit: int | float | None = None,
-    num_fewshot: int | None = None,
-    processes: int = 1,
-    flags: str = "",
-    python: str | None = None,
+    limit: Count | Annotated[float, Rule(above=0)] | None = None,
+    num_fewshot: CountOrNone | None = None,
+    processes: Count = 1,
+    flags: FreeText = "",
+    python: PathText | None = None,
     missing: str = "refuse",
 ) -> None:
     """Export and evaluate each checkpoint of a run as it appears, until the run's last step; training goes on.
@@ -99,7 +101,13 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
 
 def evaluated_steps(run: Path) -> set[int]:
     file = run / RECORD
-    return {json.loads(line)["step"] for line in file.read_text().splitlines()} if file.is_file() else set()
+    if not file.is_file():
+        return set()
+    steps = set()
+    for where, record in read_json_lines(file, "a run whose evaluations can be read"):
+        check_type(record.get("step"), int, f"{where}: 'step'")
+        steps.add(record["step"])
+    return steps
 
 
 def _last_step(run: Path) -> int:

@@ -9,6 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def refuse_existing(target: Path) -> None:
+    """Check that nothing has the name yet.
+
+    Raises:
+        ValueError: something has.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists already: choose another name, or remove it first.")
+
+
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """A directory to be filled, ``TARGET.partial``, which gets its name when the block ends well.
@@ -18,8 +28,7 @@ def appearing(target: Path) -> Iterator[Path]:
     Raises:
         ValueError: ``target`` exists already.
     """
-    if target.exists():
-        raise ValueError(f"{target} exists already: choose another name, or remove it first.")
+    refuse_existing(target)
     unfinished = target.with_name(target.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -15,12 +15,13 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.huggingface.atomic import appearing
+from nemo_pre.huggingface.atomic import appearing, refuse_existing
 from nemo_pre.huggingface.progress import bytes_progress
 from nemo_pre.objectives.registry import training_only
+from nemo_pre.options import PathText, Rule
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,9 @@ WRITTEN_FOR = "4.57.0"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_gb: float = 4.0) -> Path:
+def export_checkpoint(
+    checkpoint: PathText, out: PathText, dtype: str = "auto", max_file_gb: Annotated[float, Rule(least=0.001)] = 4.0
+) -> Path:
     """Write a Hugging Face directory from a checkpoint.
 
       nemo-pre export runs/NAME/checkpoints OUT                  the newest of a run
@@ -54,7 +57,9 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
     prepare_environment("cpu")  # reading a checkpoint imports Megatron
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is unknown: choose one of {', '.join(DTYPES)}.")
-    source, target = complete_checkpoint(checkpoint), Path(out)
+    target = Path(out)
+    refuse_existing(target)
+    source = complete_checkpoint(checkpoint)
     saved, model = _described(source)
     reader = CheckpointReader(source)
     weights = list(model_weights(model, reader))
@@ -72,15 +77,26 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
     return target
 
 
-def complete_checkpoint(path: str) -> Path:
-    """A checkpoint by itself, or the newest of a run's directory."""
-    import nemo_pre.launch.preload  # noqa: F401  # imports NeMo without its messages
+def complete_checkpoint(path: str, option: str = "checkpoint") -> Path:
+    """A checkpoint by itself, or the newest of a run's directory.
+
+    Args:
+        option: of the command line, which named it.
+
+    Raises:
+        ValueError: it is neither, or has no configuration that can be read.
+    """
     from nemo_pre.run_files.checkpoints import former_stage
+    from nemo_pre.run_files.saved_config import read_saved
 
     directory = Path(path)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
-    return Path(former_stage(str(directory)))
+    found = Path(former_stage(str(directory), option))
+    read_saved(found)  # refused before NeMo is imported, which takes ten seconds
+    import nemo_pre.launch.preload  # noqa: F401  # imports NeMo without its messages
+
+    return found
 
 
 def _described(source: Path) -> tuple[Any, ModelConfig]:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig
+from nemo_pre.data.tokenizer import KEPT as ORIGINAL
 from nemo_pre.huggingface.atomic import appearing
 from nemo_pre.huggingface.progress import bytes_progress
+from nemo_pre.options import Count, PathText, Seed
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import Weight
 
-ORIGINAL = "huggingface"  # the source's files beside its weights, in the checkpoint
 # Computed, not learned; and what no features come from: the parts of a whole CLIP or SigLIP beside its vision tower,
 # and AIMv2's head.
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
@@ -34,15 +35,15 @@ OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "
 
 
 def import_checkpoint(
-    llava: str | None = None,
-    out: str | None = None,
-    vision: str | None = None,
-    language: str | None = None,
+    llava: PathText | None = None,
+    out: PathText | None = None,
+    vision: PathText | None = None,
+    language: PathText | None = None,
     feature_layer: int = -2,
-    image_size: int | None = None,
-    seed: int = 1234,
+    image_size: Count | None = None,
+    seed: Seed = 1234,
     allow_pickle: bool = False,
-    processor: str | None = None,
+    processor: PathText | None = None,
 ) -> Path:
     """Make a checkpoint that runs start from with init_from=OUT, and OUT/config.yaml with the model it holds.
 
@@ -53,8 +54,8 @@ def import_checkpoint(
 
     Directories are local, with safetensors, and the tokenizer is beside the language model. feature_layer, image_size
     (to which the tower's position embeddings are resampled; null: its own) and seed (of the new projector) are for the
-    second form; allow_pickle=true also reads pytorch_model*.bin. Pictures become the pixels of the image processor that
-    lies in LLAVA_DIR or vision=DIR; processor=PATH names a folder or JSON file that has one where these have none.
+    second form; allow_pickle=true also reads pytorch_model*.bin. Pictures become the pixels of the image processor in
+    LLAVA_DIR or vision=DIR; processor=PATH names a folder or JSON file that has one where these have none.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")

@@ -25,24 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_pre.launch.environment import external_job, prepare_environment, uses_gpu
+from nemo_pre.launch.failures import RankFailure, os_sentence
+from nemo_pre.launch.leash import LAUNCHER
 from nemo_pre.launch.stopping import ROLL_BACK
 from nemo_pre.orphans import forked_processes_die_with_their_parent
 
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig
 
+LEASH = "nemo_pre.launch.leash"
 GRACE = 5.0  # seconds the survivors of a dead rank may go on
-TERM_WAIT = 4.0  # seconds between asking them to end and killing them
+TERM_WAIT = 3.0  # seconds between asking them to end and killing them; Ctrl-C ends a run within five
 SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)  # never another rank's doing
 MESSAGE_LIMIT, TRACEBACK_LIMIT = 2_000, 20_000  # characters a rank reports; a pipe holds them without a reader
-
-
-class RankFailure(RuntimeError):
-    """A rank died: the message is one sentence; ``traceback`` is the rank's, empty when a signal ended it."""
-
-    def __init__(self, sentence: str, traceback: str = "") -> None:
-        super().__init__(sentence)
-        self.traceback = traceback
 
 
 def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch.preload") -> None:
@@ -81,8 +76,9 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
     # A process that forks must not have touched CUDA, which importing NeMo may do: GPU ranks import for themselves.
-    context.set_forkserver_preload([preload] if preload and not uses_gpu(config.platform) else [])
-    with _sigterm_interrupts():
+    imported = [preload] if preload and not uses_gpu(config.platform) else []
+    context.set_forkserver_preload([LEASH, *imported])
+    with _sigterm_interrupts(), _named_as_launcher():
         while not _run_local_ranks(context, config, entry, ranks):
             pass  # they ask to be started again
 
@@ -109,8 +105,8 @@ class _Rank:
         where = f"; its output is in {self.log}" if self.log else ""
         with contextlib.suppress(EOFError):
             if self._reports.poll():
-                error, trace = self._reports.recv()
-                return RankFailure(f"Rank {self.number} of {ranks} ended with {error}{where}.", trace)
+                error, trace, explained = self._reports.recv()
+                return RankFailure(f"Rank {self.number} of {ranks} ended with {error}{where}.", trace, explained)
         if code is not None and code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
             how += " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -172,6 +168,7 @@ def _end(ranks: list[_Rank]) -> None:
 def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Path | None, reports: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.pop(LAUNCHER, None)  # of what this rank may launch itself
     threading.Thread(target=_die_with_launcher, args=(reports,), daemon=True).start()
     forked_processes_die_with_their_parent()
     os.environ.update(variables)
@@ -187,8 +184,10 @@ def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Pa
         trace = traceback.format_exc()
         if log is not None:
             print(trace, file=sys.stderr)
-        sentence = f"{type(error).__name__}: {str(error).strip() or 'no message'}".rstrip(".")
-        reports.send((sentence[:MESSAGE_LIMIT], trace[-TRACEBACK_LIMIT:]))
+        known = os_sentence(error)
+        sentence = f"{type(error).__name__}: {known or str(error).strip() or 'no message'}".rstrip(".")
+        explained = known is not None or isinstance(error, ValueError)
+        reports.send((sentence[:MESSAGE_LIMIT], trace[-TRACEBACK_LIMIT:], explained))
         _leave(1)
 
 
@@ -212,6 +211,18 @@ def _write_output_to(log: Path) -> None:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = file
+
+
+@contextlib.contextmanager
+def _named_as_launcher() -> Iterator[None]:
+    """The server that is started meanwhile dies with this process. Linux means the thread that started it, so that one
+    which may end earlier names nobody."""
+    if threading.current_thread() is threading.main_thread():
+        os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(LAUNCHER, None)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ An estimate from data sheets and stated efficiencies; :func:`calibrated` takes t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,8 @@ from nemo_pre.planner.load import FLOAT, Load, activation_bytes
 from nemo_pre.planner.memory import stages_that_differ, state_memory
 from nemo_pre.planner.parameters import costs, fp8_layers_among, rank_parameters, trainable_parameters
 from nemo_pre.planner.schedule import bubble_fraction, simulate
+from nemo_pre.run_files.json_files import check_type
+from nemo_pre.run_files.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,10 @@ def calibrated(
 
 def _step_times(metrics: str | Path) -> list[float]:
     try:
-        lines = Path(metrics).read_text().splitlines()
+        rows = read_metrics(metrics)
     except OSError as error:
         raise ValueError(f"{metrics} cannot be read: give calibrate= a run's metrics.jsonl.") from error
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [float(row["step_time"]) for row in rows if "step_time" in row]
+    times = [row["step_time"] for row in rows if row.get("step_time") is not None]  # null where it was not finite
+    for time in times:
+        check_type(time, float, f"{metrics}: a 'step_time'")
+    return times

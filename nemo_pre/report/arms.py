@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.options import split_paths
 from nemo_pre.report.runs import SEEDS, Run, read_run
 
 MAY_DIFFER = (*SEEDS, "output_dir", "name")  # in which runs of one arm may differ
@@ -42,7 +43,7 @@ def arrange(words: Sequence[str], labels: Sequence[str] = ()) -> list[Arm]:
         ValueError: nothing to compare, a run given twice, or a number of labels that does not fit.
     """
     explicit = any("," in word and not Path(word).is_dir() for word in words)
-    groups = [word.split(",") if explicit and not Path(word).is_dir() else [word] for word in words]
+    groups = [split_paths(word) if explicit else [word] for word in words]
     directories = [name for group in groups for name in group]
     real = [os.path.realpath(name) for name in directories]
     if twice := [name for name, path in zip(directories, real, strict=True) if real.count(path) > 1]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.objectives.registry import compared_metrics
+from nemo_pre.options import PathText
 from nemo_pre.report.arms import Arm, OptionDifference, arrange, option_differences
 from nemo_pre.report.intervals import Difference, Estimate, difference, mean_interval
 from nemo_pre.report.runs import Run, natural
 from nemo_pre.report.table import to_markdown, to_text
+from nemo_pre.run_files.outputs import make_output_folder
 
 METRICS = ",".join(["lm/loss", *(metric.name for metric in compared_metrics()), "val/lm_loss", "val/exact_match*"])
 TABLE, DATA, CURVES = "comparison.md", "comparison.json", "comparison.png"
@@ -78,8 +80,8 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[str],
-    out: str = "comparison",
+    runs: Sequence[PathText],
+    out: PathText = "comparison",
     metrics: str = METRICS,
     labels: str | None = None,
     average_last: int = 1,
@@ -102,6 +104,7 @@ def compare(
     arms = arrange(runs, [name.strip() for name in labels.split(",")] if labels else [])
     names = _select(arms, metrics)
     rows = [_row(arms, name, average_last) for name in names]
+    make_output_folder("out", out)
     comparison = Comparison(arms, rows, option_differences(arms), _notes(arms, rows, average_last), Path(out))
     _write(comparison)
     print(comparison.text())

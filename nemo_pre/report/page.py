@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from statistics import median
 
+from nemo_pre.options import PathText
 from nemo_pre.plots import EXACT_MATCH
 from nemo_pre.report.answers import ANSWERS, of_answers, question_types, sample_cards
 from nemo_pre.report.markup import percent, text
@@ -15,6 +16,7 @@ from nemo_pre.report.provenance import provenance
 from nemo_pre.report.run_charts import exact_match_charts, regularizer_charts, training_charts
 from nemo_pre.report.runs import CONFIG, Run, read_run
 from nemo_pre.report.samples import SampleAnswer, sample_answers
+from nemo_pre.run_files.outputs import check_output_file
 
 STYLE = Path(__file__).with_name("page.css")
 # Nothing may be loaded, and nothing run, whatever a name or an answer contains.
@@ -22,7 +24,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def report(
-    run: str, out: str = "report.html", model: str | None = None, num_samples: int = 12, data: str | None = None
+    run: PathText,
+    out: PathText = "report.html",
+    model: PathText | None = None,
+    num_samples: int = 12,
+    data: PathText | None = None,
 ) -> Path:
     """Write the report of a run as one HTML file: figures, answers by question type, samples, config, provenance.
 
@@ -38,12 +44,12 @@ def report(
     read = read_run(run)
     where = data or (read.options or {}).get("data.path")
     samples: list[SampleAnswer] | None = None
+    check_output_file("out", out)
     if model is not None:
         if not where:
             raise ValueError(f"{run} does not tell where its data are: give data=DIRECTORY.")
         samples = sample_answers(model, where, num_samples)
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(read, samples, provenance(read, where, model)), encoding="utf-8")
     for sample in (samples or [])[:1]:
         print(f"asked: {sample.question} | answered: {sample.answer} | expected: {sample.expected}")

@@ -78,7 +78,7 @@ def sample_answers(
 
 
 def _questions(data: str | Path, split: str, count: int) -> Iterator[_Question]:
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, "data")
     if not manifest.shards.get(split):
         raise ValueError(f"{manifest.directory} has no {split} shards: prepare the data again")
     verify_shards(manifest.shards[split])

@@ -49,13 +49,22 @@ def start_checkpoint(config: RunConfig) -> tuple[str | None, str | None]:
     return newest, newest or (former_stage(config.init_from) if config.init_from else None)
 
 
-def former_stage(path: str) -> str:
-    """The checkpoint ``init_from`` names: one by itself, or the newest of a run's ``checkpoints`` directory."""
+def former_stage(path: str, option: str = "init_from") -> str:
+    """The checkpoint ``path`` names: one by itself, or the newest of a run's ``checkpoints`` directory.
+
+    Args:
+        option: of the command line, which named it.
+
+    Raises:
+        ValueError: it is neither, or every checkpoint there is damaged.
+    """
     directory = Path(path)
+    if not directory.is_dir():
+        raise ValueError(f"{option}={path} is not a directory: name a checkpoint, or a run's checkpoints.")
     if directory.name == "checkpoints" or not (directory / "weights").is_dir():
         newest = newest_checkpoint(directory)
         if newest is None:
-            raise ValueError(f"init_from={path} is neither a checkpoint nor a directory with complete checkpoints.")
+            raise ValueError(f"{option}={path} is neither a checkpoint nor a directory with complete checkpoints.")
         return newest
     return str(directory)
 
@@ -96,8 +105,10 @@ def damage_of(checkpoint: Path) -> str:
         sizes = json.loads((checkpoint / SIZES).read_text())
     except FileNotFoundError:
         return ""
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return f"{SIZES} cannot be read"
+    if not isinstance(sizes, dict):
+        return f"{SIZES} holds no sizes"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

@@ -82,7 +82,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(line, dict) and "step" in line:
                 lines.append(line)

@@ -9,6 +9,7 @@ from typing import Any
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.objectives.registry import free_on_resume
+from nemo_pre.options import value_problems
 
 FILE = "config.yaml"
 # Where and how a run is run, which may change while it stays the same run; of the trainer, all but SAME_RUN.
@@ -45,6 +46,7 @@ def read_saved(checkpoint: str | Path) -> Any:
     Raises:
         ValueError: there is none, or it is not ours.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -53,16 +55,24 @@ def read_saved(checkpoint: str | Path) -> Any:
         raise ValueError(f"{checkpoint} has no {FILE}: name a checkpoint that a run or nemo-pre import wrote.")
     try:
         return OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path} is not a run's configuration: {str(error).splitlines()[0]}.") from error
+    except (OmegaConfBaseException, OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".:")
+        raise ValueError(f"{path} is not a run's configuration: {first}.") from error
 
 
 def saved_model(checkpoint: str | Path) -> ModelConfig:
     """The model a checkpoint holds."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    model = OmegaConf.to_object(read_saved(checkpoint).model)
+    try:
+        model = OmegaConf.to_object(read_saved(checkpoint).model)
+    except OmegaConfBaseException as error:
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{Path(checkpoint) / FILE} describes no whole model: {first}.") from error
     assert isinstance(model, ModelConfig)
+    for problem in value_problems(model, "model."):
+        raise ValueError(f"{Path(checkpoint) / FILE}: {problem}")
     return model
 
 

@@ -49,5 +49,8 @@ def record_skipped(output_dir: str, skipped: Skipped) -> None:
 def read_skipped(output_dir: str) -> Sequence[Skipped]:
     """All that is on record; a line that was cut while it was written never had a start behind it."""
     path = Path(output_dir) / RECORD
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [Skipped(**json.loads(line)) for line in lines if line.endswith("}\n")]
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        return [Skipped(**json.loads(line)) for line in lines if line.endswith("}")]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has a line that no roll-back wrote ({error}): restore the file.") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_pre.objectives.objective import LayerObjective, Objective
 from nemo_pre.objectives.registry import enabled_options
+from nemo_pre.run_files.json_files import read_text
 
 RECIPE = "recipe"  # as a regularizer or a layout: what the experiment says
 BATCHES = ("strong", "weak")  # the recipe's at every number of GPUs | in proportion to the GPUs, from the fewest on
@@ -160,8 +161,8 @@ def read_grid(file: str | Path) -> Grid:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(file, "a YAML file"))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no grid: give it the keys {', '.join(AXES)}.")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.planner.devices import DEVICES, Efficiency
+from nemo_pre.run_files.outputs import make_output_folder
 from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
 from nemo_pre.scaling.results import SIMULATED, Result
-from nemo_pre.verbs.plan import DEFAULT_GPU, read_number
+from nemo_pre.verbs.plan import DEFAULT_GPU, named, read_number
 
 ACTIONS = ("simulate", "submit", "collect")
 RESULTS, TABLE = "results.json", "results.txt"
@@ -47,6 +48,8 @@ def scale(words: Sequence[str]) -> None:
     """
     grid, options = read_words(words)
     points = grid.points()
+    if options.action != "submit":
+        make_output_folder("out", options.out)
     from nemo_pre.scaling.simulate import simulate
 
     results = []
@@ -148,7 +151,7 @@ def read_words(words: Sequence[str]) -> tuple[Grid, Options]:
         elif name == "study":
             grid = STUDIES[_choice(name, value, STUDIES)]
         elif name == "grid":
-            grid = read_grid(value)
+            grid = read_grid(named(name, value))
         elif name in AXES and name != "overrides":
             axes[name] = axis_values(name, value)
         elif name in efficiencies:
@@ -161,7 +164,7 @@ def read_words(words: Sequence[str]) -> tuple[Grid, Options]:
         elif name == "gpu":
             options.gpu = _choice(name, value, DEVICES)
         elif name == "out":
-            options.out = Path(value)
+            options.out = Path(named(name, value))
         else:
             overrides.append(word)
     return replace(grid, **axes, overrides=[*grid.overrides, *overrides]), options

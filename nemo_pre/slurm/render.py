@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ class Job:
 def training_job(config: RunConfig, words: Sequence[str]) -> Job:
     """The job that runs ``nemo-pre train WORDS``, of which ``config`` is composed."""
     logs = Path(config.output_dir) / "slurm"
-    lines = [*_training_header(config, logs / "%j.log"), *_surroundings(config.cluster), *_what(config, words)]
+    lines = [*_training_header(config, _log(logs, "%j.log")), *_surroundings(config.cluster), *_what(config, words)]
     return Job(config.name, logs / "train.sbatch", "\n".join([*lines, *_how(config), "", BODY.read_text()]))
 
 
@@ -41,7 +42,7 @@ def sweep_job(name: str, runs: Mapping[str, tuple[RunConfig, Sequence[str]]], lo
         logs: where the script and Slurm's own output go.
     """
     first, _ = next(iter(runs.values()))
-    header = _training_header(first, logs / "%A_%a.log", name, f"#SBATCH --array=0-{len(runs) - 1}")
+    header = _training_header(first, _log(logs, "%A_%a.log"), name, f"#SBATCH --array=0-{len(runs) - 1}")
     cases = ["case $SLURM_ARRAY_TASK_ID in"]
     for index, (label, (config, words)) in enumerate(runs.items()):
         cases += [f"  {index}) # {label}", *(f"    {line}" for line in _what(config, words)), "    ;;"]
@@ -53,7 +54,7 @@ def command_job(config: RunConfig, verb: str, words: Sequence[str]) -> Job:
     """A job of one task that runs ``nemo-pre VERB WORDS`` behind the run; ``evaluate`` gets a GPU."""
     name, logs = f"{config.name}-{verb}", Path(config.output_dir) / "slurm"
     gpus = 1 if verb == "evaluate" and config.platform != "cpu" else 0
-    header = _header(config.cluster, name, logs / f"{verb}-%j.log", nodes=1, tasks=1, gpus=gpus)
+    header = _header(config.cluster, name, _log(logs, f"{verb}-%j.log"), nodes=1, tasks=1, gpus=gpus)
     command = ["srun", *_srun_options(config.cluster), _python(config.cluster), "-m", "nemo_pre.cli", verb, *words]
     lines = [*header, *_surroundings(config.cluster), "set -euo pipefail", shlex.join(command)]
     return Job(name, logs / f"{verb}.sbatch", "\n".join(lines) + "\n")
@@ -78,7 +79,7 @@ def _listed_name(config: RunConfig) -> str:
 
 def _header(cluster: ClusterConfig, name: str, log: Path, nodes: int, tasks: int, gpus: int) -> list[str]:
     options = {
-        "job-name": name,
+        "job-name": name.replace("\n", " "),
         "nodes": nodes,
         "ntasks-per-node": tasks,
         "gpus-per-node": gpus or None,
@@ -92,8 +93,19 @@ def _header(cluster: ClusterConfig, name: str, log: Path, nodes: int, tasks: int
         "open-mode": "append",
         "output": log,
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines = [f"#SBATCH --{key}={_for_sbatch(value)}" for key, value in options.items() if value is not None]
     return ["#!/usr/bin/env bash", *lines, *(f"#SBATCH {option}" for option in cluster.sbatch_options)]
+
+
+def _log(folder: Path, name: str) -> Path:
+    """Where Slurm writes; in the folder's own name a % is no pattern."""
+    return Path(str(folder).replace("%", "%%")) / name
+
+
+def _for_sbatch(value: object) -> str:
+    """A value as sbatch reads it behind ``#SBATCH``: blanks and # end it unless it is in quotes."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w%+,./:=@^~-]*", text, re.ASCII) else shlex.quote(text)
 
 
 def _surroundings(cluster: ClusterConfig) -> list[str]:

@@ -207,21 +207,20 @@ def check_site(config: RunConfig) -> None:
     cluster = config.cluster
     if cluster.time_limit is not None and not TIME_LIMIT.fullmatch(cluster.time_limit):
         raise ValueError(
-            f"cluster.time_limit={cluster.time_limit} is not days-hours:minutes:seconds: write it in quotes, "
-            f'such as "1-00:00:00".'
+            f"cluster.time_limit={cluster.time_limit} is not days-hours:minutes:seconds: write it such as "
+            f"1-00:00:00, in a file in quotes."
         )
     if not config.resume:
         raise ValueError("resume=false would make a requeued job begin anew: leave resume=true.")
-    for name in ("warning_seconds", "max_failures"):
-        if getattr(cluster, name) < 1:
-            raise ValueError(f"cluster.{name}={getattr(cluster, name)} must be 1 or more.")
     for option in cluster.sbatch_options:
         if not option.startswith("-"):
             raise ValueError(
                 f"cluster.sbatch_options has '{option}': write options as sbatch takes them (--exclusive)."
             )
-    if re.search(r"[\s%]", config.output_dir):
-        raise ValueError(f"output_dir={config.output_dir} has a blank or a %, which Slurm's log path cannot have.")
+    if re.search(r"[\\\n]", config.output_dir):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} has a \\ or a line break, which Slurm's log path cannot have."
+        )
 
 
 # --- submitting -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from nemo_pre.config.run import RunConfig
+from nemo_pre.options import CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, FROZEN, SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
 from nemo_pre.study.runs import StudyRun
 
@@ -14,10 +16,10 @@ RECORDS = 6  # diagnostics during a run
 
 def study(
     options: Sequence[str] = (),
-    out: str = "experiments/digits-study",
-    page: str = "docs/study.md",
-    runs: str = "runs/digits-study",
-    data: str = "data/digits",
+    out: PathText = "experiments/digits-study",
+    page: PathText = "docs/study.md",
+    runs: PathText = "runs/digits-study",
+    data: PathText = "data/digits",
     arms: str | None = None,
     seeds: int = 3,
     ablation_seeds: int = 1,
@@ -26,10 +28,10 @@ def study(
     first_steps: int = 600,
     steps: int = 600,
     num_images: int = 512,
-    num_fit: int = 2048,
-    val_samples: int = 950,
+    num_fit: CountOrNone = 2048,
+    val_samples: CountOrNone = 950,
     at_a_time: int | None = None,
-    platform: str = "auto",
+    platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
     dry_run: bool = False,
 ) -> None:
     """Train and diagnose every arm of the digits study, then write its numbers, figures and page.
@@ -74,7 +76,7 @@ def study(
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
     from nemo_pre.study.summary import summarise, write_summary
 
-    manifest = read_manifest(data)
+    manifest = read_manifest(data, "data")
     run_config = compose_run(["experiment=digits_tiny", f"data.path={data}", *options])
     num_layers = run_config.model.language.num_layers
     asked = chosen(digits_arms(num_layers), arms)

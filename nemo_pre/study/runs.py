@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.launch.leash import leashed
+
 OPTIONS, TRAINED, DIAGNOSED, LOG = "options.json", "trained.json", "diagnosed.json", "log.txt"
 DIAGNOSTICS = "diagnostics"
 
@@ -114,7 +116,7 @@ def run_verb(verb: str, words: Sequence[str], name: str, log: Path, environment:
         file.write(f"nemo-pre {verb} {' '.join(words)}\n")
         file.flush()
         code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=variables, close_fds=False, check=False
+            leashed(command), stdout=file, stderr=subprocess.STDOUT, env=variables, close_fds=False, check=False
         ).returncode
     if code:
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")

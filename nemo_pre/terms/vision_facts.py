@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_pre.data.hub import find_hf_file
 from nemo_pre.objectives.target import Target
 
 # Tokens before the patches, by the model_type of the vision model, beside register tokens. Of a model that is not here
@@ -205,6 +206,7 @@ def read_config(target: Target) -> Any:
     from transformers import AutoConfig
 
     path = named_path(target)
+    find_hf_file(target.option("path"), path, "config.json")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -7,10 +7,14 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import DataConfig, PrecisionConfig
 from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION, REPORT, RESULTS, read_results
-from nemo_pre.inference import InferenceRun
+from nemo_pre.inference import OWN_WORDS, InferenceRun, in_own_words
+from nemo_pre.options import Count, PathText, rule_of, split_paths
+from nemo_pre.run_files.outputs import make_output_folder
 
 
 @dataclass
@@ -26,21 +30,21 @@ class DiagnoseRun(InferenceRun):
 
 
 def diagnose(
-    model: str,
-    data: str,
-    out: str,
+    model: PathText,
+    data: PathText,
+    out: PathText,
     num_images: int = 256,
     num_fit: int = 1024,
     label: str | None = None,
     batch_size: int = 8,
-    compare: str | None = None,
+    compare: PathText | None = None,
     title: str | None = None,
-    chat_template: str | None = None,
-    tensor: int = 1,
-    pipeline: int = 1,
+    chat_template: Annotated[str, rule_of(DataConfig, "chat_template")] | None = None,
+    tensor: Count = 1,
+    pipeline: Count = 1,
     replicas: int = 1,
-    precision: str = "fp32",
-    platform: str = "auto",
+    precision: Annotated[str, rule_of(PrecisionConfig, "name")] = "fp32",
+    platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
 ) -> None:
     """See what becomes of a model's visual tokens, layer by layer.
 
@@ -67,8 +71,8 @@ def diagnose(
             raise ValueError(f"{name}={value}: give {least} or more.")
     if num_fit == 1:
         raise ValueError("num_fit=1: a probe is fitted on 2 images or more, or on none (0).")
-    others = [read_results(path) for path in compare.split(",")] if compare else []
-    Path(out).mkdir(parents=True, exist_ok=True)
+    others = [read_results(path) for path in split_paths(compare)] if compare else []
+    make_output_folder("out", out)
     named = title or Path(model).resolve().name
     if (Path(model) / "config.json").is_file():
         prepare_environment(platform)
@@ -103,7 +107,7 @@ def diagnose_run(
     from nemo_pre.huggingface.exporter import complete_checkpoint
     from nemo_pre.inference import inference_run
 
-    asked = inference_run(complete_checkpoint(checkpoint), output_dir, tensor, pipeline, precision, platform)
+    asked = inference_run(complete_checkpoint(checkpoint, "model"), output_dir, tensor, pipeline, precision, platform)
     if is_native(asked.model.vision):
         raise ValueError(
             f"A checkpoint with native resolution (model.vision.family={asked.model.vision.family}) is not diagnosed "
@@ -117,7 +121,8 @@ def _launch(run: DiagnoseRun) -> None:
     from nemo_pre.checks.run import check_options
     from nemo_pre.launch.ranks import launch
 
-    check_options(run)
+    with in_own_words({**OWN_WORDS, "trainer.micro_batch_size": "batch_size"}):
+        check_options(run)
     launch(run, "nemo_pre.verbs.diagnose:diagnose_rank")
 
 

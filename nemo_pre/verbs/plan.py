@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
+from nemo_pre.options import Rule
 from nemo_pre.planner.devices import DEVICES, Device, Efficiency, device_of_cluster, find_device
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.plan import Plan, plan_layout
 from nemo_pre.planner.search import Candidate, Found, search
 from nemo_pre.planner.step_time import StepTime, calibrated
 from nemo_pre.planner.tables import describe_plan, describe_search, describe_times
+from nemo_pre.run_files.outputs import check_output_file
 
 DEFAULT_GPU = "h100"
+MOST = 1_000_000  # GPUs, images and layouts: the search walks through the divisors of their number
 
 
 @dataclass
@@ -56,6 +61,8 @@ def plan(arguments: Sequence[str]) -> None:
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(overrides)
+    if options.json is not None:
+        check_output_file("json", options.json)
     named = device_of_cluster(config.cluster.name) if options.gpu is None else find_device(options.gpu)
     device = named or DEVICES[DEFAULT_GPU]
     efficiency = options.efficiency
@@ -109,27 +116,40 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
         elif name == "price":
             options.price = read_number(word, value, most=None)
         elif name in ("cluster.gpu", "json", "calibrate"):
-            setattr(options, name.removeprefix("cluster."), value)
+            setattr(options, name.removeprefix("cluster."), named(name, value))
         else:
             overrides.append(word)
     return overrides, options
+
+
+def named(name: str, value: str) -> str:
+    """The text of NAME=VALUE, in which a leading ``~`` is the user's home.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    problem = Rule(path=True).problem(name, value)
+    if problem is not None:
+        raise ValueError(problem)
+    return os.path.expanduser(value)
 
 
 def read_number(word: str, value: str, whole: bool = False, most: float | None = 1.0) -> float:
     """A number above 0 of the word OPTION=VALUE.
 
     Args:
-        most: the largest; whole numbers have none.
+        most: the largest; of whole numbers it is :data:`MOST`.
 
     Raises:
         ValueError: it is none, or out of range.
     """
     try:
         number = float(int(value) if whole else float(value))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{word} is not a {'whole ' if whole else ''}number.") from error
-    if not number > 0 or (not whole and most is not None and number > most):
-        within = "1 or more" if whole else "above 0" + (f" and at most {most:g}" if most is not None else "")
+    limit = MOST if whole else most
+    if not number > 0 or math.isinf(number) or (limit is not None and number > limit):
+        within = f"between 1 and {MOST:,}" if whole else "above 0" + (f" and at most {most:g}" if most else "")
         raise ValueError(f"{word} must be {within}.")
     return number
 

@@ -3,9 +3,9 @@
 import pytest
 
 from nemo_pre.checks.memory import estimate_memory
-from nemo_pre.checks.presence import find_hf_file
 from nemo_pre.checks.run import check_options, check_run
 from nemo_pre.config.compose import compose_run
+from nemo_pre.data.hub import find_hf_file
 from nemo_pre.planner.parameters import model_parameters
 
 

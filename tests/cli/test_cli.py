@@ -74,6 +74,7 @@ def test_composing_and_checking_do_not_import_torch():
     [
         (["fly"], f"nemo-pre: 'fly' is not a verb of nemo-pre: choose one of {', '.join(cli.VERBS)}."),
         (["data", "nope"], f"nemo-pre: 'data nope' is not a verb of nemo-pre: choose one of {', '.join(cli.VERBS)}."),
+        (["exprot", "a", "b"], "nemo-pre: 'exprot' is not a verb of nemo-pre: the nearest is export."),
         (["export"], "nemo-pre: nemo-pre export needs checkpoint and out: see nemo-pre export --help."),
         (["export", "a", "b", "out=c"], "nemo-pre: out is given twice to nemo-pre export: give it once."),
         (["export", "a", "b", "c", "d", "e"], "nemo-pre: max_file_gb=d is not a value of type float."),

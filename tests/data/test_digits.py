@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,38 @@ def test_preparing_imports_no_torch(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A limit on the size of files stands for it: every process of the pool meets it."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+        "from nemo_pre.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["data", "demo", f"out={tmp_path / 'out'}", "num_scenes=40", "scenes_per_shard=10", "workers=2"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("nemo-pre: ")]
+    assert said == [done.stderr.splitlines()[-1]] and "The disk is full" in said[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_workers_do_not_outlive_a_preparation_that_is_killed(tmp_path):
+    words = ["data", "demo", f"out={tmp_path / 'out'}", "num_scenes=200_000", "workers=2"]
+    job = subprocess.Popen([sys.executable, "-m", "nemo_pre.cli", *words], stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(lambda: list((tmp_path / "out").glob("*.partial")), 60)
+        children = Path(f"/proc/{job.pid}/task").glob("*/children")
+        started = {int(pid) for each in children for pid in each.read_text().split()}
+        assert len(started) >= 2
+    finally:
+        job.kill()
+        job.wait()
+    _wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), 15)
+
+
+def _wait_for(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -70,6 +70,17 @@ def sleep(config: RunConfig) -> None:
     time.sleep(60)
 
 
+def sleep_with_a_helper(config: RunConfig) -> None:
+    """As with a loader's worker or a checkpoint's writer: a process that the rank forked, deaf to SIGTERM."""
+    helper = os.fork()
+    if not helper:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+        os._exit(0)
+    (Path(config.output_dir) / f"helper{_rank()}").write_text(str(helper))
+    time.sleep(60)
+
+
 def _rank() -> int:
     return int(os.environ["RANK"])
 
@@ -88,7 +99,7 @@ def main(function: str, output_dir: str, *overrides: str) -> int:
 
     config = compose_run(["experiment=digits_tiny", "platform=cpu", f"output_dir={output_dir}", *overrides])
     try:
-        launch(config, f"tests.launch.entries:{function}", preload=None)
+        launch(config, f"tests.launch.entries:{function}", preload=os.environ.get("PRELOAD"))
     except RankFailure as failure:
         print(f"{failure}\n{failure.traceback}", file=sys.stderr)
         return 1

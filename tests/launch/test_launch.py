@@ -46,6 +46,11 @@ def wait_for(condition, seconds=30.0):
         time.sleep(0.05)
 
 
+def busy():
+    """Whether other work than the tests' has the cores."""
+    return os.getloadavg()[0] > 2 * len(os.sched_getaffinity(0))
+
+
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -132,6 +137,60 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path):
     job.kill()
     job.wait(timeout=10)
     wait_for(lambda: not any(map(is_alive, started_pids(tmp_path))), seconds=10)
+
+
+def all_below(pid):
+    """The processes that ``pid`` has started, and those that they have."""
+    found, waiting = set(), [pid]
+    while waiting:
+        parent = waiting.pop()
+        for children in Path("/proc").glob(f"{parent}/task/*/children"):
+            new = set(map(int, children.read_text().split())) - found
+            found |= new
+            waiting += new
+    return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_nothing_is_left_where_a_launcher_ends_while_ranks_train(tmp_path, number, code):
+    """Helper processes of a rank end with it; Ctrl-C reaches the whole group, as in a terminal."""
+    job = start("sleep_with_a_helper", tmp_path, "parallel=dp2")
+    wait_for(lambda: all((tmp_path / f"helper{rank}").exists() for rank in (0, 1)))
+    started = all_below(job.pid)
+    assert len(started) >= 5  # the server, two ranks, their helpers
+    begin = time.monotonic()
+    os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)
+    assert job.wait(timeout=15) == code
+    assert time.monotonic() - begin < TERM_WAIT + 2 + (START if busy() else 0)
+    wait_for(lambda: not any(map(is_alive, started)), seconds=15)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_nothing_is_left_where_a_launcher_ends_while_the_libraries_are_imported(tmp_path, number, code):
+    server = tmp_path / "server"
+    job = start("sleep", tmp_path, PRELOAD="tests.launch.slow_import", SERVER_FILE=str(server))
+    wait_for(lambda: server.exists() and server.read_text())
+    started = all_below(job.pid)
+    assert int(server.read_text()) in started
+    os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)
+    assert job.wait(timeout=5 + START) == code
+    assert "Traceback" not in job.communicate()[1]
+    wait_for(lambda: not any(map(is_alive, started)), seconds=15)
+
+
+def test_a_program_on_the_leash_ends_with_the_one_that_started_it(tmp_path):
+    program = (
+        "import subprocess, sys; from nemo_pre.launch.leash import leashed; "
+        "job = subprocess.Popen(leashed(['sleep', '60'])); print(job.pid, flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    child = int(parent.stdout.readline())
+    wait_for(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: not is_alive(child), seconds=10)
 
 
 def test_a_rank_of_an_external_launcher_runs_in_place(tmp_path):

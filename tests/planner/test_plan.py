@@ -65,7 +65,7 @@ def test_every_word_is_the_planners_or_the_runs() -> None:
     for words, sentence in (
         (["--json"], "not an option"),
         (["cluster.gpus=many"], "not a whole number"),
-        (["cluster.gpus=0"], "must be 1 or more"),
+        (["cluster.gpus=0"], "must be between 1 and 1,000,000"),
         (["efficiency.matrix=2"], "at most 1"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 
 import pytest
 
+from nemo_pre.config.compose import compose_run
 from nemo_pre.slurm.submit import parse, render, submit
 
 RUN = ["experiment=digits_tiny", "platform=gpu", "cluster=slurm_site", "cluster.devices_per_node=null"]
@@ -50,7 +52,7 @@ def test_a_cpu_run_asks_for_no_gpu():
 
 
 def test_environment_and_setup_lines_stand_before_the_ranks_start():
-    (script,) = scripts(*RUN, *SITE, "cluster.setup=[module load cuda]", "+cluster.environment.NCCL_DEBUG='a b'")
+    (script,) = scripts(*RUN, *SITE, "cluster.setup=[module load cuda]", "cluster.environment.NCCL_DEBUG=a b")
     assert "\nmodule load cuda\n" in script and "\nexport NCCL_DEBUG='a b'\n" in script
     assert script.index("module load cuda") < script.index("export NCCL_DEBUG") < script.index("srun")
 
@@ -63,12 +65,36 @@ def test_a_container_mounts_the_working_directory_and_brings_its_own_python(monk
 
 
 def test_words_with_blanks_and_dollars_reach_the_ranks_as_they_were():
-    (script,) = scripts(*RUN, *SITE, "data.path='a b$HOME'")
+    (script,) = scripts(*RUN, *SITE, "data.path=a b$HOME'=")
     line = next(line for line in script.splitlines() if line.startswith("WORDS="))
     shown = subprocess.run(
         ["bash", "-c", line + '; printf "%s\\n" "${WORDS[@]}"'], capture_output=True, text=True, check=True
     )
-    assert "data.path='a b$HOME'" in shown.stdout.splitlines()
+    assert "data.path=a b$HOME'=" in shown.stdout.splitlines()
+
+
+def test_a_directory_of_any_name_reaches_slurm_and_every_link_of_a_chain():
+    """sbatch reads a quoted option as a shell does, but for % in the name of a log."""
+    where = 'runs/a b/it\'s [x], "q"=5%/ü;$HOME&(z)#'
+    jobs = render(
+        parse(["chain=[digits_tiny,digits_tiny_pre,export]", *RUN[1:], "parallel=single", "cluster.nodes=1",
+               f"output_dir={where}/${{name}}", "--dry-run"])
+    )  # fmt: skip
+    (log,) = [line for line in jobs[0].script.splitlines() if line.startswith("#SBATCH --output=")]
+    assert shlex.split(log)[1] == f"--output={where.replace('%', '%%')}/digits_tiny/slurm/%j.log"
+    words = shell_list(next(line for line in jobs[1].script.splitlines() if line.startswith("WORDS=")), "WORDS")
+    assert f"init_from={where}/digits_tiny/checkpoints" in words
+    run = compose_run(words)
+    assert (run.output_dir, run.init_from) == (f"{where}/digits_tiny_pre", f"{where}/digits_tiny/checkpoints")
+    exported = shlex.split(jobs[2].script.splitlines()[-1])
+    assert exported[-2:] == [f"{where}/digits_tiny_pre/checkpoints", f"{where}/digits_tiny_pre/hf"]
+    assert all(is_bash(job.script) for job in jobs)
+
+
+def shell_list(line: str, name: str) -> list[str]:
+    """What a list of bash holds after the line that sets it."""
+    program = line + f'; printf "%s\\0" "${{{name}[@]}}"'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
 
 
 def test_a_chain_hands_each_stage_the_former_ones_checkpoints():
@@ -107,7 +133,7 @@ def test_a_sweep_is_an_array_with_a_directory_for_every_combination():
         (["cluster.sbatch_options=[exclusive]"], "cluster.sbatch_options has 'exclusive'"),
         (["resume=false"], "resume=false would make a requeued job begin anew"),
         (["cluster.max_failures=0"], "cluster.max_failures=0 must be 1 or more"),
-        (["output_dir='a b'"], "has a blank or a %"),
+        (["output_dir=a\\b"], "has a \\ or a line break"),
         (["chain=[a,b]"], "experiment= and chain= both name runs"),
         (["sweep=optim.lr"], "sweep=optim.lr is not OPTION=VALUE,VALUE"),
         (["sweep=seed=1,2", "output_dir=x"], "need directories of their own"),

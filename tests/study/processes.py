@@ -21,7 +21,7 @@ class Processes:
         self.failing: set[str] = set()
 
     def __call__(self, command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
-        verb, words = command[3], command[4:]
+        verb, *words = command[command.index("nemo_pre.cli") + 1 :]  # behind what ends it with the study
         self.commands.append([verb, *words])
         if verb == "train":
             directory = Path(next(word for word in words if word.startswith("output_dir=")).partition("=")[2])

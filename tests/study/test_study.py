@@ -211,9 +211,10 @@ def test_a_real_arm_of_two_steps_is_trained_diagnosed_and_summed_up(digits, tmp_
     start = study_runs.subprocess.run
 
     def start_or_fork(command: list[str], stdout: Any, **options: Any) -> CompletedProcess[str]:
-        if command[3] == "train":
+        words = command[command.index("nemo_pre.cli") + 1 :]
+        if words[0] == "train":
             return start(command, stdout=stdout, **options)
-        code, said = command_line(command[3:])
+        code, said = command_line(words)
         stdout.write(said)
         return CompletedProcess(command, code)
 

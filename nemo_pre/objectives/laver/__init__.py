@@ -38,7 +38,7 @@ class LaVerConfig:
     mask_token: str = choice(
         "learned", {"learned": "a vector", "embedding": "the word mask_token_id"}
     )  # in a masked place
-    mask_token_id: int | None = None  # the word of mask_token=embedding
+    mask_token_id: int | None = number(None, least=0)  # the word of mask_token=embedding
     student_temperature: float = number(0.1, above=0)
     teacher_temperature: float = number(0.04, above=0)
     centring: bool = False  # subtract a running mean from the teacher's logits

@@ -11,7 +11,7 @@ from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.objective import LayerObjective
 from nemo_pre.objectives.schedules import ScheduleConfig
 from nemo_pre.objectives.target import Target
-from nemo_pre.options import choice, fraction, number
+from nemo_pre.options import choice, fraction, number, place
 
 NAME = "pre"
 
@@ -33,9 +33,11 @@ class PReConfig:
             "external": "features of the vision model external_path",
         },
     )
-    external_path: str | None = None  # HF vision model for anchor=external
+    external_path: str | None = place(None)  # HF vision model for anchor=external
     external_image_size: int | None = number(None, least=1)  # pixels; null: the external model's own
-    external_features: str | None = None  # directory of `nemo-pre data features of=objective.pre`: the model's output
+    external_features: str | None = place(
+        None
+    )  # directory of `nemo-pre data features of=objective.pre`: the model's output
     ema_momentum: float | None = fraction(None)  # moving anchor: EMA of the projector; null: the live projector
     head_hidden_ratio: float = number(0.25, above=0)  # hidden width of the MLP as a fraction of the decoder's width
     head_activation: str = choice("gelu", ("gelu", "relu", "silu"))

@@ -12,7 +12,7 @@ from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.objective import LayerObjective
 from nemo_pre.objectives.schedules import ScheduleConfig
 from nemo_pre.objectives.target import Target
-from nemo_pre.options import choice, number
+from nemo_pre.options import choice, number, place
 
 NAME = "viral"
 
@@ -33,10 +33,10 @@ class ViralConfig:
     target: str = choice(
         "external", {"external": "features of the vision model target_path", "encoder": "the model's own encoder"}
     )
-    target_path: str | None = None  # HF vision model for target=external
+    target_path: str | None = place(None)  # HF vision model for target=external
     target_image_size: int | None = number(None, least=1)  # pixels it sees; null: its own
     target_filter: str = choice("bilinear", ("bilinear", "bicubic"))  # of the resizing to that
-    target_features: str | None = None  # directory of `nemo-pre data features of=objective.viral`: its output
+    target_features: str | None = place(None)  # directory of `nemo-pre data features of=objective.viral`: its output
     shared_head: bool = True  # one head for all layers, which must lie in one model chunk; else one each
     head_hidden_width: int = number(2048, least=1)
     head_depth: int = number(3, least=1)  # linear layers, SiLU between them
