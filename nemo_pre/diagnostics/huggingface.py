@@ -37,14 +37,15 @@ class HuggingFaceModel:
 
     Args:
         background: see :class:`nemo_pre.diagnostics.samples.DiagnosticData`.
+        trust_remote_code: run Python files of the directory that are not nemo-pre's too.
 
     Raises:
         ValueError: the directory holds no such model, or the model is not built as described above.
     """
 
-    def __init__(self, directory: str | Path, background: int | None) -> None:
+    def __init__(self, directory: str | Path, background: int | None, trust_remote_code: bool = False) -> None:
         self.directory = Path(directory)
-        self.processor, self.network = _load(self.directory)
+        self.processor, self.network = _load(self.directory, trust_remote_code)
         self._background = background
         config = self.network.config
         image_token = getattr(config, "image_token_id", None)
@@ -197,16 +198,17 @@ def _decoder(network: Any) -> Any:
     return found if hasattr(found, "layers") else None
 
 
-def _load(directory: Path) -> tuple[Any, Any]:
+def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 
-    from nemo_pre.huggingface.loading import load_processor
+    from nemo_pre.huggingface.loading import load_processor, runs_own_code
 
-    config = directory / "config.json"
     try:
-        # Code from the directory is run only where its config says that it needs some.
-        own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
+        own_code = runs_own_code(directory, trust_remote_code)
+    except (OSError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model={directory} cannot be loaded: {str(error).splitlines()[0]}.") from error
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
+    try:
         processor = load_processor(directory, **how)
         network = AutoModelForImageTextToText.from_pretrained(
             directory, dtype="auto", attn_implementation="eager", **how

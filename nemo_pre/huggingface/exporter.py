@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -70,14 +71,22 @@ def export_checkpoint(checkpoint: str, out: str, dtype: str = "auto", max_file_g
 
 
 def complete_checkpoint(path: str) -> Path:
-    """A checkpoint by itself, or the newest of a run's directory."""
+    """A checkpoint by itself, or the newest of a run's directory; its weights are those that were saved.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it would run code.
+    """
     import nemo_pre.launch.preload  # noqa: F401  # imports NeMo without its messages
+    from nemo_pre.checkpoint_files.inspection import damage_or_danger
+    from nemo_pre.checkpoint_files.metadata import weights_only
+    from nemo_pre.launch.environment import external_job
     from nemo_pre.run_files.checkpoints import former_stage
 
+    os.environ.update(external_job(os.environ) or {})  # its ranks read a share each
     directory = Path(path)
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
-    return Path(former_stage(str(directory)))
+    return Path(former_stage(str(directory), partial(damage_or_danger, wanted=weights_only)))
 
 
 def _described(source: Path) -> tuple[Any, ModelConfig]:

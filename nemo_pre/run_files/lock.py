@@ -291,7 +291,7 @@ def _linked(draft: Path, target: Path) -> bool:
 
 
 def _created(draft: Path, target: Path) -> bool:
-    """For file systems without links."""
+    """Create ``target`` exclusively with what the draft holds, on file systems without links."""
     try:
         with target.open("x") as file:
             file.write(draft.read_text())
