@@ -196,6 +196,8 @@ def train(arguments: Arguments) -> None:
     from nemo_pre.checks.run import check_run
     from nemo_pre.launch.environment import is_first_rank
     from nemo_pre.launch.ranks import launch
+    from nemo_pre.launch.stopping import REQUEUE, ROLL_BACK
+    from nemo_pre.run_files.lock import writing
 
     report = check_run(config)
     if is_first_rank():
@@ -204,9 +206,12 @@ def train(arguments: Arguments) -> None:
         print(report.summary(), file=sys.stderr, flush=True)
     if config.dry_run:
         return
-    if is_first_rank():
+    if not is_first_rank():
+        launch(config, "nemo_pre.train:run_rank")
+        return
+    with writing(config.output_dir, keeps=(REQUEUE, ROLL_BACK)):
         save_resolved(config, Path(config.output_dir) / "config.yaml")
-    launch(config, "nemo_pre.train:run_rank")
+        launch(config, "nemo_pre.train:run_rank")
 
 
 def _train_options(arguments: Arguments) -> tuple[list[str], bool]:

@@ -27,12 +27,20 @@ def run_rank(config: RunConfig) -> None:
 
 def prepare_process(config: RunConfig) -> bool:
     """Apply the patches this run needs; returns whether it runs on a GPU. Once per process, before building."""
-    from nemo_pre.compat import checkpoints, cpu_backend, distributed_setup, learning_rates, progress, telemetry
+    from nemo_pre.compat import (
+        checkpoints,
+        cpu_backend,
+        distributed_setup,
+        learning_rates,
+        progress,
+        safe_reading,
+        telemetry,
+    )
 
     on_gpu = not cpu_backend.use_cpu(config.platform)
     if not on_gpu:
         cpu_backend.apply()
-    for patches in (checkpoints, learning_rates, progress, telemetry):
+    for patches in (checkpoints, safe_reading, learning_rates, progress, telemetry):
         patches.apply()
     distributed_setup.apply(config.seed, timedelta(seconds=config.trainer.rank_timeout))
 

@@ -19,6 +19,7 @@ from nemo_pre.run_files.checkpoints import (
     numbered_checkpoints,
     record_sizes,
 )
+from nemo_pre.run_files.checksums import record_checksums
 
 NO_ROOM = (  # what Linux says, and torch's writer when it could not write as much as it wanted
     "No space left on device",
@@ -31,8 +32,8 @@ NO_ROOM = (  # what Linux says, and torch's writer when it could not write as mu
 class RunCheckpoint(ModelCheckpoint):
     """Saves every ``checkpoint_every`` steps and at the end, keeping the newest ``keep_checkpoints``.
 
-    The resolved config lies in each checkpoint, so that one can be read without the run it came from, and the sizes of
-    its files, so that one that was cut is known.
+    The resolved config lies in each checkpoint, so that one can be read without the run it came from, and the sizes
+    and checksums of its files, so that one that was cut or changed is known.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -107,6 +108,7 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 directory = Path(filepath).with_suffix("")
                 save_resolved(self._config, directory / "config.yaml")
+                record_checksums(directory)
                 record_sizes(directory)
             finalize()  # removes the mark of an unfinished checkpoint
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from nemo_pre.checkpoint_files.inspection import damage_or_danger
+from nemo_pre.checkpoint_files.metadata import weights_only
 from nemo_pre.config.run import RunConfig
+from nemo_pre.launch.environment import is_first_rank
 from nemo_pre.objectives.registry import compared_on_resume, known
-from nemo_pre.run_files.checkpoints import start_checkpoint
+from nemo_pre.run_files.checkpoints import damage_of, mark_damaged, start_checkpoint
 from nemo_pre.run_files.saved_config import changed_options, check_same_weights
 
 log = logging.getLogger(__name__)
@@ -42,7 +47,7 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
     Raises:
         ValueError: a head in the checkpoint has another shape than the run's.
     """
-    newest, source = start_checkpoint(config)
+    newest, source = start_checkpoint(config, _damage_on_record, partial(damage_or_danger, wanted=weights_only))
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
@@ -68,6 +73,15 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         return StartPoint(weights_from=source)
     log.info("Resuming from %s.", source)
     return StartPoint(resume_from=source)
+
+
+def _damage_on_record(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint of the run's own, agreed by all ranks. The first leaves a mark, or the run would
+    save its own of the same step beside it."""
+    damage = damage_or_danger(checkpoint)
+    if damage and is_first_rank() and not damage_of(checkpoint):
+        mark_damaged(checkpoint, damage)
+    return damage
 
 
 def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 ``cpu_backend``        runs the whole stack on CPU ranks over gloo; applied only where no GPU is used.
 ``learning_rates``     a learning rate per module, on CPUs and GPUs alike.
 ``checkpoints``        what asynchronous and float32 checkpoints need, on CPUs (``cpu_backend`` applies it) and GPUs.
+``safe_reading``       readers of checkpoints that call nothing which a file names.
 ``distributed_setup``  the run's seed and time-out reach the ranks.
 ``progress``           NeMo's progress printer without the collective that only rank 0 enters.
 ``unified_memory``     Megatron's import without a CUDA helper to compile; applied before it, in every process.

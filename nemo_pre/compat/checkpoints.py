@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from multiprocessing.managers import SyncManager
@@ -65,7 +66,37 @@ def dp_reshardable_load():
     yield Change(DistributedOptimizer, "load_parameter_state_from_dp_reshardable", torch.no_grad()(load))
 
 
-PATCHES = [results_queue_per_save, dp_reshardable_load]
+@patch(
+    "checksums-of-torchs-writer",
+    why="A checkpoint whose bytes change on the disk is loaded without a word. Checksums made afterwards would read it"
+    " all again.",
+    until="torch writes checksums into the metadata of its checkpoints, and compares them.",
+)
+def checksums_of_torchs_writer():
+    from torch.distributed.checkpoint import filesystem
+
+    from nemo_pre.checkpoint_files.checksums import with_checksums
+
+    yield Change(filesystem, "_write_item", with_checksums(filesystem._write_item))
+
+
+@patch(
+    "checksums-of-megatrons-writer",
+    why="The same, where Megatron writes: in a process of its own beside training.",
+    until="torch's does it.",
+)
+def checksums_of_megatrons_writer():
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+    from torch.distributed.checkpoint import filesystem
+
+    from nemo_pre.checkpoint_files.checksums import with_checksums
+
+    # Megatron's module took torch's function when it was imported, which may have been patched by then.
+    plain = inspect.unwrap(filesystem._write_item)
+    yield Change(filesystem_async, "_write_item", with_checksums(plain))
+
+
+PATCHES = [results_queue_per_save, dp_reshardable_load, checksums_of_torchs_writer, checksums_of_megatrons_writer]
 
 
 def apply() -> None:

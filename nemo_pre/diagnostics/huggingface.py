@@ -7,6 +7,7 @@ measured, and those of the tile that shows the whole picture are compared with t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,14 +37,15 @@ class HuggingFaceModel:
 
     Args:
         background: see :class:`nemo_pre.diagnostics.samples.DiagnosticData`.
+        trust_remote_code: run Python files of the directory that are not nemo-pre's too.
 
     Raises:
         ValueError: the directory holds no such model, or the model is not built as described above.
     """
 
-    def __init__(self, directory: str | Path, background: int | None) -> None:
+    def __init__(self, directory: str | Path, background: int | None, trust_remote_code: bool = False) -> None:
         self.directory = Path(directory)
-        self.processor, self.network = _load(self.directory)
+        self.processor, self.network = _load(self.directory, trust_remote_code)
         self._background = background
         config = self.network.config
         image_token = getattr(config, "image_token_id", None)
@@ -196,13 +198,17 @@ def _decoder(network: Any) -> Any:
     return found if hasattr(found, "layers") else None
 
 
-def _load(directory: Path) -> tuple[Any, Any]:
+def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText
 
     from nemo_pre.huggingface.loading import load_processor, needs_own_code
 
     try:
-        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": needs_own_code(directory)}
+        own_code = needs_own_code(directory, trust_remote_code)
+    except (OSError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"model={directory} cannot be loaded: {str(error).splitlines()[0]}.") from error
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
+    try:
         processor = load_processor(directory, **how)
         network = AutoModelForImageTextToText.from_pretrained(
             directory, dtype="auto", attn_implementation="eager", **how

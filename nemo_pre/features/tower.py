@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.features import MANIFEST, TOWER, FeaturesManifest
+from nemo_pre.huggingface.weights import TOWER as PREFIX
 from nemo_pre.launch.silence import silence
 from nemo_pre.objectives.target import Target
 from nemo_pre.run_files.checkpoints import start_checkpoint
@@ -25,14 +26,13 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     Raises:
         ValueError: the checkpoint is not complete, or of another model.
     """
-    _, source = start_checkpoint(config)
+    _, source = start_checkpoint(config, _damage_of_tower, _damage_of_tower)
     if source is None:
         from nemo_pre.neva.vision import VisionTowerConfig
 
         tower = VisionTowerConfig(config.model.vision, config.seed).configure_model()
         return dict(tower.state_dict()), f"random weights of seed {config.seed}"
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
-    from nemo_pre.huggingface.weights import TOWER as PREFIX
 
     check_same_weights(config.model, source)
     with silence():  # its metadata imports Megatron
@@ -41,6 +41,13 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     if not names:
         raise ValueError(f"{source} has no vision tower: name a checkpoint of a run or an import.")
     return {name.removeprefix(PREFIX): reader.read(name) for name in names}, source
+
+
+def _damage_of_tower(checkpoint: Path) -> str:
+    with silence():  # its metadata import Megatron
+        from nemo_pre.checkpoint_files.inspection import damage_or_danger
+
+        return damage_or_danger(checkpoint, lambda key: key.startswith(PREFIX), alone=True)
 
 
 def target_weights(model: nn.Module) -> dict[str, Tensor]:

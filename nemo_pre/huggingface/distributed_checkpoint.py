@@ -37,14 +37,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-WEIGHTS = "weights"
-# What Megatron-Core 0.15 writes beside the tensors, and asks for when it loads.
-FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+from nemo_pre.checkpoint_files.metadata import FORMAT, WEIGHTS, read_metadata
+from nemo_pre.compat.checkpoints import checksums_of_torchs_writer
+
 CONTENT = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
@@ -84,9 +79,8 @@ class CheckpointReader:
         weights = self.directory / WEIGHTS
         self._storage = FileSystemReader(weights)
         try:
-            # Unpickled: a checkpoint is as trusted as the code that resumes from it.
-            self._metadata: Metadata = self._storage.read_metadata()
-        except (OSError, EOFError) as error:
+            self._metadata: Metadata = read_metadata(weights)
+        except OSError as error:
             raise ValueError(
                 f"{checkpoint} is not a complete checkpoint: {weights}/.metadata cannot be read."
             ) from error
@@ -115,8 +109,11 @@ class CheckpointReader:
         plan = LoadPlan(create_read_items_for_chunk_list(key, entry, [part]))
         try:
             self._storage.read_data(plan, _Into(target)).wait()
-        except (OSError, EOFError, RuntimeError) as error:
-            raise ValueError(f"{key} cannot be read from {self.directory}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # what torch makes of a damaged file, or of a pickle in it that it does not trust
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{key} cannot be read from {self.directory}: {reason}") from error
         return target if layer is None else target[0]
 
 
@@ -147,6 +144,7 @@ def write_weights(directory: Path, tensors: Iterable[StoredTensor], on_progress:
     Args:
         on_progress: called with the bytes of each tensor when it is written.
     """
+    checksums_of_torchs_writer.apply()
     weights = directory / WEIGHTS
     weights.mkdir(parents=True)
     save(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -78,13 +79,13 @@ def export_checkpoint(
 
 
 def complete_checkpoint(path: str, option: str = "checkpoint") -> Path:
-    """A checkpoint by itself, or the newest of a run's directory.
+    """A checkpoint by itself, or the newest of a run's directory; its weights are those that were saved.
 
     Args:
         option: of the command line, which named it.
 
     Raises:
-        ValueError: it is neither, or has no configuration that can be read.
+        ValueError: it is neither, has no configuration that can be read, is damaged, or would run code.
     """
     from nemo_pre.run_files.checkpoints import former_stage
     from nemo_pre.run_files.saved_config import read_saved
@@ -95,8 +96,12 @@ def complete_checkpoint(path: str, option: str = "checkpoint") -> Path:
     found = Path(former_stage(str(directory), option))
     read_saved(found)  # refused before NeMo is imported, which takes ten seconds
     import nemo_pre.launch.preload  # noqa: F401  # imports NeMo without its messages
+    from nemo_pre.checkpoint_files.inspection import damage_or_danger
+    from nemo_pre.checkpoint_files.metadata import weights_only
+    from nemo_pre.launch.environment import external_job
 
-    return found
+    os.environ.update(external_job(os.environ) or {})  # its ranks read a share each
+    return Path(former_stage(str(directory), option, partial(damage_or_danger, wanted=weights_only)))
 
 
 def _described(source: Path) -> tuple[Any, ModelConfig]:

@@ -61,6 +61,7 @@ def import_checkpoint(
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
     if llava is not None and image_size is not None:
         raise ValueError("image_size is for vision=DIR language=DIR: a LLaVA keeps the resolution it was trained at.")
+    from nemo_pre.checkpoint_files.metadata import WEIGHTS
     from nemo_pre.config.vision_families import is_native
     from nemo_pre.config.vision_towers import tower_problems
     from nemo_pre.data.tokenizer import check_size, load_tokenizer
@@ -68,6 +69,7 @@ def import_checkpoint(
     from nemo_pre.huggingface.distributed_checkpoint import write_weights
     from nemo_pre.huggingface.pixels import fit_tower, read_pixels, recipe_pixels
     from nemo_pre.launch.environment import prepare_environment
+    from nemo_pre.run_files.checksums import record_checksums
 
     prepare_environment("cpu")
     target = Path(out)
@@ -97,6 +99,7 @@ def import_checkpoint(
         _keep_other_files(original, unfinished / ORIGINAL)
         model.tokenizer = str(target / ORIGINAL)
         _describe(model, pixels, unfinished / "config.yaml", seed)
+        record_checksums(unfinished, WEIGHTS)  # config.yaml is the user's to change
     print(f"{target}: {model.name}, {total / 1e9:.3g} GB; start a run from it with init_from={target}")
     return target
 

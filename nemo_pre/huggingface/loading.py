@@ -10,6 +10,7 @@ from typing import Any
 SNIPPET = """\
 processor = AutoProcessor.from_pretrained(directory, use_fast=True)  # the tokenizer of training
 processor.image_processor = AutoImageProcessor.from_pretrained(directory, use_fast=False)  # resizes as in training"""
+CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 def load_processor(directory: Path, **how: Any) -> Any:
@@ -46,26 +47,34 @@ def own_files(model_type: str) -> dict[str, Path]:
     return {name: code / name for name in names}
 
 
-def needs_own_code(directory: Path) -> bool:
-    """Whether a directory's model is one of ours that needs the code beside it; other people's code is never run.
+def needs_own_code(directory: Path, trusted: bool = False) -> bool:
+    """Whether a directory's model or processor is loaded with Python files that lie in it: those that an export wrote,
+    or, where they are trusted, others. Where ``transformers`` has a class of its own, that is taken.
 
     Raises:
-        ValueError: the code beside it is not what this version exports.
+        ValueError: there are others, and they are not trusted.
+        OSError: a file cannot be read.
     """
+    found = {name: _own_classes(directory / name) for name in CONFIGS if (directory / name).is_file()}
+    classes = [entry for entries in found.values() for entry in entries]
+    if not classes or trusted:
+        return bool(classes)
     values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" not in values:
+    ours = own_files(str(values.get("model_type")))
+    if not ours:
         return False
-    files = own_files(str(values.get("model_type")))
-    if not files:
-        return False  # transformers' own class is taken, and where it has none it refuses
-    wanted = {entry.split("--")[-1].split(".")[0] + ".py" for entry in values["auto_map"].values()}
-    found = {path.name for path in directory.glob("*.py")}
-    for name in sorted(wanted | (found & set(files))):
-        if name not in files or (directory / name).read_bytes() != files[name].read_bytes():
+    modules = {f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in classes if name != "None"}
+    for name in sorted(modules | {path.name for path in directory.glob("*.py")}):
+        if name not in ours or (directory / name).read_bytes() != ours[name].read_bytes():
             raise ValueError(
-                f"{directory / name} is not the code that this version exports, and no other is run: export the model "
-                f"again."
+                f"{directory} is loaded with code of its own ({name}), which is not what this version exports and is "
+                f"not run: export the model again, or, where you trust that code, diagnose it with "
+                f"trust_remote_code=true."
             )
-    if any("--" in entry for entry in values["auto_map"].values()):
-        raise ValueError(f"{directory / 'config.json'} names code of another repository, which is not run.")
     return True
+
+
+def _own_classes(config: Path) -> list[str]:
+    """The classes that a configuration takes from files beside it, or of a repository (``NAME--file.Class``)."""
+    entries = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}).values()
+    return [str(part) for entry in entries for part in (entry if isinstance(entry, list) else [entry])]

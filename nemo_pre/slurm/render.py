@@ -20,18 +20,25 @@ BODY = Path(__file__).with_name("job.sh")
 
 @dataclass(frozen=True)
 class Job:
-    """One script: ``path`` is where it is kept, beside the run's logs."""
+    """One script.
+
+    Attributes:
+        path: where it is kept, beside the run's logs.
+        trains: the folders of the runs it trains: one, or one for each task of an array.
+    """
 
     name: str
     path: Path
     script: str
+    trains: tuple[Path, ...] = ()
 
 
 def training_job(config: RunConfig, words: Sequence[str]) -> Job:
     """The job that runs ``nemo-pre train WORDS``, of which ``config`` is composed."""
     logs = Path(config.output_dir) / "slurm"
     lines = [*_training_header(config, _log(logs, "%j.log")), *_surroundings(config.cluster), *_what(config, words)]
-    return Job(config.name, logs / "train.sbatch", "\n".join([*lines, *_how(config), "", BODY.read_text()]))
+    script = "\n".join([*lines, *_how(config), "", BODY.read_text()])
+    return Job(config.name, logs / "train.sbatch", script, (Path(config.output_dir),))
 
 
 def sweep_job(name: str, runs: Mapping[str, tuple[RunConfig, Sequence[str]]], logs: Path) -> Job:
@@ -47,7 +54,8 @@ def sweep_job(name: str, runs: Mapping[str, tuple[RunConfig, Sequence[str]]], lo
     for index, (label, (config, words)) in enumerate(runs.items()):
         cases += [f"  {index}) # {label}", *(f"    {line}" for line in _what(config, words)), "    ;;"]
     lines = [*header, *_surroundings(first.cluster), *cases, "esac", *_how(first), "", BODY.read_text()]
-    return Job(name, logs / "train.sbatch", "\n".join(lines))
+    folders = tuple(Path(config.output_dir) for config, _ in runs.values())
+    return Job(name, logs / "train.sbatch", "\n".join(lines), folders)
 
 
 def command_job(config: RunConfig, verb: str, words: Sequence[str]) -> Job:

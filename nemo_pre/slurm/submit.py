@@ -11,9 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.run_files import queue
+from nemo_pre.run_files.lock import refuse_if_written
 from nemo_pre.slurm.render import Job, command_job, sweep_job, training_job
 
 TIME_LIMIT = re.compile(r"\d+-\d+(:\d+){0,2}|\d+:\d+(:\d+)?|infinite", re.IGNORECASE)
+SUBMITTED = "slurm/submitted"  # in a run's folder: the number of the job that trains it
 COMMANDS = ("export", "evaluate")  # what may follow the runs of a chain
 
 
@@ -231,8 +234,12 @@ def submit_chain(jobs: Sequence[Job]) -> list[str]:
     returns their numbers.
 
     Raises:
-        ValueError: sbatch refused one; those before it are cancelled.
+        ValueError: a job that waits or runs, or a process, has the folder of one of the runs, and nothing was
+            submitted; or sbatch refused one, and those before it are cancelled.
     """
+    for job in jobs:
+        for folder in job.trains:
+            refuse_busy(folder)
     numbers: list[str] = []
     for job in jobs:
         job.path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,5 +254,38 @@ def submit_chain(jobs: Sequence[Job]) -> list[str]:
             reason = answer.stderr.strip().splitlines()
             raise ValueError(f"sbatch refuses {job.path}: {reason[-1] if reason else 'it does not say why'}.")
         numbers.append(answer.stdout.strip().split(";")[0])
+        record_job(job, numbers[-1])
         print(f"{numbers[-1]}  {job.name}  {job.path.parent}")
     return numbers
+
+
+def record_job(job: Job, number: str) -> None:
+    """Write the job's number into the folders of the runs it trains; a task of an array is ``NUMBER_TASK``."""
+    for task, folder in enumerate(job.trains):
+        record = folder / SUBMITTED
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{number}_{task}\n" if len(job.trains) > 1 else f"{number}\n")
+
+
+def refuse_busy(folder: Path) -> None:
+    """Refuse a run's folder that another job or process has.
+
+    Raises:
+        ValueError: the job that was submitted for it waits or runs, or somebody writes there.
+    """
+    record = folder / SUBMITTED
+    number = record.read_text().strip() if record.is_file() else ""
+    if number and queue.has_queue():
+        try:
+            state = queue.state_of(number)
+        except TimeoutError as error:
+            raise ValueError(
+                f"Whether job {number}, which was submitted for output_dir={folder}, still waits or runs, Slurm does "
+                f"not say ({error}): submit again later."
+            ) from error
+        if state:
+            raise ValueError(
+                f"output_dir={folder} has job {number} already, which is {state}: wait for it, end it with scancel "
+                f"{number}, or choose another output_dir."
+            )
+    refuse_if_written(folder)

@@ -45,6 +45,7 @@ def diagnose(
     replicas: int = 1,
     precision: Annotated[str, rule_of(PrecisionConfig, "name")] = "fp32",
     platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """See what becomes of a model's visual tokens, layer by layer.
 
@@ -57,7 +58,7 @@ def diagnose(
     that holds a class to probe for. compare names other results, separated by commas, whose curves the report shows
     beside. batch_size pictures run at a time. chat_template, tensor, pipeline, replicas and precision are a
     checkpoint's: its run's template unless given, how it is laid out over ranks, and how many such models share the
-    pictures out.
+    pictures out. trust_remote_code=true runs Python files of a Hugging Face directory that are not nemo-pre's own.
     """
     from nemo_pre.launch.environment import prepare_environment
 
@@ -76,7 +77,7 @@ def diagnose(
     named = title or Path(model).resolve().name
     if (Path(model) / "config.json").is_file():
         prepare_environment(platform)
-        _diagnose_directory(model, data, out, num_images, num_fit, label, batch_size, named)
+        _diagnose_directory(model, data, out, num_images, num_fit, label, batch_size, named, trust_remote_code)
     else:
         prepare_environment(platform, tensor * pipeline * replicas)
         with tempfile.TemporaryDirectory(prefix="nemo-pre-") as scratch:
@@ -153,13 +154,21 @@ def diagnose_rank(run: DiagnoseRun) -> None:
 
 
 def _diagnose_directory(
-    model: str, data: str, out: str, num_images: int, num_fit: int, label: str | None, batch_size: int, title: str
+    model: str,
+    data: str,
+    out: str,
+    num_images: int,
+    num_fit: int,
+    label: str | None,
+    batch_size: int,
+    title: str,
+    trust_remote_code: bool,
 ) -> None:
     from nemo_pre.diagnostics.huggingface import HuggingFaceModel
     from nemo_pre.diagnostics.samples import read_data
 
     pictures = read_data(data, num_fit, num_images, label)
-    loaded = HuggingFaceModel(model, pictures.background)
+    loaded = HuggingFaceModel(model, pictures.background, trust_remote_code)
     found, kept = _measured(loaded, pictures, batch_size, shown=True)
     _write(out, title, data, loaded, pictures, found, kept)
 

@@ -141,10 +141,10 @@ def test_only_code_that_an_export_writes_is_run(tmp_path):
     for name in own_files("spatial_llava"):
         original = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(original + b"import os\n")
-        with pytest.raises(ValueError, match=f"{name} is not the code that this version exports"):
+        with pytest.raises(ValueError, match=f"code of its own .{name}., which is not what this version exports"):
             needs_own_code(tmp_path)
         (tmp_path / name).write_bytes(original)
     for elsewhere in ("evil.Config", "someone/else--configuration_spatial_llava.SpatialLlavaConfig"):
         config.write_text(json.dumps({"model_type": "spatial_llava", "auto_map": {"AutoConfig": elsewhere}}))
-        with pytest.raises(ValueError, match="no other is run|is not run"):
+        with pytest.raises(ValueError, match="is not run"):
             needs_own_code(tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 
 import pytest
 
 from nemo_pre.config.compose import compose_run
+from nemo_pre.run_files.lock import writing
 from nemo_pre.slurm.submit import parse, render, submit
 
 RUN = ["experiment=digits_tiny", "platform=gpu", "cluster=slurm_site", "cluster.devices_per_node=null"]
@@ -165,3 +167,52 @@ def test_without_slurm_submitting_says_where_to_do_it(monkeypatch, digits):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="There is no sbatch on this machine"):
         submit([*RUN, *SITE, f"data.path={digits}"])
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch):
+    """sbatch counts jobs from 1 on, all of which wait until the file ``queue`` says otherwise."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    programs = {
+        "sbatch": f"n=$(($(cat {place}/n 2>/dev/null || echo 0) + 1)); echo $n > {place}/n; echo $n",
+        "squeue": f"cat {place}/queue 2>/dev/null || echo PENDING",
+    }
+    for name, program in programs.items():
+        (place / name).write_text(f"#!/bin/sh\n{program}\n")
+        (place / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return place
+
+
+def test_a_folder_whose_job_waits_or_runs_gets_no_second_one(fake_slurm, digits, capsys):
+    chain = ["chain=[digits_tiny,digits_tiny_pre,export]", *RUN[1:], "parallel=single", "cluster.nodes=1"]
+    chain += [f"data.path={digits}", "platform=cpu"]
+    submit(chain)  # whose later jobs wait for the earlier ones
+    one = ["experiment=digits_tiny_pre", *chain[1:]]
+    for words in (chain, one):
+        with pytest.raises(ValueError, match=r"has job [12] already, which is PENDING: wait for it"):
+            submit(words)
+    (fake_slurm / "queue").write_text("COMPLETED\n")
+    submit(one)
+    assert (fake_slurm / "n").read_text() == "4\n"
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3", "4"]
+    (fake_slurm / "queue").unlink()
+    with pytest.raises(ValueError, match="has job 4 already"):
+        submit(one)
+
+
+def test_the_runs_of_a_sweep_are_tasks_of_its_job(fake_slurm, digits):
+    sweep = [*RUN[:1], *RUN[2:], "platform=cpu", "parallel=single", "cluster.nodes=1", f"data.path={digits}"]
+    submit([*sweep, "sweep=seed=1,2"])
+    with pytest.raises(ValueError, match="output_dir=runs/digits_tiny-seed-2 has job 1_1 already"):
+        submit([*sweep, "name=digits_tiny-seed-2"])
+    submit([*sweep, "name=digits_tiny-seed-3"])
+
+
+def test_a_folder_that_a_process_writes_to_gets_no_job(fake_slurm, digits):
+    with writing("runs/digits_tiny"):
+        with pytest.raises(ValueError, match="output_dir=runs/digits_tiny is being written by process"):
+            submit([*RUN[:1], *RUN[2:], "platform=cpu", "parallel=single", "cluster.nodes=1", f"data.path={digits}"])
+    assert not (fake_slurm / "n").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_pre.checkpoint_files.inspection import Finding, inspect
 from tests.ranks import RankError
 from tests.training.job import train
 
@@ -76,7 +77,15 @@ def test_the_next_losses_after_resuming_elsewhere_equal_the_uninterrupted_runs(
     uninterrupted, digits, tmp_path, ranks, layout
 ):
     output = continued(uninterrupted, tmp_path)
+    if "parallel.data=2" in layout:  # with a later checkpoint that has 64 other bytes
+        changed = shutil.copytree(uninterrupted / "checkpoints" / "step=6", output / "checkpoints" / "step=6")
+        with next((changed / "weights").glob("*.distcp")).open("r+b") as file:
+            file.seek(5000)
+            file.write(b"\x55" * 64)
     train(ranks, overrides(output, digits, *layout))
+    assert len(list((output / "checkpoints").glob("damaged-step=6-*"))) == layout.count("parallel.data=2")
+    for saved in (output / "checkpoints").glob("step=*"):
+        assert inspect(saved) == Finding(), "what was written, in the background too, has its checksums"
     expected, found = losses(uninterrupted), losses(output)
     assert sorted(found) == list(range(SAVED + 1, STEPS + 1))
     for step, (lm, pre) in found.items():
