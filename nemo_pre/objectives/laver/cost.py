@@ -12,6 +12,7 @@ from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.memory import stages_that_differ
 from nemo_pre.planner.parameters import layer_parameters, rank_parameters
 from nemo_pre.planner.step_time import Machine
+from nemo_pre.whole_numbers import part_up
 
 
 class LaVerCost(Cost):
@@ -30,7 +31,7 @@ class LaVerCost(Cost):
     def branch(self, visual: int, length: int, multiple: int) -> BranchLoad | None:
         whole = self.options.sequence == "whole"
         tokens = length if whole else -(-visual // multiple) * multiple
-        return BranchLoad(tokens, masked=-int(-visual * self.options.mask_ratio // 1), whole=whole)
+        return BranchLoad(tokens, masked=part_up(self.options.mask_ratio, visual), whole=whole)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 

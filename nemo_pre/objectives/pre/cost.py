@@ -12,6 +12,7 @@ from nemo_pre.planner.flops import Flops, projector_flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.parameters import projector_parameters
 from nemo_pre.terms.target_cost import TargetCost, target_cost
+from nemo_pre.whole_numbers import part_nearest
 
 PART = "PRe heads"
 
@@ -36,7 +37,7 @@ class PReCost(Cost):
         """Inputs and outputs of one head's linear layers; the decoder's width stands for an external anchor's that is
         not known."""
         width = self.config.model.language.hidden_size
-        hidden = max(1, round(width * self.options.head_hidden_ratio))
+        hidden = max(1, part_nearest(self.options.head_hidden_ratio, width))
         output = feature_width(self.config.model.vision) if self.options.anchor == "pre_projector" else width
         return [(width, hidden), (hidden, self.external.width or output)]
 
