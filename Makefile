@@ -52,7 +52,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
 # While one works: what needs neither ranks nor an import of NeMo, and one case of the comparison with the oracle.
-PURE := tests/checks tests/config tests/losses tests/objectives tests/test_optim.py tests/reference/test_laver_oracle.py \
+PURE := tests/checks tests/config tests/losses tests/objectives tests/test_optim.py tests/test_whole_numbers.py \
+	tests/reference/test_laver_oracle.py \
 	$(addprefix tests/parallel/test_,auxiliary_gradient.py masking.py rotary_positions.py sequence_layout.py \
 		token_streams.py) \
 	$(addprefix tests/data/test_,conversation.py packing.py sampler.py several_images.py templates.py) \

@@ -33,6 +33,7 @@ from data_prep.shards import Sample, is_whole, write_shard, write_whole
 from nemo_pre.data.manifest import FORMAT, FORMAT_VERSION, MANIFEST
 from nemo_pre.data.progress import Progress
 from nemo_pre.orphans import end_with_the_pool
+from nemo_pre.whole_numbers import part_nearest
 
 DATASET = "digits"
 TOOL_VERSION = 1  # raise it whenever the bytes for a seed change
@@ -60,7 +61,7 @@ class Parameters:
             raise ValueError(f"scenes_per_shard={self.scenes_per_shard}: give at least 1")
 
     def split_sizes(self) -> dict[str, int]:
-        num_val = min(max(round(self.num_scenes * self.val_fraction), 1), self.num_scenes - 1)
+        num_val = min(max(part_nearest(self.val_fraction, self.num_scenes), 1), self.num_scenes - 1)
         return {"train": self.num_scenes - num_val, "val": num_val}
 
 

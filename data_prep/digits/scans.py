@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_pre.whole_numbers import part_nearest
+
 VAL_SCANS = 0.1  # fraction of each digit's scans that only validation scenes are made of
 
 
@@ -36,7 +38,7 @@ def load_scans(seed: int) -> Scans:
     for digit in range(10):
         numbers = np.flatnonzero(digits == digit)
         numbers = np.random.default_rng([seed, digit]).permutation(numbers)
-        num_val = round(len(numbers) * VAL_SCANS)
+        num_val = part_nearest(VAL_SCANS, len(numbers))
         by_split["val"].append(np.sort(numbers[:num_val]))
         by_split["train"].append(np.sort(numbers[num_val:]))
     return Scans(images, digits, by_split)

@@ -12,6 +12,7 @@ from data_prep.prepare.candidate import Candidate
 from data_prep.prepare.coco_stuff import CocoStuff, mask_folder
 from data_prep.prepare.llava import LlavaRecords
 from data_prep.prepare.parquet import COLUMNS, ParquetRows, kind_of_columns, parquet_files
+from nemo_pre.whole_numbers import part_nearest
 
 KINDS = ("llava", "llava_onevision", "finevision", "coco_stuff")
 
@@ -53,7 +54,7 @@ class Source:
                 raise ValueError(f"source {self.name} has {option}={folder}, which is not a folder")
 
     def num_taken(self, rows: int) -> int:
-        wanted = self.samples if self.samples is not None else round(rows * (self.weight or 1))
+        wanted = self.samples if self.samples is not None else part_nearest(self.weight or 1, rows)
         return min(wanted, self.cap) if self.cap is not None else wanted
 
     def described(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_prep.stats.count import Counted, Counts
 from nemo_pre.data.manifest import Manifest
+from nemo_pre.whole_numbers import part_up
 
 QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 SHARD_BYTES = 10**9  # what a shard for streaming should not exceed
@@ -70,7 +71,7 @@ def quantiles(counts: Mapping[int, int]) -> dict[str, float] | None:
     values = sorted(counts)
     ends = list(accumulate(counts[value] for value in values))
     found: dict[str, float] = {
-        name: next(value for value, end in zip(values, ends, strict=True) if end >= share * ends[-1])
+        name: next(value for value, end in zip(values, ends, strict=True) if end >= part_up(share, ends[-1]))
         for name, share in QUANTILES.items()
     }
     found["mean"] = round(sum(value * number for value, number in counts.items()) / ends[-1], 3)

@@ -46,11 +46,12 @@ class Result:
     seconds: float
 
     @property
-    def loss(self) -> float:
-        return self.loss_sum / max(self.loss_tokens, 1)
+    def loss(self) -> float | None:
+        """Per token; None where nothing is answered."""
+        return self.loss_sum / self.loss_tokens if self.loss_tokens else None
 
     def metrics(self) -> dict[str, float]:
-        named: dict[str, float] = {"val/lm_loss": self.loss}
+        named: dict[str, float] = {} if self.loss is None else {"val/lm_loss": self.loss}
         for kind, score in self.scores.items():
             suffix = "" if kind == "all" else f"/{kind}"
             named[f"val/exact_match{suffix}"] = score.accuracy
@@ -60,8 +61,9 @@ class Result:
     def __str__(self) -> str:
         matched = ", ".join(f"{kind} {score.accuracy:.1%} of {score.total}" for kind, score in self.scores.items())
         answers = self.scores["all"].total if "all" in self.scores else 0
+        loss = "no answer has a loss" if self.loss is None else f"loss {self.loss:.4g}"
         return (
-            f"exact match: {matched} | loss {self.loss:.4g} | {answers} answers, {self.new_tokens} tokens in "
+            f"exact match: {matched} | {loss} | {answers} answers, {self.new_tokens} tokens in "
             f"{self.seconds:.1f} s, {answers / self.seconds:.3g} answers/s"
         )
 

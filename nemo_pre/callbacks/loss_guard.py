@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.checkpoint import RunCheckpoint
+from nemo_pre.callbacks.progress import LM_LOSS
 from nemo_pre.config.run import RunConfig
 from nemo_pre.launch import stopping
 from nemo_pre.run_files.checkpoints import checkpoint_dir, newest_step
@@ -52,16 +53,19 @@ class LossGuard(Callback):
             self._roll_back(trainer, reason)
 
     def _judge(self, trainer: Any) -> tuple[str, str]:
-        """What to do, and why. Reading the loss waits for the device."""
-        loss = float(trainer.callback_metrics["reduced_train_loss"])
-        norm = float(trainer.callback_metrics.get("grad_norm", 0.0))
+        """What to do, and why. Reading the loss waits for the device; a batch without a loss token has none."""
+        logged = trainer.callback_metrics
+        loss = float(logged[LM_LOSS]) if LM_LOSS in logged else None
+        judged = {"loss": loss, "gradient norm": float(logged.get("grad_norm", 0.0))}
+        found = {name: value for name, value in judged.items() if value is not None}
         action, reason = "none", ""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            action, reason = self.options.nan_action, f"has the loss {loss:g} and the gradient norm {norm:g}"
-        elif self.options.spike_action != "none" and self._is_spike(loss):
+        if not all(map(math.isfinite, found.values())):
+            action = self.options.nan_action
+            reason = "has " + " and ".join(f"the {name} {value:g}" for name, value in found.items())
+        elif loss is not None and self.options.spike_action != "none" and self._is_spike(loss):
             action = self.options.spike_action
             reason = f"has the loss {loss:.4g} where {median(self._losses):.4g} is usual"
-        else:
+        elif loss is not None:
             self._losses.append(loss)
         if action == ROLL_BACK and len(read_skipped(self.output_dir)) >= self.options.max_roll_backs:
             action, reason = "stop", f"{reason}, and trainer.max_roll_backs={self.options.max_roll_backs} are done"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,20 @@ def record_metrics(trainer: Any, metrics: Mapping[str, float]) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, MetricsCallback):
                 callback.file.append(step, metrics)
+
+
+def withdraw(trainer: Any, names: Iterable[str]) -> None:
+    """Take back metrics that the running step has nothing of: neither a zero nor the last step's value, which
+    Lightning would repeat, goes on record. Whoever reads a step's metrics is a callback that comes later."""
+    absent = set(names)
+    if not absent:
+        return
+    for logged in trainer._results.values():
+        if logged.meta.name in absent:
+            logged.reset()  # until it is logged again
+    for known in (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics):
+        for name in absent:
+            known.pop(name, None)
 
 
 class RunTensorBoard(TensorBoardLogger):

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from nemo_pre.objectives.registry import term_metrics
 
 # NeMo's names of what it logs, and the ones used here and in metrics.jsonl.
-READABLE = {"reduced_train_loss": "lm/loss"}
+LM_LOSS = "reduced_train_loss"
+READABLE = {LM_LOSS: "lm/loss"}
 COUNTERS = {"step", "global_step"}  # NeMo logs them as metrics
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from nemo_pre.callbacks.metrics import withdraw
+from nemo_pre.callbacks.progress import LM_LOSS
 from nemo_pre.callbacks.training import NeMoTraining
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.micro_batch import raw_batch
@@ -46,6 +48,12 @@ class StepPlanning(Callback):
         batches = [raw_batch(item) for item in items]
         self.plan, step.seq_length = self.planner.plan(NeMoTraining(step.trainer), batches)
         step.data = iter(items)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """A batch without a loss token has no loss: NeMo's is a sum of nothing by nothing."""
+        assert self.plan is not None
+        if self.plan.loss_tokens == 0:
+            withdraw(trainer, [LM_LOSS])
 
 
 def step_planning(trainer: Any) -> StepPlanning:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from nemo_pre.callbacks.metrics import withdraw
 from nemo_pre.callbacks.step_planning import step_planning
 from nemo_pre.callbacks.training import NeMoTraining
 from nemo_pre.objectives.objective import Objective
@@ -23,6 +24,8 @@ class TermCallback(Callback):
 
     def __init__(self, term: Term) -> None:
         self.term = term
+        self._named: set[str] = set()  # metrics that some step has had
+        self._absent: set[str] = set()  # those of them that the step at hand has not
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.term.prepare(pl_module.config)
@@ -37,10 +40,14 @@ class TermCallback(Callback):
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any) -> None:
         plan = step_planning(step.trainer).plan
         assert plan is not None
-        for name, value in self.term.end_step(plan).items():
+        found = self.term.end_step(plan)
+        self._named |= found.keys()
+        self._absent = self._named - found.keys()
+        for name, value in found.items():
             step.trainer.lightning_module.log(name, torch.as_tensor(value, dtype=torch.float64), batch_size=1)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        withdraw(trainer, self._absent)
         self.term.after_update(NeMoTraining(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -209,7 +209,12 @@ def _clouds(results: Results) -> str:
         f"<figcaption>layer {layer}</figcaption></figure>"
         for layer, image in results["pictures"]["tsne"].items()
     ]
-    told = "Visual tokens of several images at unit length, coloured by what the patch shows; axes have no meaning."
+    colours = (
+        "coloured by what the patch shows"
+        if results["data"]["masks"]
+        else "all grey, since these data have no masks that say what a patch shows"
+    )
+    told = f"Visual tokens of several images at unit length, {colours}; axes have no meaning."
     return f'<p>{told}</p><div class="clouds">{"".join(figures)}</div>' if figures else ""
 
 

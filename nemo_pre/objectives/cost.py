@@ -56,9 +56,14 @@ class Cost:
 
     Attributes:
         decoder_copies: further copies of the decoder's layers that compute beside the student's.
+        tf32_parts: of :meth:`flops`, those whose products are TF32's in a bf16 run, as
+            :class:`nemo_pre.terms.float32.Float32Linear`'s are.
+        fp32_parts: those whose products are float32's.
     """
 
     decoder_copies: int = 0
+    tf32_parts: tuple[str, ...] = ()
+    fp32_parts: tuple[str, ...] = ()
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective

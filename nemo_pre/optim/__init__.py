@@ -7,6 +7,7 @@ from typing import Any
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import OptimConfig
 from nemo_pre.objectives.registry import trained
+from nemo_pre.whole_numbers import part_nearest
 
 # Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes; what objectives
 # train has lr_heads.
@@ -52,7 +53,7 @@ def build_optimizer(config: RunConfig) -> Any:
         ),
         lr_scheduler=nl.lr_scheduler.CosineAnnealingScheduler(
             max_steps=config.trainer.max_steps,
-            warmup_steps=round(optim.warmup_ratio * config.trainer.max_steps),
+            warmup_steps=part_nearest(optim.warmup_ratio, config.trainer.max_steps),
             constant_steps=0,
             min_lr=min_lr,
         ),

@@ -13,7 +13,8 @@ class Device:
     """A GPU in its usual server of eight, as NVIDIA's data sheets have it (SXM; without sparsity).
 
     Attributes:
-        bf16, fp8: dense matrix products, operations a second; fp8 is None where there is none.
+        bf16, fp8, tf32, fp32: dense matrix products, operations a second; fp8 is None where there is none. A product
+            of float32 tensors is fp32's unless it is allowed to be TF32's.
         memory: bytes.
         bandwidth: of memory, bytes a second.
         nvlink: to the other GPUs of the server, bytes a second and direction.
@@ -24,6 +25,8 @@ class Device:
     name: str
     bf16: float
     fp8: float | None
+    tf32: float
+    fp32: float
     memory: float
     bandwidth: float
     nvlink: float
@@ -34,10 +37,10 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 312 * TERA, None, 80 * GB, 2039 * GB, 300 * GB, 25 * GB),
-        Device("h100", 989 * TERA, 1979 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
-        Device("h200", 989 * TERA, 1979 * TERA, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
-        Device("b200", 2250 * TERA, 4500 * TERA, 180 * GB, 8000 * GB, 900 * GB, 50 * GB),
+        Device("a100", 312 * TERA, None, 156 * TERA, 19.5 * TERA, 80 * GB, 2039 * GB, 300 * GB, 25 * GB),
+        Device("h100", 989 * TERA, 1979 * TERA, 494 * TERA, 67 * TERA, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
+        Device("h200", 989 * TERA, 1979 * TERA, 494 * TERA, 67 * TERA, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
+        Device("b200", 2250 * TERA, 4500 * TERA, 1125 * TERA, 75 * TERA, 180 * GB, 8000 * GB, 900 * GB, 50 * GB),
     )
 }
 

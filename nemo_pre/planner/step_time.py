@@ -154,16 +154,28 @@ def pass_seconds(
     Raises:
         ValueError: the run wants FP8, and the GPU has none.
     """
-    rate = device.bf16 * efficiency.matrix * (0.5 if config.precision.name == "fp32" else 1)  # TF32 for float32
+    rate = device.bf16 * efficiency.matrix
     forward, backward = (len(layers) * wait / efficiency.bandwidth for wait in _layer_traffic(config, load, device))
     again = forward if config.parallel.recompute == "full" else 0.0
-    flops = sum(parts.values(), Flops())
+    flops = _in_bf16(config, parts, device)
     if in_fp8 := fp8_layers_among(config, layers):
         if device.fp8 is None:
             raise ValueError(f"precision={config.precision.name} needs FP8, which {device.name} lacks: choose bf16.")
         saved = 1 - device.bf16 / device.fp8  # of the matrices' time; a teacher's are counted as bf16
         flops = flops + parts["decoder matrices"] * (-saved * in_fp8 / len(layers))
     return flops.forward / rate + forward, flops.backward / rate + backward + again
+
+
+def _in_bf16(config: RunConfig, parts: Mapping[str, Flops], device: Device) -> Flops:
+    """The bf16 operations that would take as long as all parts do."""
+    flops = sum(parts.values(), Flops())
+    if config.precision.name == "fp32":
+        return flops * (device.bf16 / device.fp32)
+    for cost in costs(config):
+        for names, rate in ((cost.tf32_parts, device.tf32), (cost.fp32_parts, device.fp32)):
+            for part in (parts[name] for name in names if name in parts):
+                flops = flops + part * (device.bf16 / rate - 1)
+    return flops
 
 
 def _layer_traffic(config: RunConfig, load: Load, device: Device) -> tuple[float, float]:

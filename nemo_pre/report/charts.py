@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from nemo_pre.report.markup import text
 
 WIDTH, HEIGHT = 380, 232  # about the size at which a page shows it, so that its text keeps the page's size
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 10, 34  # LEFT at least: long labels of the y axis make room for themselves
+CHARACTER, GAP = 7.7, 6  # of a label at 12 px in a wide font; from a label to what it names
 MOST_POINTS = 400  # of one line
 DASHES = 4  # dashes in the style sheet: a line is told apart without its colour
 
@@ -63,12 +65,22 @@ def share_bar(share: float, low: float | None, high: float | None, label: str) -
 
 @dataclass(frozen=True)
 class _Frame:
-    """The values at the edges of the plotting area."""
+    """The values at the edges of the plotting area, and where it begins."""
 
     x_low: float
     x_high: float
     y_low: float
     y_high: float
+
+    @cached_property
+    def rows(self) -> list[tuple[float, str]]:
+        """Ticks of the y axis with their labels."""
+        ticks = _ticks(self.y_low, self.y_high)
+        return list(zip(ticks, _tick_labels(ticks), strict=True))
+
+    @cached_property
+    def left(self) -> float:
+        return max(LEFT, GAP + math.ceil(CHARACTER * max((len(label) for _, label in self.rows), default=0)))
 
     @classmethod
     def around(cls, lines: Sequence[Line], zero: bool, y_range: Points) -> _Frame:
@@ -82,7 +94,8 @@ class _Frame:
         return cls(min(x), max(x), low if zero and low == 0 else low - margin, high + margin)
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x_low) / ((self.x_high - self.x_low) or 1) * (WIDTH - LEFT - RIGHT)
+        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1)
+        return self.left + share * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - TOP)
@@ -90,18 +103,18 @@ class _Frame:
 
 def _axes(frame: _Frame, x_label: str) -> str:
     parts = []
-    rows, columns = _ticks(frame.y_low, frame.y_high), _ticks(frame.x_low, frame.x_high)
-    for tick, label in zip(rows, _tick_labels(rows), strict=True):
+    left, columns = frame.left, _ticks(frame.x_low, frame.x_high)
+    for tick, label in frame.rows:
         y = _n(frame.y(tick))
-        parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y}" dy="0.35em" text-anchor="end">{label}</text>')
+        parts.append(f'<path class="grid" d="M{_n(left)} {y}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{_n(left - GAP)}" y="{y}" dy="0.35em" text-anchor="end">{label}</text>')
     for tick, label in zip(columns, _tick_labels(columns), strict=True):
         x, bottom = frame.x(tick), HEIGHT - BOTTOM
-        anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+        anchor = "end" if x + CHARACTER * len(label) / 2 > WIDTH else "middle"
         parts.append(f'<path class="axis" d="M{_n(x)} {bottom}v4"/>')
         parts.append(f'<text x="{_n(x)}" y="{bottom + 15}" text-anchor="{anchor}">{label}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<path class="axis" d="M{_n(left)} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+    middle = (left + WIDTH - RIGHT) / 2
     return "".join(parts) + f'<text x="{_n(middle)}" y="{HEIGHT - 4}" text-anchor="middle">{text(x_label)}</text>'
 
 

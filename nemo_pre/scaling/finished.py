@@ -11,6 +11,7 @@ from nemo_pre.objectives.registry import compared_metrics
 from nemo_pre.report.runs import Run, read_run
 from nemo_pre.run_files.metrics import METRICS
 from nemo_pre.scaling.results import Result
+from nemo_pre.whole_numbers import part_down
 
 STEP_TIME = "step_time"
 WARM_UP = 0.1  # of the recorded steps, whose times do not count
@@ -46,7 +47,7 @@ def measured(planned: Result, run_dir: Path) -> Result | None:
 
 def _step_times(run: Run) -> list[float]:
     recorded = [seconds for seconds in run.series.get(STEP_TIME, {}).values() if math.isfinite(seconds)]
-    return recorded[int(WARM_UP * len(recorded)) :]
+    return recorded[part_down(WARM_UP, len(recorded)) :]
 
 
 def _last(run: Run, name: str) -> float | None:

@@ -19,6 +19,7 @@ from nemo_pre.planner.search import Candidate, describe_layout, indivisible, lay
 from nemo_pre.planner.step_time import step_time
 from nemo_pre.scaling.grid import Point
 from nemo_pre.scaling.results import Result
+from nemo_pre.whole_numbers import part_nearest
 
 
 def compose_point(point: Point) -> RunConfig:
@@ -42,7 +43,7 @@ def compose_point(point: Point) -> RunConfig:
                 f"{next(name for name, kind in known().items() if issubclass(kind, LayerObjective))}."
             )
         for objective in on_layers:
-            objective.options.layers = [max(1, round(point.depth * config.model.language.num_layers))]
+            objective.options.layers = [max(1, part_nearest(point.depth, config.model.language.num_layers))]
     return config
 
 

@@ -90,7 +90,6 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
 MASTER_ADDR=$(scontrol show node "$head" --oneliner | grep -oP ' NodeAddr=\K\S+')
 export MASTER_ADDR=${MASTER_ADDR:-$head}
 export NEMO_PRE_STOP_FILE=$attempt.stop NEMO_PRE_VERDICT_FILE=$attempt.verdict
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 say "on $SLURM_JOB_NODELIST, output in $attempt.log"
 
 # --- are the nodes well? ----------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ClusterConfig
 
 BODY = Path(__file__).with_name("job.sh")
+# Since Slurm 22.05 a step does not take over how many cores the job has asked for a task.
+CORES_OF_STEPS = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _surroundings(cluster: ClusterConfig) -> list[str]:
     environment = {recipes.OWN_VARIABLE: os.path.abspath(own)} if own else {}
     environment |= cluster.environment
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return ["", *cluster.setup, *exports]
+    return ["", CORES_OF_STEPS, *cluster.setup, *exports]
 
 
 def _what(config: RunConfig, words: Sequence[str]) -> list[str]:

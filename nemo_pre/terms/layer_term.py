@@ -188,11 +188,12 @@ class LayerTerm(Term):
             self._exchange.finish_step()
         sums = torch.stack([self._sum_of(layer) for layer in self.layers])
         dist.all_reduce(sums)
-        losses = global_mean(sums, self.count(plan))
-        found: dict[str, Tensor | float] = {"loss": losses.mean(), "weight": plan.weights[self.name]}
-        found |= self.metrics(losses.mean())
-        if len(self.layers) > 1:
-            found |= {f"loss_layer_{layer}": loss for layer, loss in zip(self.layers, losses, strict=True)}
+        found: dict[str, Tensor | float] = {"weight": plan.weights[self.name]}
+        if (count := self.count(plan)) > 0:
+            losses = global_mean(sums, count)
+            found |= {"loss": losses.mean(), **self.metrics(losses.mean())}
+            if len(self.layers) > 1:
+                found |= {f"loss_layer_{layer}": loss for layer, loss in zip(self.layers, losses, strict=True)}
         return {f"{self.name}/{key}": value for key, value in found.items()}
 
     def _sum_of(self, layer: int) -> Tensor:

@@ -87,7 +87,7 @@ class Term:
 
     def end_step(self, plan: StepPlan) -> Mapping[str, Tensor | float]:
         """The metrics to record, the same on every rank, by their whole names: asked after the step's last backward
-        pass."""
+        pass. One of which the step has nothing, such as a mean over no tokens, is left out, and not recorded then."""
         return {}
 
     def after_update(self, training: Training) -> None:

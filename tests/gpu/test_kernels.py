@@ -1,11 +1,14 @@
 """Losses and attention on the GPU against the CPU in float64."""
 
+import copy
+
 import pytest
 import torch
 
 from nemo_pre.losses import gram_anchoring_loss, masked_prediction_loss, predictive_loss
 from nemo_pre.neva.mixed_attention import _attend_flex, attend_dense, attend_split
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE
+from nemo_pre.terms.float32 import Float32Linear
 
 TOKENS, WIDTH = 1152, 512
 IMAGES = torch.arange(TOKENS) // 288
@@ -34,6 +37,24 @@ def test_a_loss_has_the_value_and_gradient_of_float64_on_the_cpu(name, dtype, de
     expected = value_and_gradient(LOSSES[name], student.double(), teacher.double())
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= TOLERANCE[dtype] * other.norm()
+
+
+def test_a_bf16_head_computes_in_tf32_and_what_is_around_it_does_not(device):
+    """On a CPU it is float32: 1.7e-3, the rounding of what leaves."""
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(Float32Linear(WIDTH, 256), torch.nn.GELU(), Float32Linear(256, WIDTH)).bfloat16()
+    student, teacher = (torch.randn(TOKENS, WIDTH).bfloat16() for _ in range(2))
+    found, expected = [], []
+    for where, dtype, gradients in ((device, torch.bfloat16, found), ("cpu", torch.float64, expected)):
+        placed = copy.deepcopy(head).to(where, dtype)
+        seen = student.to(where, dtype).requires_grad_()
+        output = placed(seen)
+        assert output.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        LOSSES["MIM"](output, teacher.to(where, dtype)).backward()
+        gradients += [seen.grad.double().cpu(), *(parameter.grad.double().cpu() for parameter in placed.parameters())]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 6e-3 * other.norm()
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -77,11 +77,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "language": {"family": "qwen2", "tie_embeddings": True},
     },
     "PRe on two layers, pooled": {"pre": {"layers": [1, -1], "variant": "global", "head_norm": True}},
+    "PRe on two layers, normed, bf16": {"pre": {"layers": [1, -1], "head_norm": True}, "precision": "bf16"},
     "VIRAL on two layers": {"viral": {**VIRAL, "layers": [1, 2], "shared_head": False}},
-    "VIRAL, relational, TP2+SP": {
+    "VIRAL, relational, TP2+SP, bf16": {
         "parallel": {"tensor": 2, "sequence": True},
         "viral": {**VIRAL, "form": "similarity"},
         "images": 2,
+        "precision": "bf16",
     },
     "VIRAL, relational, hidden states, bf16, full": {
         "viral": {**VIRAL, "form": "similarity", "compared": "hidden"},
@@ -99,7 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "TP2": {"parallel": {"tensor": 2}},
     "TP2+SP, full, bf16": {"parallel": {"tensor": 2, "sequence": True, "recompute": "full"}, "precision": "bf16"},
     "TP2+SP, LaVer, PRe": {"parallel": {"tensor": 2, "sequence": True}, "model": MIXED, "laver": LAVER, "pre": {}},
-    "CP2, bf16": {"parallel": {"context": 2}, "precision": "bf16"},
+    "CP2, PRe, bf16": {"parallel": {"context": 2}, "pre": {}, "precision": "bf16"},
     "CP2, LaVer, PRe": {"parallel": {"context": 2}, "model": MIXED, "laver": LAVER, "pre": {}},
     "CP2, selective": {"parallel": {"context": 2, "recompute": "selective"}},
     "PP2, PRe": {"parallel": {"pipeline": 2}, "micro_batches": 4, "pre": {"layers": [2, 3]}},

@@ -141,6 +141,20 @@ def test_fp8_halves_the_time_of_the_layers_that_have_it_and_keeps_copies_of_thei
         step_time(fp8, load, DEVICES["a100"], ASSUMED)
 
 
+def test_heads_run_at_tf32s_rate_in_bf16_runs_and_gram_matrices_at_float32s() -> None:
+    """A float32 run has one rate for all: its own units'."""
+    config = compose_run([LAVER])
+    load, alone = largest_load(config), replace(ASSUMED, matrix=1.0)
+    names = ("decoder matrices", "PRe heads", "LaVer heads", "LaVer Gram matrices")
+    parts = dict.fromkeys(names, Flops(1e15, 2e15))
+    no_links = replace(H100, nvlink=1e30, network=1e30)
+    forward, backward = pass_seconds(config, load, parts, range(0), no_links, alone)
+    assert forward == pytest.approx(1e15 / H100.bf16 + 2e15 / H100.tf32 + 1e15 / H100.fp32)
+    assert backward == pytest.approx(2 * forward)
+    config.precision.name = "fp32"
+    assert pass_seconds(config, load, parts, range(0), no_links, alone)[0] == pytest.approx(4e15 / H100.fp32)
+
+
 def test_fused_layers_keep_less_than_unfused_ones_and_recomputation_less_still() -> None:
     config = compose_run(["experiment=llava15_7b_stage2_frozen"])
     kept = {}

@@ -59,6 +59,21 @@ def test_environment_and_setup_lines_stand_before_the_ranks_start():
     assert script.index("module load cuda") < script.index("export NCCL_DEBUG") < script.index("srun")
 
 
+def test_every_job_of_a_chain_gives_its_steps_the_cores_it_has_asked_for():
+    """Slurm does not, since 22.05: read by bash as a job would, up to the first step."""
+    words = ["chain=[digits_tiny,export,evaluate]", *RUN[1:], "parallel=single", "cluster.nodes=1"]
+    jobs = render(parse([*words, "evaluate.suite=digits", "cluster.cpus_per_task=6", "--dry-run"]))
+    assert len(jobs) == 3
+    for job in jobs:
+        assert "#SBATCH --cpus-per-task=6\n" in job.script, job.name
+        before, _, _ = job.script.partition("\nRUN_DIR=")
+        told = before.partition("\nset -euo pipefail\n")[0] + '\necho "${SRUN_CPUS_PER_TASK-unset}"'
+        for asked, expected in (({"SLURM_CPUS_PER_TASK": "6"}, "6"), ({}, "unset")):
+            environment = {"PATH": os.environ["PATH"], **asked}
+            run = subprocess.run(["bash", "-c", told], env=environment, capture_output=True, text=True, check=True)
+            assert run.stdout.strip() == expected, job.name
+
+
 def test_a_container_mounts_the_working_directory_and_brings_its_own_python(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (script,) = scripts(*RUN, *SITE, "cluster.container_image=/i.sqsh", "cluster.container_mounts=[/data:/data]")

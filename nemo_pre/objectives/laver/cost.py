@@ -12,10 +12,15 @@ from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.memory import stages_that_differ
 from nemo_pre.planner.parameters import layer_parameters, rank_parameters
 from nemo_pre.planner.step_time import Machine
+from nemo_pre.whole_numbers import part_up
+
+HEADS, GRAM = "LaVer heads", "LaVer Gram matrices"
 
 
 class LaVerCost(Cost):
     decoder_copies = 1  # the teacher's
+    tf32_parts = (HEADS,)
+    fp32_parts = (GRAM,)
 
     def head_parameters(self) -> int:
         """Parameters of the visual head."""
@@ -30,7 +35,7 @@ class LaVerCost(Cost):
     def branch(self, visual: int, length: int, multiple: int) -> BranchLoad | None:
         whole = self.options.sequence == "whole"
         tokens = length if whole else -(-visual // multiple) * multiple
-        return BranchLoad(tokens, masked=-int(-visual * self.options.mask_ratio // 1), whole=whole)
+        return BranchLoad(tokens, masked=part_up(self.options.mask_ratio, visual), whole=whole)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -45,9 +50,9 @@ class LaVerCost(Cost):
         images = load.rows * load.images if together else -(-load.rows * load.images // ranks)
         compared = images * per_image
         masked = min(load.rows * load.masked, here)
-        head = here * ((2 * width + 4 * self.options.head_hidden_width) * size + 2 * INDEX)
+        head = here * (width * size + (width + 4 * self.options.head_hidden_width) * FLOAT + 2 * INDEX)
         gram = compared * (2 * width * FLOAT + 2 * FLOAT + INDEX)
-        return Counter({"LaVer": head + gram + masked * (width * size + INDEX)})
+        return Counter({"LaVer": head + gram + masked * (width * FLOAT + INDEX)})
 
     def averaged(self, stage: int, decoder_parameters: int) -> int:
         """Parameters of a rank that the teacher is an average of."""
@@ -68,7 +73,7 @@ class LaVerCost(Cost):
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
         found = {"teacher": self._teacher(load, dense) * len(chunk.layers)}
         if chunk.last:
-            found["LaVer heads"] = self._heads(load)
+            found |= {HEADS: self._heads(load), GRAM: self._gram(load)}
         return found
 
     def _teacher(self, load: Load, dense: bool) -> Flops:
@@ -78,17 +83,21 @@ class LaVerCost(Cost):
         return Flops(2.0 * tokens * layer_matrices(self.config) + attention_flops(self.config, load, pairs))
 
     def _heads(self, load: Load) -> Flops:
-        """The student's head both ways, the teacher's forward, and three products per Gram matrix."""
+        """The student's head both ways, the teacher's forward."""
         width, hidden = self.config.model.language.hidden_size, self.options.head_hidden_width
         inputs = load.rows * load.visual / load.ranks
         head = 2.0 * inputs * (2 * width * hidden + hidden**2)
+        return Flops(2 * head, 2 * head)
+
+    def _gram(self, load: Load) -> Flops:
+        """Three products per Gram matrix, on the way forward: both matrices, and the gradient."""
         share = self.options.mask_ratio if self.options.gram_positions == "masked" else 1.0
         per_image = share * load.visual / load.images
         if self.options.gram_scope == "micro_batch":
             entries = (load.rows * load.images * per_image) ** 2  # on one rank, the fullest
         else:
             entries = load.rows * load.images * per_image**2 / load.ranks
-        return Flops(2 * head + 3 * 2.0 * entries * width, 2 * head)
+        return Flops(3 * 2.0 * entries * self.config.model.language.hidden_size)
 
     def seconds(self, machine: Machine, micro_batches: int) -> dict[str, float]:
         """The average reads the student and itself and is written; its weights are gathered once an update, or layer

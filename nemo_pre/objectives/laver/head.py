@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nemo_pre.objectives.laver.teacher import Teacher
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
 from nemo_pre.parallel.seeding import seeded
+from nemo_pre.terms.float32 import Float32Linear
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,20 @@ class ReconstructionHeadSpec:
 
 
 class ReconstructionHead(nn.Module):
-    """``fc3(gelu(fc2(gelu(fc1(x)))))`` on ``[n, width]``, replicated over tensor-parallel ranks."""
+    """``fc3(gelu(fc2(gelu(fc1(x)))))`` on ``[n, width]``, in float32; replicated over tensor-parallel ranks."""
 
     def __init__(self, spec: ReconstructionHeadSpec) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(spec.width, spec.hidden_width)
-        self.fc2 = nn.Linear(spec.hidden_width, spec.hidden_width)
-        self.fc3 = nn.Linear(spec.hidden_width, spec.width, bias=False)
+        self.fc1 = Float32Linear(spec.width, spec.hidden_width)
+        self.fc2 = Float32Linear(spec.hidden_width, spec.hidden_width)
+        self.fc3 = Float32Linear(spec.hidden_width, spec.width, bias=False)
         for layer in (self.fc1, self.fc2, self.fc3):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
-        hidden = visual_tokens.to(self.fc1.weight.dtype)
-        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(hidden)))))
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(visual_tokens)))))
 
 
 @dataclass(frozen=True)

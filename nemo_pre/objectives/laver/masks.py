@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_pre.objectives.laver import LaVerConfig
 from nemo_pre.options import choices_of
+from nemo_pre.whole_numbers import part_down
 
 
 def visual_token_masks(
@@ -45,6 +46,6 @@ def visual_token_masks(
             if sampling == "bernoulli":
                 masks.append(generator.random(size) < ratio)
             else:
-                masks.append(generator.permutation(size) < int(size * ratio))
+                masks.append(generator.permutation(size) < part_down(ratio, size))
     assert next(sizes, None) is None, "more images than the samples have"
     return torch.from_numpy(np.concatenate(masks)) if masks else torch.zeros(0, dtype=torch.bool)

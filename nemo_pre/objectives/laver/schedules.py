@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemo_pre.objectives.schedules import half_cosine, part_of_run
+from nemo_pre.whole_numbers import part_down
 
 
 def mask_ratio(kind: str, step: int, total_steps: int, final: float) -> float:
@@ -45,7 +46,7 @@ def teacher_momentum(kind: str, step: int, total_steps: int, start: float) -> fl
 
 def update_interval(every: int, fraction: float | None, total_steps: int) -> int:
     """Optimizer steps between two updates of the teacher: ``every``, or ``fraction`` of the run, rounded down."""
-    return every if fraction is None else max(int(fraction * total_steps), 1)
+    return every if fraction is None else max(part_down(fraction, total_steps), 1)
 
 
 def updates_teacher(step: int, interval: int) -> bool:

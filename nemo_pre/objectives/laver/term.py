@@ -49,7 +49,7 @@ class LaVerTerm(Term):
         self._sums: dict[int, Tensor] = {}
         self._center_sums: dict[int, Tensor] = {}
         self._mask_ratio = 0.0
-        self._momentum: float | None = None
+        self._momentum: float | None = None  # of the teacher's move behind the step at hand; None: it stays
 
     # --- installation -------------------------------------------------------------------------------------------
 
@@ -107,6 +107,7 @@ class LaVerTerm(Term):
         from megatron.core import parallel_state as ps
 
         done, chunk = training.steps_done, training.chunks[0]
+        self._momentum = self._momentum_after(done + 1, training.max_steps)
         self._mask_ratio = mask_ratio(self.options.mask_schedule, done, training.max_steps, self.options.mask_ratio)
         masks = []
         for index, (batch, layout) in enumerate(zip(batches, layouts, strict=True)):
@@ -218,7 +219,8 @@ class LaVerTerm(Term):
     # --- after the step -----------------------------------------------------------------------------------------
 
     def end_step(self, plan: StepPlan) -> Mapping[str, Tensor | float]:
-        """The global values on every rank; moves the centre."""
+        """The global values on every rank, without those that a batch without an image or a masked token lacks; moves
+        the centre."""
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=torch.cuda.current_device())
         if self._sums and self._counts_here:
             sums += torch.stack(list(self._sums.values())).sum(0)
@@ -226,14 +228,17 @@ class LaVerTerm(Term):
         mim, gram, similarity, pairs, entropy = sums
         self._move_center(plan)
         found: dict[str, Tensor | float] = {
-            "laver/mim": global_mean(mim, self._count("mim", plan)),
-            "laver/gram": global_mean(gram, plan.counts[GRAM_ENTRIES]),
-            "laver/similarity": similarity / pairs.clamp(min=1),
-            "laver/teacher_entropy": global_mean(entropy, plan.counts[MASKED_TOKENS]),
             "laver/mask_ratio": self._mask_ratio,
             "laver/mim_weight": plan.weights["mim"],
             "laver/gram_weight": plan.weights["gram"],
         }
+        if masked := plan.counts[MASKED_TOKENS]:
+            found["laver/mim"] = global_mean(mim, self._count("mim", plan))
+            found["laver/teacher_entropy"] = global_mean(entropy, masked)
+        if entries := plan.counts[GRAM_ENTRIES]:
+            found["laver/gram"] = global_mean(gram, entries)
+        if pairs > 0:
+            found["laver/similarity"] = similarity / pairs
         if self._momentum is not None:
             found["laver/momentum"] = self._momentum
         return found
@@ -257,14 +262,16 @@ class LaVerTerm(Term):
 
     def after_update(self, training: Training) -> None:
         """Move the teacher."""
-        done = training.steps_done
-        if not updates_teacher(done, self._interval):
-            return
-        self._momentum = teacher_momentum(
-            self.options.momentum_schedule, done, training.max_steps, self.options.momentum
-        )
-        for chunk in self._chunks:
-            chunk.laver_teacher.update(self._momentum)
+        momentum = self._momentum_after(training.steps_done, training.max_steps)
+        if momentum is not None:
+            for chunk in self._chunks:
+                chunk.laver_teacher.update(momentum)
+
+    def _momentum_after(self, step: int, max_steps: int) -> float | None:
+        """With what the teacher moves after optimizer step number ``step`` (1-based); None: it does not."""
+        if not updates_teacher(step, self._interval):
+            return None
+        return teacher_momentum(self.options.momentum_schedule, step, max_steps, self.options.momentum)
 
 
 def _entropy(logits: Tensor, center: Tensor | None, temperature: float) -> Tensor:

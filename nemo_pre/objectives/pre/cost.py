@@ -12,11 +12,15 @@ from nemo_pre.planner.flops import Flops, projector_flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.planner.parameters import projector_parameters
 from nemo_pre.terms.target_cost import TargetCost, target_cost
+from nemo_pre.whole_numbers import part_nearest
 
-PART = "PRe heads"
+HEADS, MOVING, EXTERNAL = "PRe heads", "moving anchor", "external anchor"
 
 
 class PReCost(Cost):
+    tf32_parts = (HEADS,)
+    fp32_parts = (MOVING, EXTERNAL)
+
     @property
     def moving_anchor(self) -> bool:
         """Whether an average of the projector is kept beside it."""
@@ -36,7 +40,7 @@ class PReCost(Cost):
         """Inputs and outputs of one head's linear layers; the decoder's width stands for an external anchor's that is
         not known."""
         width = self.config.model.language.hidden_size
-        hidden = max(1, round(width * self.options.head_hidden_ratio))
+        hidden = max(1, part_nearest(self.options.head_hidden_ratio, width))
         output = feature_width(self.config.model.vision) if self.options.anchor == "pre_projector" else width
         return [(width, hidden), (hidden, self.external.width or output)]
 
@@ -55,19 +59,22 @@ class PReCost(Cost):
     def kept_at_layer(self, load: Load) -> int:
         """Bytes one head keeps for backward on the rank with most visual tokens, with the loss's saved gradient, which
         is shaped like the prediction."""
-        size = activation_bytes(self.config)
+        size, patch = activation_bytes(self.config), self.options.variant == "patch"
         (width, hidden), (_, output) = self.head_matrices()
         visual = load.on_fullest_rank(load.visual, load.length)
-        pooled = visual if self.options.variant == "patch" else load.rows * load.images
-        norm = (width + 2) * size if self.options.head_norm else 0
+        pooled = visual if patch else load.rows * load.images
+        given = size if patch and not self.options.head_norm else FLOAT  # means, and what a norm makes, are float32
+        norm = (width + 2) * FLOAT if self.options.head_norm else 0
+        norm_weights = 2 * width * FLOAT if self.options.head_norm and size < FLOAT else 0
         per_image = FLOAT + 1  # its tokens, and whether it has any
-        pooling = visual * (width * FLOAT + INDEX) + pooled * per_image if self.options.variant == "global" else 0
-        return pooled * ((width + 2 * hidden + output) * size + norm) + visual * INDEX + pooling
+        pooling = 0 if patch else visual * (width * FLOAT + INDEX) + pooled * per_image
+        head = pooled * (width * given + (2 * hidden + output) * FLOAT + norm) + norm_weights
+        return head + visual * INDEX + pooling
 
     def state(self, stage: int, decoder_parameters: int) -> dict[str, int]:
         held = {
-            "moving anchor": projector_parameters(self.config) * FLOAT * self.moving_anchor,
-            "external anchor": self.external.parameters * FLOAT,
+            MOVING: projector_parameters(self.config) * FLOAT * self.moving_anchor,
+            EXTERNAL: self.external.parameters * FLOAT,
         }
         return {kind: size for kind, size in held.items() if size and stage == 0}
 
@@ -80,11 +87,11 @@ class PReCost(Cost):
             else:
                 inputs = load.rows * load.visual / load.replicas / load.shards
             forward = taps * sum(2.0 * inputs * columns * rows for columns, rows in self.head_matrices())
-            found[PART] = Flops(forward, 2 * forward)
+            found[HEADS] = Flops(forward, 2 * forward)
         if self.moving_anchor and chunk.first:
-            found["moving anchor"] = Flops(projector_flops(self.config, load))
+            found[MOVING] = Flops(projector_flops(self.config, load))
         if chunk.first and self.external.flops:
-            found["external anchor"] = Flops(self.external.flops * load.rows * load.tiles)
+            found[EXTERNAL] = Flops(self.external.flops * load.rows * load.tiles)
         return found
 
     def messages(self, load: Load) -> list[Message]:

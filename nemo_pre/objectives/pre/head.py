@@ -10,6 +10,7 @@ from nemo_pre.objectives.pre import PReConfig
 from nemo_pre.options import choices_of
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
 from nemo_pre.parallel.seeding import seeded
+from nemo_pre.terms.float32 import Float32LayerNorm, Float32Linear
 from nemo_pre.terms.training import VisualChunk
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -48,19 +49,17 @@ class PredictionHeadSpec:
 
 
 class PredictionHead(nn.Module):
-    """``fc2(activation(fc1(norm(x))))`` on ``[n, input_width]``, replicated over tensor-parallel ranks."""
+    """``fc2(activation(fc1(norm(x))))`` on ``[n, input_width]``, in float32; replicated over tensor-parallel ranks."""
 
     def __init__(self, spec: PredictionHeadSpec) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(spec.input_width) if spec.norm else None
-        self.fc1 = nn.Linear(spec.input_width, spec.hidden_width)
+        self.norm = Float32LayerNorm(spec.input_width) if spec.norm else None
+        self.fc1 = Float32Linear(spec.input_width, spec.hidden_width)
         self.activation = ACTIVATIONS[spec.activation]()
-        self.fc2 = nn.Linear(spec.hidden_width, spec.output_width)
+        self.fc2 = Float32Linear(spec.hidden_width, spec.output_width)
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
-        hidden = visual_tokens.to(self.fc1.weight.dtype)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
+        hidden = visual_tokens if self.norm is None else self.norm(visual_tokens)
         return self.fc2(self.activation(self.fc1(hidden)))
 
 

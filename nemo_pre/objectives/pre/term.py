@@ -20,6 +20,7 @@ from nemo_pre.parallel.sums import share_of_replicated_sum
 from nemo_pre.terms.layer_term import LayerTerm
 from nemo_pre.terms.target_features import TargetFeatures
 from nemo_pre.terms.training import Training, VisualChunk, VisualModelConfig
+from nemo_pre.whole_numbers import part_nearest
 
 
 class PReTerm(LayerTerm):
@@ -56,7 +57,7 @@ class PReTerm(LayerTerm):
         return PredictionHeadSpec(
             layers=self.layers,
             input_width=width,
-            hidden_width=max(1, round(width * self.options.head_hidden_ratio)),
+            hidden_width=max(1, part_nearest(self.options.head_hidden_ratio, width)),
             output_width=self.anchor_width(),
             activation=self.options.head_activation,
             norm=self.options.head_norm,

@@ -12,8 +12,13 @@ from nemo_pre.planner.flops import Flops
 from nemo_pre.planner.load import FLOAT, INDEX, Load, activation_bytes
 from nemo_pre.terms.target_cost import TargetCost, target_cost
 
+HEADS, GRAM, TARGET = "VIRAL heads", "VIRAL Gram matrices", "frozen target"
+
 
 class ViralCost(Cost):
+    tf32_parts = (HEADS,)
+    fp32_parts = (GRAM, TARGET)
+
     @property
     def target(self) -> TargetCost:
         """The frozen model, which costs nothing where the target is the model's own encoder."""
@@ -49,17 +54,17 @@ class ViralCost(Cost):
         """Bytes that one layer's head and loss keep for backward on the rank with most visual tokens: inputs of linear
         layers and of SiLUs, the loss's saved gradient, and in the relational form the unit vectors and their order."""
         size, visual = activation_bytes(self.config), load.on_fullest_rank(load.visual, load.length)
-        matrices = self.head_matrices()
-        inputs = sum(columns for columns, _ in matrices) + sum(columns for columns, _ in matrices[1:])
-        output = matrices[-1][1] if matrices else self.config.model.language.hidden_size
-        here = visual * ((inputs + output) * size + INDEX)
+        matrices, width = self.head_matrices(), self.config.model.language.hidden_size
+        output = matrices[-1][1] if matrices else width
+        inside = 2 * sum(columns for columns, _ in matrices[1:]) + output  # float32, behind a head
+        here = visual * ((width * size + inside * FLOAT if matrices else output * size) + INDEX)
         if self.options.form == "direct":
             return here
         compared = -(-load.rows * load.images // load.ranks) * -(-load.visual // load.images)
         return here + compared * (2 * output * FLOAT + 3 * FLOAT + 2 * INDEX)
 
     def state(self, stage: int, decoder_parameters: int) -> dict[str, int]:
-        return {"frozen target": self.target.parameters * FLOAT} if stage == 0 and self.target.parameters else {}
+        return {TARGET: self.target.parameters * FLOAT} if stage == 0 and self.target.parameters else {}
 
     def flops(self, load: Load, chunk: Chunk, dense: bool) -> dict[str, Flops]:
         """Matrix products on the mean rank: sequence and context parallelism share the visual tokens out; the target
@@ -74,9 +79,10 @@ class ViralCost(Cost):
             width = self.target.width or self.config.model.language.hidden_size
             output = width if has_head(self.options) else self.config.model.language.hidden_size
             grams = 2.0 * entries * (2 * output + width)  # both matrices and the gradient, on the way forward
-            found["VIRAL heads"] = Flops(forward + grams, 2 * forward) * taps
+            found[HEADS] = Flops(forward, 2 * forward) * taps
+            found[GRAM] = Flops(grams) * taps
         if chunk.first and self.target.flops:
-            found["frozen target"] = Flops(self.target.flops * load.rows * load.tiles)
+            found[TARGET] = Flops(self.target.flops * load.rows * load.tiles)
         return found
 
     def messages(self, load: Load) -> list[Message]:

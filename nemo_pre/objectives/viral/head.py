@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nemo_pre.parallel.replicated import sum_gradients_over_tensor_parallel
 from nemo_pre.parallel.seeding import seeded
+from nemo_pre.terms.float32 import Float32Linear
 from nemo_pre.terms.training import VisualChunk
 
 ONE, ONE_A_LAYER = "viral_head", "viral_heads"
@@ -58,16 +59,16 @@ class AlignmentHeadSpec:
 
 
 class AlignmentHead(nn.Module):
-    """``fcN(silu(... silu(fc1(x))))`` on ``[n, widths[0]]``, replicated over tensor-parallel ranks."""
+    """``fcN(silu(... silu(fc1(x))))`` on ``[n, widths[0]]``, in float32; replicated over tensor-parallel ranks."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.depth = len(widths) - 1
         for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
-            self.add_module(f"fc{number}", nn.Linear(inputs, outputs))
+            self.add_module(f"fc{number}", Float32Linear(inputs, outputs))
 
     def forward(self, visual_tokens: Tensor) -> Tensor:
-        hidden = visual_tokens.to(self.get_submodule("fc1").weight.dtype)
+        hidden = visual_tokens
         for number in range(1, self.depth + 1):
             hidden = self.get_submodule(f"fc{number}")(hidden)
             if number < self.depth:
