@@ -67,7 +67,7 @@ def test_an_image_too_thin_for_the_limits_is_refused_by_name(size, problem):
 
 def test_a_broken_image_is_refused():
     native = NativeResolution(14, 2, 4, 16)
-    with pytest.raises(SampleError, match="here has an image that cannot be opened"):
+    with pytest.raises(SampleError, match="here has an image that cannot be decoded"):
         native.grid_of(b"nonsense", "here")
     with pytest.raises(SampleError, match="here has an image that cannot be decoded"):
         native.patches(picture(60, 60)[:200], *CLIP, "here", "bicubic")
