@@ -139,8 +139,12 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def _values(config: RunConfig) -> Iterator[str]:
-    """What a field's own rule refuses (:mod:`nemo_pre.options`), and the projector's pattern."""
+    """What a field's own rule refuses (:mod:`nemo_pre.options`), the colours' number, and the projector's pattern."""
     yield from value_problems(config)
+    for name in ("image_mean", "image_std"):
+        colours = getattr(config.model.vision, name)
+        if len(colours) != 3:
+            yield f"model.vision.{name}={colours} must be three numbers, of red, green and blue."
     projector = config.model.projector
     if not re.fullmatch(r"mlp[1-9]\d*x_gelu|mcore_mlp|mcore_affine", projector):
         yield f"model.projector={projector} is unknown: choose mlp<depth>x_gelu, mcore_mlp or mcore_affine."

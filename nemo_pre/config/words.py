@@ -7,7 +7,7 @@ quoted for Hydra here, in the one place that every verb's words come through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -52,6 +52,20 @@ def unknown_option(name: str) -> str:
     if near is not None:
         return f"There is no option {name}: the nearest is {near}."
     return f"There is no option {name}: see nemo-pre train --cfg job for what can be set."
+
+
+def check_spelling(word: str, own: Iterable[str]) -> None:
+    """Refuse ``OPTION=VALUE`` whose option no run has, where it is nearly one of a verb's own words.
+
+    Raises:
+        ValueError: one sentence with the nearest.
+    """
+    name, own = word.partition("=")[0].lstrip("+~"), list(own)
+    if name in option_names() or name in recipes.groups() or name in own:
+        return
+    near = nearest(name, [*own, *option_names(), *recipes.groups()])
+    if near in own:
+        raise ValueError(f"There is no option {name}: the nearest is {near}.")
 
 
 @cache

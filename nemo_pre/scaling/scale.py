@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.config.words import check_spelling
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.run_files.outputs import make_output_folder
 from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
@@ -16,6 +17,7 @@ from nemo_pre.scaling.results import SIMULATED, Result
 from nemo_pre.verbs.plan import DEFAULT_GPU, named, read_number
 
 ACTIONS = ("simulate", "submit", "collect")
+WORDS = ("study", "grid", "price", "action", "gpu", "out")
 RESULTS, TABLE = "results.json", "results.txt"
 
 
@@ -166,6 +168,7 @@ def read_words(words: Sequence[str]) -> tuple[Grid, Options]:
         elif name == "out":
             options.out = Path(named(name, value))
         else:
+            check_spelling(word, (*WORDS, *AXES, *efficiencies))
             overrides.append(word)
     return replace(grid, **axes, overrides=[*grid.overrides, *overrides]), options
 

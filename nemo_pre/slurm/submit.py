@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.words import check_spelling
 from nemo_pre.run_files import queue
 from nemo_pre.run_files.lock import refuse_if_written
 from nemo_pre.slurm.render import Job, command_job, sweep_job, training_job
@@ -84,6 +85,7 @@ def parse(words: Sequence[str]) -> Request:
         elif verb in COMMANDS and option:
             request.commands[verb].append(f"{option}={value}")
         else:
+            check_spelling(word, ("chain", "sweep"))
             request.overrides.append(word)
     _check_request(request)
     return request

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.words import check_spelling
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.features import DTYPES, MANIFEST, FeatureFile, read_features
 from nemo_pre.data.manifest import Shard, verify_shards
@@ -16,6 +17,8 @@ from nemo_pre.data.shards import ShardedSamples
 from nemo_pre.features.check import shards_of, training_shards
 from nemo_pre.features.work import Options, Wanted, Work, wanted_features
 from nemo_pre.launch.environment import external_job, is_first_rank, prepare_environment
+
+WORDS = ("dtype", "part", "batch", "of")
 
 
 def features_help() -> str:
@@ -87,6 +90,7 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
         elif name == "of":
             options.of = value
         else:
+            check_spelling(word, WORDS)
             overrides.append(word)
     return overrides, options
 

@@ -13,6 +13,7 @@ from typing import Any
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.words import check_spelling
 from nemo_pre.options import Rule
 from nemo_pre.planner.devices import DEVICES, Device, Efficiency, device_of_cluster, find_device
 from nemo_pre.planner.load import largest_load
@@ -23,6 +24,7 @@ from nemo_pre.planner.tables import describe_plan, describe_search, describe_tim
 from nemo_pre.run_files.outputs import check_output_file
 
 DEFAULT_GPU = "h100"
+WORDS = ("cluster.gpus", "cluster.gpu", "images_per_row", "best", "price", "json", "calibrate")
 MOST = 1_000_000  # GPUs, images and layouts: the search walks through the divisors of their number
 
 
@@ -118,6 +120,7 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
         elif name in ("cluster.gpu", "json", "calibrate"):
             setattr(options, name.removeprefix("cluster."), named(name, value))
         else:
+            check_spelling(word, (*WORDS, *efficiencies))
             overrides.append(word)
     return overrides, options
 

@@ -36,6 +36,8 @@ REFUSED = [
     (["objective.pre.anchor=x"], "objective.pre.anchor=x is unknown"),
     (["objective.pre.head_activation=x"], "objective.pre.head_activation=x is unknown"),
     (["objective.pre.schedule.kind=x"], "objective.pre.schedule.kind=x is unknown"),
+    (["model.vision.image_mean=[0.5,0.5]"], "model.vision.image_mean=[0.5, 0.5] must be three numbers, of red,"),
+    (["model.vision.image_std=[1,0,1]"], "model.vision.image_std=0.0 must be more than 0."),
     (["parallel.tensor=0"], "parallel.tensor=0 must be 1 or more."),
     (["parallel.virtual_pipeline=0"], "parallel.virtual_pipeline=0 must be 1 or more."),
     (["model.language.num_layers=0"], "model.language.num_layers=0 must be 1 or more."),

@@ -106,7 +106,7 @@ REFUSED = [
     ),
     (
         [*NATIVE, "model.vision.min_visual_tokens=0"],
-        "model.vision.max_visual_tokens=16 must be at least four times mo",
+        "model.vision.min_visual_tokens=0 must be 1 or more.",
     ),
     (
         [*NATIVE, "model.vision.window_size=50"],

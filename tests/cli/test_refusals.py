@@ -212,6 +212,19 @@ def test_the_own_words_of_verbs_with_a_runs_options(words, capsys):
     refused(words, capsys)
 
 
+def test_a_misspelt_word_of_a_verbs_own_is_told_the_nearest(capsys):
+    for verb, word, right in (
+        ("plan", "prise=3", "price"),
+        ("plan", "jsn=x", "json"),
+        ("plan", "efficiency.matrx=1", "efficiency.matrix"),
+        ("scale", "actoin=submit", "action"),
+        ("scale", "depth=0.5", "depths"),
+        ("data features", "dtpe=float32", "dtype"),
+        ("submit", "chian=[a]", "chain"),
+    ):
+        assert f"the nearest is {right}." in refused([*verb.split(), word], capsys)
+
+
 # --- places that cannot be written ----------------------------------------------------------------------------------
 
 
