@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_pre.config.run import RunConfig
+from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.objectives.registry import compared_on_resume, known
 from nemo_pre.run_files.checkpoints import start_checkpoint
 from nemo_pre.run_files.saved_config import changed_options, check_same_weights
@@ -40,13 +41,16 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         wanted: names and shapes of the training-only parameters of the whole model.
 
     Raises:
-        ValueError: a head in the checkpoint has another shape than the run's.
+        ValueError: a head in the checkpoint has another shape than the run's, or the checkpoint lacks a weight of the
+            model, or has one of another.
     """
     newest, source = start_checkpoint(config)
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
-    found = training_only_parameters(source)
+    checkpoint = CheckpointReader(source)
+    checkpoint.check(config.model)  # Megatron would leave what is missing at its initial value
+    found = _training_only(checkpoint)
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             raise ValueError(
@@ -72,20 +76,13 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
 
 def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the training-only parameters in a checkpoint."""
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from nemo.lightning.io.pl import ckpt_to_weights_subdir
+    return _training_only(CheckpointReader(checkpoint))
 
-    try:
-        metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
-    except (CheckpointingException, OSError) as error:
-        raise ValueError(f"{checkpoint} is not a complete checkpoint: {error}") from error
-    found, compared = {}, compared_on_resume()
-    for key, tensor in metadata.items():
-        name = key.removeprefix("module.")
-        if name.startswith(compared):
-            found[name] = tuple(tensor.global_shape)
-    return found
+
+def _training_only(checkpoint: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    named = {key.removeprefix("module."): shape for key, (shape, _) in checkpoint.tensors().items()}
+    compared = compared_on_resume()
+    return {name: shape for name, shape in named.items() if name.startswith(compared)}
 
 
 def _briefly(names: list[str]) -> str:

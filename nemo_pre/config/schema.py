@@ -40,6 +40,7 @@ class VisionConfig:
     num_attention_heads: int = number(MISSING, least=1)  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
     drop_class_token: bool = True
+    pooling_head: bool = True  # of siglip: whether it has the head behind its layers, which no features come from
     min_visual_tokens: int | None = None  # of an image, native resolution only; smaller are enlarged
     max_visual_tokens: int | None = None  # likewise; larger are reduced; at least four times the former
     window_size: int | None = None  # of qwen25_vl: pixels, square, within which most layers attend

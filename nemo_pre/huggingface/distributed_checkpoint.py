@@ -37,6 +37,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.huggingface.weights import Weight, checked_weights
+
 WEIGHTS = "weights"
 # What Megatron-Core 0.15 writes beside the tensors, and asks for when it loads.
 FORMAT = {
@@ -86,10 +89,12 @@ class CheckpointReader:
         try:
             # Unpickled: a checkpoint is as trusted as the code that resumes from it.
             self._metadata: Metadata = self._storage.read_metadata()
-        except (OSError, EOFError) as error:
+        except Exception as error:  # a file cut short or of something else: whatever unpickling makes of it
             raise ValueError(
                 f"{checkpoint} is not a complete checkpoint: {weights}/.metadata cannot be read."
             ) from error
+        if not isinstance(self._metadata, Metadata):
+            raise ValueError(f"{checkpoint} is not a complete checkpoint: {weights}/.metadata holds something else.")
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -99,6 +104,14 @@ class CheckpointReader:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def check(self, model: ModelConfig) -> list[Weight]:
+        """Every weight of the model, all of which are there, in their shapes, and nothing else that inference needs.
+
+        Raises:
+            ValueError: as :func:`nemo_pre.huggingface.weights.checked_weights`.
+        """
+        return checked_weights(model, {key: shape for key, (shape, _) in self.tensors().items()}, self.directory)
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The tensor ``key``, or its part of one layer.

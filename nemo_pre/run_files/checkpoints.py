@@ -52,6 +52,10 @@ def start_checkpoint(config: RunConfig) -> tuple[str | None, str | None]:
 def former_stage(path: str) -> str:
     """The checkpoint ``init_from`` names: one by itself, or the newest of a run's ``checkpoints`` directory."""
     directory = Path(path)
+    if directory.suffix == ".ckpt":
+        raise ValueError(
+            f"init_from={path}: NeMo cuts .ckpt off where it loads a checkpoint, so rename the directory."
+        )
     if directory.name == "checkpoints" or not (directory / "weights").is_dir():
         newest = newest_checkpoint(directory)
         if newest is None:
