@@ -198,9 +198,7 @@ def _decoder(network: Any) -> Any:
 
 
 def _load(directory: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText
-
-    from nemo_pre.huggingface.loading import load_processor
+    from nemo_pre.huggingface.loading import load_network, load_processor
 
     config = directory / "config.json"
     try:
@@ -208,9 +206,7 @@ def _load(directory: Path) -> tuple[Any, Any]:
         own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
         how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
         processor = load_processor(directory, **how)
-        network = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype="auto", attn_implementation="eager", **how
-        )
+        network = load_network(directory, dtype="auto", attn_implementation="eager", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model={directory} cannot be loaded as an image-text-to-text model: {first}") from error

@@ -111,16 +111,15 @@ def _load(model: Path) -> tuple[Any, Any]:
     if not config.is_file():
         raise ValueError(f"model={model} has no config.json: give the directory of an exported Hugging Face model.")
     import torch
-    from transformers import AutoModelForImageTextToText
 
-    from nemo_pre.huggingface.loading import load_processor
+    from nemo_pre.huggingface.loading import load_network, load_processor
 
     try:
         # Code from the directory is run only where its config says that it needs some.
         own_code = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
         how = {"local_files_only": True, "trust_remote_code": own_code}
         processor = load_processor(model, **how)
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **how)
+        network = load_network(model, dtype="auto", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model={model} cannot be loaded as an image-text-to-text model: {first}") from error
