@@ -136,18 +136,16 @@ def load_chunks(run: InferenceRun) -> list[Any]:
     """This rank's model chunks with the checkpoint's weights, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint lacks a weight of the model.
+        ValueError: the checkpoint lacks a weight of the model, or has one of another.
     """
     from lightning.pytorch.trainer.states import TrainerFn
 
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
-    from nemo_pre.huggingface.exporter import model_weights
     from nemo_pre.neva.model import model_chunks
     from nemo_pre.train import build_model, build_trainer, prepare_process
 
     on_gpu = prepare_process(run)
-    # Megatron would leave what is missing at its initial value.
-    list(model_weights(run.model, CheckpointReader(run.checkpoint)))
+    CheckpointReader(run.checkpoint).check(run.model)  # Megatron would leave what is missing at its initial value
     trainer = build_trainer(run, on_gpu, callbacks=[], weights_from=run.checkpoint)
     trainer.state.fn = TrainerFn.PREDICTING  # or the strategy would ask for an optimizer
     strategy, model = trainer.strategy, build_model(run, on_gpu)

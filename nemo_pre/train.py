@@ -117,6 +117,7 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
         process_group_backend="nccl" if on_gpu else "gloo",
         ckpt_async_save=config.trainer.async_checkpoint,
         ckpt_optim_fully_reshardable=layout.distributed_optimizer,
+        # Parts that only training has may differ, which start_point says; it has checked that the model is all there.
         ckpt_load_strictness=StrictHandling.LOG_ALL,
         restore_config=restore,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from nemo_pre.checkpoint_files.inspection import damage_or_danger
 from nemo_pre.checkpoint_files.metadata import weights_only
 from nemo_pre.config.run import RunConfig
+from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.launch.environment import is_first_rank
 from nemo_pre.objectives.registry import compared_on_resume, known
 from nemo_pre.run_files.checkpoints import damage_of, mark_damaged, start_checkpoint
@@ -45,13 +46,16 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         wanted: names and shapes of the training-only parameters of the whole model.
 
     Raises:
-        ValueError: a head in the checkpoint has another shape than the run's.
+        ValueError: a head in the checkpoint has another shape than the run's, or the checkpoint lacks a weight of the
+            model, or has one of another.
     """
     newest, source = start_checkpoint(config, _damage_on_record, partial(damage_or_danger, wanted=weights_only))
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
-    found = training_only_parameters(source)
+    checkpoint = CheckpointReader(source)
+    checkpoint.check(config.model)  # Megatron would leave what is missing at its initial value
+    found = _training_only(checkpoint)
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
             raise ValueError(
@@ -86,20 +90,13 @@ def _damage_on_record(checkpoint: Path) -> str:
 
 def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the training-only parameters in a checkpoint."""
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from nemo.lightning.io.pl import ckpt_to_weights_subdir
+    return _training_only(CheckpointReader(checkpoint))
 
-    try:
-        metadata = load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
-    except (CheckpointingException, OSError) as error:
-        raise ValueError(f"{checkpoint} is not a complete checkpoint: {error}") from error
-    found, compared = {}, compared_on_resume()
-    for key, tensor in metadata.items():
-        name = key.removeprefix("module.")
-        if name.startswith(compared):
-            found[name] = tuple(tensor.global_shape)
-    return found
+
+def _training_only(checkpoint: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    named = {key.removeprefix("module."): shape for key, (shape, _) in checkpoint.tensors().items()}
+    compared = compared_on_resume()
+    return {name: shape for name, shape in named.items() if name.startswith(compared)}
 
 
 def _briefly(names: list[str]) -> str:

@@ -42,6 +42,7 @@ class VisionConfig:
     num_attention_heads: int = number(MISSING, least=1)  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
     drop_class_token: bool = True
+    pooling_head: bool = True  # of siglip: whether it has the head behind its layers, which no features come from
     min_visual_tokens: int | None = number(None, least=1)  # of an image, native resolution only; smaller are enlarged
     max_visual_tokens: int | None = number(
         None, least=1

@@ -156,5 +156,6 @@ def transformers_values(vision: VisionConfig) -> dict[str, Any]:
         "num_hidden_layers": vision.num_layers,
         "num_attention_heads": vision.num_attention_heads,
         **({"mlp_ratio": inner // width} if vision.family == "dinov2" else {"intermediate_size": inner}),
+        **({} if vision.pooling_head else {"vision_use_head": False}),
         **FAMILIES[vision.family].must,
     }

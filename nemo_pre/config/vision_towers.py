@@ -40,6 +40,8 @@ def tower_problems(vision: VisionConfig) -> Iterator[str]:
         )
     if vision.drop_class_token and not class_tokens(vision):
         yield (f"model.vision.family={vision.family} has no class token: set model.vision.drop_class_token=false.")
+    if not vision.pooling_head and vision.family != "siglip":
+        yield f"model.vision.pooling_head is of siglip: set it to true for {vision.family}."
     if vision.family == "dinov2" and vision.intermediate_size % vision.hidden_size:
         yield (
             f"model.vision.intermediate_size={vision.intermediate_size} must be a multiple of "

@@ -199,9 +199,7 @@ def _decoder(network: Any) -> Any:
 
 
 def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText
-
-    from nemo_pre.huggingface.loading import load_processor, needs_own_code
+    from nemo_pre.huggingface.loading import load_network, load_processor, needs_own_code
 
     try:
         own_code = needs_own_code(directory, trust_remote_code)
@@ -210,9 +208,7 @@ def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": own_code}
     try:
         processor = load_processor(directory, **how)
-        network = AutoModelForImageTextToText.from_pretrained(
-            directory, dtype="auto", attn_implementation="eager", **how
-        )
+        network = load_network(directory, dtype="auto", attn_implementation="eager", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model={directory} cannot be loaded as an image-text-to-text model: {first}") from error

@@ -24,7 +24,7 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     or starts from, or its seed.
 
     Raises:
-        ValueError: the checkpoint is not complete, or of another model.
+        ValueError: the checkpoint lacks a weight, or is of another model.
     """
     _, source = start_checkpoint(config, _damage_of_tower, _damage_of_tower)
     if source is None:
@@ -37,9 +37,8 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     check_same_weights(config.model, source)
     with silence():  # its metadata imports Megatron
         reader = CheckpointReader(source)
+    reader.check(config.model)
     names = sorted(name for name in reader.tensors() if name.startswith(PREFIX))
-    if not names:
-        raise ValueError(f"{source} has no vision tower: name a checkpoint of a run or an import.")
     return {name.removeprefix(PREFIX): reader.read(name) for name in names}, source
 
 

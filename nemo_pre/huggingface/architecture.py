@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import recipes
 from nemo_pre.config.derived import COLUMN, ROW, TIME, axis_of_frequency
-from nemo_pre.config.schema import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
+from nemo_pre.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, kept_class_tokens, transformers_values
+from nemo_pre.huggingface.config_fields import read_fields, read_json, short
+from nemo_pre.huggingface.config_tables import (
+    LLAMA,
+    LLAVA,
+    QWEN2,
+    QWEN_VL_FLAT,
+    QWEN_VL_TEXT,
+    SPATIAL_LLAVA,
+    SPATIAL_QWEN_VL_FLAT,
+    TOWERS,
+    WHOLE_TOWER,
+)
 from nemo_pre.huggingface.qwen_vl import (
     AIMV2_MODEL_TYPE,
     QWEN_VL,
+    QWEN_VL_TOWER_TYPES,
     SPATIAL_QWEN_VL,
     hf_values,
     is_plain,
-    require,
-    text_config,
+    text_values,
     tower_config,
 )
+from nemo_pre.huggingface.rope_fields import read_rope
 
+LLAVA_TYPE = "llava"
 SPATIAL = "spatial_llava"  # our custom code's model_type, see remote_code/
+NATIVE_WHOLE = (QWEN_VL, SPATIAL_QWEN_VL)
 LANGUAGE_FAMILIES = {"llama": "llama", "qwen2": "qwen2"}  # transformers' model_type: ours
 VISION_FAMILIES = {family.model_type: name for name, family in FAMILIES.items() if not family.native}
 WHOLE_MODELS = ("clip", "siglip")  # whose files name the vision tower's weights as the tower's own files do
-# What our layers do, and nothing else: a config that says otherwise is refused.
-LANGUAGE_MUST = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
 LLAVA_MUST = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
 
 
@@ -36,27 +48,57 @@ def read_whole(directory: Path) -> ModelConfig:
     Raises:
         ValueError: neither, or one with a part that we do not have.
     """
-    values = _read_json(directory / "config.json")
-    native = values.get("model_type") in (QWEN_VL, SPATIAL_QWEN_VL)
-    return _read_qwen_vl(directory, values) if native else read_llava(directory)
+    values = read_json(directory / "config.json")
+    return _read_qwen_vl(directory, values) if _model_type(values) in NATIVE_WHOLE else read_llava(directory)
+
+
+def _model_type(values: dict[str, Any]) -> str:
+    return str(values.get("model_type"))
 
 
 def _read_qwen_vl(directory: Path, values: dict[str, Any]) -> ModelConfig:
     where = f"{directory}/config.json"
-    text, sections = text_config(values)
+    spatial = _model_type(values) == SPATIAL_QWEN_VL
+    whole = read_fields(values, SPATIAL_QWEN_VL_FLAT if spatial else QWEN_VL_FLAT, where)
+    text, inside = text_values(values, where)
+    fields = read_fields(text, QWEN_VL_TEXT, inside)
+    language, sections = _language(fields, "qwen2", _tied(where, whole, text), inside, mrope=True)
     model = ModelConfig(
         name=directory.resolve().name,
         vision=tower_config(values, where),
-        language=_language(_from_dict(text), where),
+        language=language,
         rope="mrope",
         tokenizer=str(directory),
     )
+    if _model_type(text) not in ("None", QWEN_VL, f"{QWEN_VL}_text", SPATIAL_QWEN_VL):
+        raise ValueError(
+            f"{inside} has a language model of type {_model_type(text)}: only a Qwen2.5-VL's is imported."
+        )
+    if sections is None:
+        raise ValueError(f"{inside} has no mrope_section: only type=mrope with mrope_section is imported.")
+    if len(sections) != 3 or sum(sections) != _frequencies(language):
+        raise ValueError(
+            f"{inside} has mrope_section={sections}: it must be three numbers whose sum is {_frequencies(language)}, "
+            f"the frequencies of an attention head."
+        )
     axes: list[int] | None = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    if values["model_type"] == SPATIAL_QWEN_VL:
-        config = _config_class(SPATIAL_QWEN_VL).from_dict(values)
-        model.attention, model.rope, axes = config.visual_attention, config.visual_rope, config.rope_axes
+    if spatial:
+        axes = _spatial(model, whole, where)
     model.rope_sections = _sections(axes, model)
     return model
+
+
+def _spatial(model: ModelConfig, whole: dict[str, Any], where: str) -> list[int] | None:
+    """Take over what our custom code has beside a LLaVA or Qwen2.5-VL; returns the axes of its frequencies."""
+    model.attention, model.rope = whole["visual_attention"], whole["visual_rope"]
+    axes: list[int] | None = whole["rope_axes"]
+    wanted = 0 if model.rope == "1d" else _frequencies(model.language)
+    if len(axes or []) != wanted or any(axis > COLUMN for axis in axes or []):
+        raise ValueError(
+            f"{where} has rope_axes={short(axes)}: visual_rope={model.rope} needs {wanted} numbers of 0 (time), "
+            f"1 (row) or 2 (column)."
+        )
+    return axes or None
 
 
 def read_llava(directory: Path) -> ModelConfig:
@@ -65,67 +107,88 @@ def read_llava(directory: Path) -> ModelConfig:
     Raises:
         ValueError: not a LLaVA, or one with a part that we do not have.
     """
-    values = _read_json(directory / "config.json")
+    values = read_json(directory / "config.json")
     where = f"{directory}/config.json"
-    spatial = values.get("model_type") == SPATIAL
-    if values.get("model_type") not in ("llava", SPATIAL):
+    if _model_type(values) not in (LLAVA_TYPE, SPATIAL):
         raise ValueError(
-            f"{where} has model_type={values.get('model_type')}: only {', '.join(ARCHITECTURES)} are imported."
+            f"{where} has model_type={short(values.get('model_type'))}: only {', '.join(ARCHITECTURES)} are imported."
         )
-    config = _config_class(values["model_type"]).from_dict(values)
-    require(where, config, LLAVA_MUST)
-    vision = _vision(config.vision_config, where)
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"{where} has vision_feature_layer={config.vision_feature_layer}: only one layer is imported."
-        )
-    vision.feature_layer = config.vision_feature_layer
-    vision.drop_class_token = config.vision_feature_select_strategy == "default"
+    whole = read_fields(values, SPATIAL_LLAVA if _model_type(values) == SPATIAL else LLAVA, where)
+    if whole["image_token_index"] is None and whole["image_token_id"] is None:
+        raise ValueError(f"{where} has no image_token_index, which must be the id that stands for an image.")
+    vision = _vision(whole["vision_config"], f"{where}: vision_config")
+    vision.feature_layer = whole["vision_feature_layer"]
+    vision.drop_class_token = whole["vision_feature_select_strategy"] == "default"
     if vision.drop_class_token and not class_tokens(vision):
         raise ValueError(
             f"{where} has vision_feature_select_strategy=default with a tower that has no class token, which would "
             f"drop a patch: it must be full."
         )
+    text, inside = whole["text_config"], f"{where}: text_config"
+    kind = text.get("model_type", "llama")
+    language, _ = _language(_text_fields(text, kind, inside), kind, _tied(where, whole, text), inside)
     model = ModelConfig(
         name=directory.resolve().name,
         vision=vision,
-        language=_language(config.text_config, where),
+        language=language,
         tokenizer=str(directory),
     )
-    if spatial:
-        model.attention, model.rope = config.visual_attention, config.visual_rope
-        model.rope_sections = _sections(config.rope_axes, model)
+    if _model_type(values) == SPATIAL:
+        axes = _spatial(model, whole, where)
+        side = vision.image_size // vision.patch_size
+        if whole["tile_grid"] != [side, side]:
+            raise ValueError(
+                f"{where} has tile_grid={short(whole['tile_grid'])}: its tower makes it [{side}, {side}]."
+            )
+        model.rope_sections = _sections(axes, model)
     return model
 
 
 def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
-    """A fresh VLM from a vision tower's directory (or that of a whole CLIP or SigLIP) and a language model's; a name
-    in recipes/model/vision instead of the former stands for a tower that is trained from scratch.
+    """A fresh VLM from a vision tower's directory (or that of a whole CLIP, SigLIP, LLaVA or Qwen2.5-VL) and a
+    language model's; a name in recipes/model/vision instead of the former stands for a tower that is trained from
+    scratch.
 
     Raises:
         ValueError: one of them is of a kind that we do not have.
     """
     described = new_tower(vision) if is_recipe(vision) else _read_tower(vision)
-    text = _from_dict(_read_json(language / "config.json"))
+    where = f"{language}/config.json"
+    text = read_json(language / "config.json")
+    kind = _model_type(text)
+    fields = _text_fields(text, kind, where)
     return ModelConfig(
         name=name,
         vision=described,
-        language=_language(text, f"{language}/config.json"),
+        language=_language(fields, kind, bool(fields["tie_word_embeddings"]), where)[0],
         tokenizer=str(language),
     )
 
 
 def _read_tower(vision: Path) -> VisionConfig:
-    tower = _read_json(vision / "config.json")
-    if tower.get("model_type") == QWEN_VL or (tower.get("model_type") == AIMV2_MODEL_TYPE and tower.get("is_native")):
-        return tower_config(tower, f"{vision}/config.json")
-    if tower.get("model_type") in WHOLE_MODELS:
-        tower = tower.get("vision_config", tower)
-        if tower.get("model_type") in WHOLE_MODELS:  # older files name the whole model here
-            tower = {**tower, "model_type": f"{tower['model_type']}_vision_model"}
-    if tower.get("model_type") == AIMV2_MODEL_TYPE:
-        tower = {**tower, "use_head": False}  # no features come from it
-    described = _vision(_from_dict(tower), f"{vision}/config.json")
+    values = read_json(vision / "config.json")
+    where = f"{vision}/config.json"
+    kind = _model_type(values)
+    if kind in (*NATIVE_WHOLE, *QWEN_VL_TOWER_TYPES) or (kind == AIMV2_MODEL_TYPE and values.get("is_native") is True):
+        return tower_config(values, where)
+    if kind in (LLAVA_TYPE, SPATIAL):
+        values = read_fields(values, SPATIAL_LLAVA if kind == SPATIAL else LLAVA, where)["vision_config"]
+        where = f"{where}: vision_config"
+    elif kind in WHOLE_MODELS and "vision_config" in values:
+        whole = read_fields(values, WHOLE_TOWER, where)
+        values, older = whole["vision_config"], whole["vision_config_dict"] or {}
+        where = f"{where}: vision_config"
+        for name, value in older.items():
+            if name in values and values[name] != value:
+                raise ValueError(
+                    f"{where} has {name}={short(values[name])}, but vision_config_dict says {short(value)}: remove "
+                    f"what is wrong."
+                )
+        values = {**older, **values}
+        kind = f"{kind}_vision_model"
+    if "model_type" not in values or _model_type(values) in WHOLE_MODELS:  # older files name the whole model here
+        values = {**values, "model_type": f"{kind.removesuffix('_vision_model')}_vision_model"}
+    described = _vision(values, where)
     described.drop_class_token = class_tokens(described) > 0
     return described
 
@@ -256,67 +319,100 @@ def _text_values(language: LanguageConfig, vocab_size: int, max_positions: int) 
     }
 
 
-def _language(text: Any, where: str) -> LanguageConfig:
-    if text.model_type not in LANGUAGE_FAMILIES:
+def _text_fields(text: dict[str, Any], kind: object, where: str) -> dict[str, Any]:
+    """The fields of a Llama's or a Qwen2's ``config.json``."""
+    if not isinstance(kind, str) or kind not in LANGUAGE_FAMILIES:
         raise ValueError(
-            f"{where} has a language model of type {text.model_type}: only {', '.join(LANGUAGE_FAMILIES)} can be "
-            f"imported."
+            f"{where} has a language model of type {short(kind)}: only {', '.join(LANGUAGE_FAMILIES)} can be imported."
         )
-    require(where, text, LANGUAGE_MUST)
-    width = text.hidden_size // text.num_attention_heads
-    if (getattr(text, "head_dim", None) or width) != width:
-        raise ValueError(f"{where} has head_dim={text.head_dim}: only hidden_size / num_attention_heads is imported.")
-    return LanguageConfig(
-        family=LANGUAGE_FAMILIES[text.model_type],
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        vocab_size=text.vocab_size,
-        rotary_base=float(text.rope_theta),
-        rope_scaling=_rope_scaling(text.rope_scaling, where),
-        layernorm_epsilon=text.rms_norm_eps,
-        tie_embeddings=bool(text.tie_word_embeddings),
-        max_position_embeddings=text.max_position_embeddings,
-    )
+    return read_fields(text, LLAMA if kind == "llama" else QWEN2, where)
 
 
-def _rope_scaling(values: dict[str, Any] | None, where: str) -> RopeScalingConfig:
-    kind = (values or {}).get("rope_type", (values or {}).get("type", "default"))
-    if values is None or kind == "default":
-        return RopeScalingConfig()
-    if kind == "linear":
-        return RopeScalingConfig(kind="linear", factor=float(values["factor"]))
-    if kind == "llama3":
-        return RopeScalingConfig(
-            kind="llama3",
-            factor=float(values["factor"]),
-            low_freq_factor=float(values["low_freq_factor"]),
-            high_freq_factor=float(values["high_freq_factor"]),
-            original_positions=int(values["original_max_position_embeddings"]),
-        )
-    raise ValueError(f"{where} has rope_scaling of type {kind}: only linear and llama3 are imported.")
-
-
-def _vision(tower: Any, where: str) -> VisionConfig:
-    if tower.model_type not in VISION_FAMILIES:
+def _tied(where: str, whole: dict[str, Any], text: dict[str, Any]) -> bool:
+    """Whether the output layer is the embedding, which transformers 4 asks the text model's part, and 5 the whole."""
+    said = {part.get("tie_word_embeddings") for part in (whole, text)} - {None}
+    if len(said) > 1:
         raise ValueError(
-            f"{where} has a vision tower of type {tower.model_type}: only {', '.join(VISION_FAMILIES)} can be "
-            f"imported."
+            f"{where} has tie_word_embeddings={whole['tie_word_embeddings']}, but another value in text_config: make "
+            f"them one."
         )
-    family = VISION_FAMILIES[tower.model_type]
-    require(where, tower, FAMILIES[family].must)
-    width = tower.hidden_size
-    return VisionConfig(
-        family=family,
-        image_size=tower.image_size,
-        patch_size=tower.patch_size,
+    return bool(said and said.pop())
+
+
+def _language(
+    fields: dict[str, Any], kind: str, tied: bool, where: str, mrope: bool = False
+) -> tuple[LanguageConfig, list[int] | None]:
+    """Our description of a text model, and the sections of its M-RoPE."""
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    groups = heads if fields["num_key_value_heads"] is None else fields["num_key_value_heads"]
+    if width % (2 * heads):
+        raise ValueError(
+            f"{where} has hidden_size={width}: it must be a multiple of twice num_attention_heads={heads}."
+        )
+    if heads % groups:
+        raise ValueError(f"{where} has num_key_value_heads={groups}: num_attention_heads={heads} must be a multiple.")
+    if fields["head_dim"] not in (None, width // heads):
+        raise ValueError(
+            f"{where} has head_dim={fields['head_dim']}: only hidden_size / num_attention_heads is imported."
+        )
+    rope = read_rope(fields, 1e6 if mrope else 1e4, where)  # as transformers' classes have it
+    if rope.sections is not None and not mrope:
+        raise ValueError(f"{where} has mrope_section={rope.sections}, which is a Qwen2.5-VL's: only that is imported.")
+    if rope.sections is not None and rope.scaling.kind != "none":
+        raise ValueError(
+            f"{where} has rope scaling of type {rope.scaling.kind}: only type=mrope with mrope_section is imported."
+        )
+    assert rope.base is not None
+    described = LanguageConfig(
+        family=LANGUAGE_FAMILIES.get(kind, kind),
+        num_layers=fields["num_hidden_layers"],
         hidden_size=width,
-        intermediate_size=width * tower.mlp_ratio if family == "dinov2" else tower.intermediate_size,
-        num_layers=getattr(tower, "num_hidden_layers", 0),  # a patch MLP has neither
-        num_attention_heads=getattr(tower, "num_attention_heads", 1),
+        ffn_hidden_size=fields["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        vocab_size=fields["vocab_size"],
+        rotary_base=float(rope.base),
+        rope_scaling=rope.scaling,
+        layernorm_epsilon=float(fields["rms_norm_eps"]),
+        tie_embeddings=tied,
+        max_position_embeddings=fields["max_position_embeddings"],
     )
+    return described, rope.sections
+
+
+def _frequencies(language: LanguageConfig) -> int:
+    """Rotary frequencies of an attention head."""
+    return language.hidden_size // language.num_attention_heads // 2
+
+
+def _vision(values: dict[str, Any], where: str) -> VisionConfig:
+    kind = values.get("model_type", "clip_vision_model")  # as transformers takes it
+    if not isinstance(kind, str) or kind not in VISION_FAMILIES:
+        raise ValueError(
+            f"{where} has a vision tower of type {short(kind)}: only {', '.join(VISION_FAMILIES)} can be imported."
+        )
+    family = VISION_FAMILIES[kind]
+    tower = read_fields(values, TOWERS[family], where)
+    if tower.get("is_native"):
+        raise ValueError(f"{where} has is_native=True: only is_native=False is imported here.")
+    width, heads = tower["hidden_size"], tower.get("num_attention_heads", 1)  # a patch MLP has neither
+    if width % heads:
+        raise ValueError(f"{where} has hidden_size={width}: it must be a multiple of num_attention_heads={heads}.")
+    if family == "dinov2" and width * tower["mlp_ratio"] % width:
+        raise ValueError(f"{where} has mlp_ratio={tower['mlp_ratio']}: only whole numbers are imported.")
+    described = VisionConfig(
+        family=family,
+        image_size=tower["image_size"],
+        patch_size=tower["patch_size"],
+        hidden_size=width,
+        intermediate_size=int(width * tower["mlp_ratio"]) if family == "dinov2" else tower["intermediate_size"],
+        num_layers=tower.get("num_hidden_layers", 0),
+        num_attention_heads=heads,
+        pooling_head=tower.get("vision_use_head", True),
+    )
+    if family == "patch_mlp":
+        described.feature_layer = -1
+    return described
 
 
 def _sections(axes: list[int] | None, model: ModelConfig) -> list[int] | None:
@@ -346,24 +442,3 @@ def _config_class(model_type: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[model_type]
-
-
-def _from_dict(values: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    kind = values.get("model_type", "unknown")
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"A model of type {kind} is not known to transformers: name another directory.")
-    return CONFIG_MAPPING[kind].from_dict(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name a downloaded Hugging Face model.") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
-    return values

@@ -39,6 +39,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from nemo_pre.checkpoint_files.metadata import FORMAT, WEIGHTS, read_metadata
 from nemo_pre.compat.checkpoints import checksums_of_torchs_writer
+from nemo_pre.config.schema import ModelConfig
+from nemo_pre.huggingface.weights import Weight, checked_weights
 
 CONTENT = {
     "singleton_local_shards": False,
@@ -84,6 +86,8 @@ class CheckpointReader:
             raise ValueError(
                 f"{checkpoint} is not a complete checkpoint: {weights}/.metadata cannot be read."
             ) from error
+        if not isinstance(self._metadata, Metadata):
+            raise ValueError(f"{checkpoint} is not a complete checkpoint: {weights}/.metadata holds something else.")
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -93,6 +97,14 @@ class CheckpointReader:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+
+    def check(self, model: ModelConfig) -> list[Weight]:
+        """Every weight of the model, all of which are there, in their shapes, and nothing else that inference needs.
+
+        Raises:
+            ValueError: as :func:`nemo_pre.huggingface.weights.checked_weights`.
+        """
+        return checked_weights(model, {key: shape for key, (shape, _) in self.tensors().items()}, self.directory)
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The tensor ``key``, or its part of one layer.

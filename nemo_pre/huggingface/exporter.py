@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.huggingface.atomic import appearing, refuse_existing
 from nemo_pre.huggingface.progress import bytes_progress
-from nemo_pre.objectives.registry import training_only
 from nemo_pre.options import PathText, Rule
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def export_checkpoint(
     source = complete_checkpoint(checkpoint)
     saved, model = _described(source)
     reader = CheckpointReader(source)
-    weights = list(model_weights(model, reader))
+    weights = reader.check(model)
     with appearing(target) as unfinished:
         tokens = write_processor(saved, model, source, unfinished)
         stored = dtype if dtype != "auto" else _stored_dtype(weights, reader)
@@ -108,35 +107,6 @@ def _described(source: Path) -> tuple[Any, ModelConfig]:
     from nemo_pre.run_files.saved_config import read_saved, saved_model
 
     return read_saved(source), saved_model(source)
-
-
-def model_weights(model: ModelConfig, reader: CheckpointReader) -> Iterator[Weight]:
-    """Every tensor of the model, each checked to be there in its shape.
-
-    Raises:
-        ValueError: one is missing, has another shape, or has no place in the exported model.
-    """
-    from nemo_pre.huggingface.weights import HF_TOWER, TOWER, language_weights, projector_weights, tower_weight
-
-    found = reader.tensors()
-    tower = [tower_weight(HF_TOWER + key.removeprefix(TOWER), found[key][0]) for key in found if key.startswith(TOWER)]
-    weights = [*language_weights(model.language), *projector_weights(model), *tower]
-    for weight in weights:
-        shape = weight.shape if weight.layer is None else (model.language.num_layers, *weight.shape)
-        if weight.key not in found:
-            raise ValueError(f"{reader.directory} has no {weight.key}, which its config.yaml asks for.")
-        if found[weight.key][0] != shape:
-            raise ValueError(
-                f"{weight.key} in {reader.directory} has shape {list(found[weight.key][0])} but its config.yaml makes "
-                f"it {list(shape)}."
-            )
-        yield weight
-    known = {weight.key for weight in weights}
-    for key in found:
-        name = key.removeprefix("module.")
-        # The optimizer's tensors begin with its own name.
-        if key.startswith("module.") and key not in known and not name.startswith(training_only()):
-            raise ValueError(f"{reader.directory} has {key}, which has no place in the exported model.")
 
 
 def exported_groups(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import ModelConfig
+from nemo_pre.config.schema import ModelConfig, VisionConfig
 from nemo_pre.data.tokenizer import KEPT as ORIGINAL
 from nemo_pre.huggingface.atomic import appearing
+from nemo_pre.huggingface.config_fields import listed
+from nemo_pre.huggingface.own_files import own_file
 from nemo_pre.huggingface.progress import bytes_progress
 from nemo_pre.options import Count, PathText, Seed
 
@@ -28,10 +31,16 @@ if TYPE_CHECKING:
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import Weight
 
-# Computed, not learned; and what no features come from: the parts of a whole CLIP or SigLIP beside its vision tower,
-# and AIMv2's head.
-IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias", "text_projection.", "visual_projection.", "head.")
+# What files may hold beside a model's weights, and why it does not matter.
+COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "embeddings.position_ids")  # by every model that loads
+OTHER_HALF = (
+    "text_model.",
+    "logit_scale",
+    "logit_bias",
+    "text_projection.",
+    "visual_projection.",
+)  # of a CLIP, SigLIP
+AIMV2, AIMV2_HEAD = ("aimv2", "aimv2_native"), "head."  # no features come from it
 
 
 def import_checkpoint(
@@ -49,13 +58,16 @@ def import_checkpoint(
 
       nemo-pre import LLAVA_DIR OUT                              a LLaVA (Llama or Qwen2; CLIP, SigLIP, DINOv2, AIMv2)
                                                                  or a Qwen2.5-VL
-      nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector
+      nemo-pre import vision=DIR language=DIR out=OUT            a vision tower, a language model and a new projector;
+                                                                 the former also out of a CLIP, SigLIP, LLaVA or
+                                                                 Qwen2.5-VL
       nemo-pre import vision=patch_mlp language=DIR out=OUT      a new patch MLP (recipes/model/vision), no encoder
 
-    Directories are local, with safetensors, and the tokenizer is beside the language model. feature_layer, image_size
-    (to which the tower's position embeddings are resampled; null: its own) and seed (of the new projector) are for the
-    second form; allow_pickle=true also reads pytorch_model*.bin. Pictures become the pixels of the image processor in
-    LLAVA_DIR or vision=DIR; processor=PATH names a folder or JSON file that has one where these have none.
+    Directories are local, with safetensors, and the tokenizer is beside the language model; what is missing there, or
+    has no place in the model, is refused. feature_layer, image_size (to which the tower's position embeddings are
+    resampled; null: its own) and seed (of the new projector) are for the second form; allow_pickle=true also reads
+    pytorch_model*.bin. Pictures become the pixels of the image processor in LLAVA_DIR or vision=DIR; processor=PATH
+    names a folder or JSON file that has one where these have none.
     """
     if out is None or (llava is None) == (vision is None) or (vision is None) != (language is None):
         raise ValueError("Give LLAVA_DIR OUT, or vision=DIR language=DIR out=OUT: see nemo-pre import --help.")
@@ -71,10 +83,13 @@ def import_checkpoint(
     from nemo_pre.launch.environment import prepare_environment
     from nemo_pre.run_files.checksums import record_checksums
 
+    if out.rstrip("/").endswith(".ckpt"):
+        raise ValueError(f"out={out}: NeMo cuts .ckpt off where it loads a checkpoint, so choose a name without it.")
     prepare_environment("cpu")
     target = Path(out)
     if llava is not None:
         model = read_whole(Path(llava))
+        _check_tower(model, llava)
         pixels = fit_tower(read_pixels(Path(llava), model.vision, processor), model.vision)
         tensors = list(_stored_whole(model, Path(llava), allow_pickle))
         original = Path(llava)
@@ -85,12 +100,14 @@ def import_checkpoint(
             raise ValueError(f"image_size is not for {vision}, whose tower takes images of any size: leave it out.")
         if model.vision.num_layers and model.vision.family != "qwen25_vl":
             model.vision.feature_layer = feature_layer
+        _check_tower(model, vision)
+        published = replace(model.vision)
         new = is_recipe(Path(vision)) and processor is None
         own = recipe_pixels(vision) if new else read_pixels(Path(vision), model.vision, processor)
         pixels = fit_tower(own, model.vision, image_size, whole=False)
         for problem in tower_problems(model.vision):
             raise ValueError(problem)
-        tensors = list(_stored_parts(model, Path(vision), Path(language), seed, allow_pickle))
+        tensors = list(_stored_parts(model, Path(vision), published, Path(language), seed, allow_pickle))
         original = Path(language)
     check_size(load_tokenizer(original), model.language.vocab_size)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
@@ -104,99 +121,153 @@ def import_checkpoint(
     return target
 
 
+def _check_tower(model: ModelConfig, directory: str) -> None:
+    from nemo_pre.config.vision_towers import tower_problems
+
+    for problem in tower_problems(model.vision):
+        raise ValueError(f"{directory} cannot be imported: {problem}")
+
+
 def _stored_whole(model: ModelConfig, directory: Path, allow_pickle: bool) -> Iterator[StoredTensor]:
     from nemo_pre.config.vision_families import is_native
     from nemo_pre.huggingface.qwen_vl import llava_name
     from nemo_pre.huggingface.safetensors_files import TensorSource
-    from nemo_pre.huggingface.weights import HF_TOWER, hub_name, language_weights, projector_weights, tower_weight
+    from nemo_pre.huggingface.weights import hub_name, model_weights
 
-    source = TensorSource(directory, allow_pickle)
-    named = llava_name if is_native(model.vision) else hub_name
-    names = {named(name): name for name in source.names() if not name.endswith(IGNORED)}
-    towers = (tower_weight(n, source.describe(names[n])[0]) for n in names if n.startswith(HF_TOWER))
-    weights = [*language_weights(model.language), *projector_weights(model), *towers]
-    yield from _stored(weights, source, names, model)
+    source, family = TensorSource(directory, allow_pickle), model.vision.family
+    named = llava_name if is_native(model.vision) else partial(hub_name, family=family)
+    yield from _stored(model_weights(model), source, _names(source, named, family), model)
 
 
 def _stored_parts(
-    model: ModelConfig, vision: Path, language: Path, seed: int, allow_pickle: bool
+    model: ModelConfig, vision: Path, published: VisionConfig, language: Path, seed: int, allow_pickle: bool
 ) -> Iterator[StoredTensor]:
+    """The tensors of a tower, which ``published`` describes as its own files do, a language model and a projector."""
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import HF_LANGUAGE, language_weights, projector_weights
 
     source = TensorSource(language, allow_pickle)
-    names = {HF_LANGUAGE + name: name for name in source.names() if not name.endswith(IGNORED)}
+    names = _names(source, lambda name: HF_LANGUAGE + name)
     yield from _stored(list(language_weights(model.language)), source, names, model)
-    yield from _stored_tower(model, vision, seed, allow_pickle)
+    yield from _stored_tower(model, vision, published, seed, allow_pickle)
     yield from _new_projector(list(projector_weights(model)), model, seed)
 
 
-def _stored_tower(model: ModelConfig, vision: Path, seed: int, allow_pickle: bool) -> Iterator[StoredTensor]:
+def _stored_tower(
+    model: ModelConfig, vision: Path, published: VisionConfig, seed: int, allow_pickle: bool
+) -> Iterator[StoredTensor]:
     from nemo_pre.huggingface.architecture import is_recipe
     from nemo_pre.huggingface.safetensors_files import TensorSource
-    from nemo_pre.huggingface.weights import HF_TOWER, TOWER, resampled_positions, tower_weight
+    from nemo_pre.huggingface.weights import TOWER, resampled_positions, tower_weights
     from nemo_pre.neva.vision import VisionTowerConfig
 
     if is_recipe(vision):
         values = VisionTowerConfig(model.vision, seed).configure_model().state_dict()
         yield from (_new_tensor(TOWER + name, tensor) for name, tensor in values.items())
         return
-    source = TensorSource(vision, allow_pickle)
-    if model.vision.family == "qwen25_vl":
-        yield from _stored_qwen_vl_tower(model, source)
-        return
-    own = [name for name in source.names() if not name.startswith(OTHER_TOWER) and not name.endswith(IGNORED)]
-    names = {HF_TOWER + name: name for name in own}
-    weights = [tower_weight(name, source.describe(names[name])[0]) for name in names]
-    yield from _stored([resampled_positions(weight, model.vision) for weight in weights], source, names, model)
-
-
-def _stored_qwen_vl_tower(model: ModelConfig, source: TensorSource) -> Iterator[StoredTensor]:
-    """The tower's tensors, from its own files or those of a whole Qwen2.5-VL. The MLP of its merger stays behind: it
-    was trained for another language model."""
-    from nemo_pre.huggingface.qwen_vl import MERGER, llava_name
-    from nemo_pre.huggingface.weights import HF_TOWER, tower_weight
-
-    whole = any(llava_name(name).startswith(HF_TOWER) for name in source.names())
-    found = {(llava_name(name) if whole else HF_TOWER + name): name for name in source.names()}
-    names = {ours: name for ours, name in found.items() if ours.startswith(HF_TOWER) and MERGER not in name}
-    weights = [tower_weight(name, source.describe(names[name])[0]) for name in names]
+    source, family = TensorSource(vision, allow_pickle), model.vision.family
+    names = _names(source, partial(_tower_name, vision=model.vision), family)
+    weights = [resampled_positions(weight, model.vision) for weight in tower_weights(published)]
     yield from _stored(weights, source, names, model)
+
+
+def _tower_name(name: str, vision: VisionConfig) -> str | None:
+    """The name within a LLaVA of a tensor of a tower's own files, or of those of a model with one; None: it is another
+    part's. The MLP of a Qwen2.5-VL's merger is one, which was trained for another language model."""
+    from nemo_pre.config.vision_families import is_native
+    from nemo_pre.huggingface.qwen_vl import llava_name
+    from nemo_pre.huggingface.weights import HF_LANGUAGE, HF_PROJECTOR, HF_TOWER, hub_name
+
+    name = llava_name(name) if is_native(vision) else hub_name(name)
+    if name.startswith((HF_LANGUAGE, HF_PROJECTOR, *OTHER_HALF)):
+        return None
+    return hub_name(name if name.startswith(HF_TOWER) else HF_TOWER + name, vision.family)
+
+
+def _names(source: TensorSource, named: Callable[[str], str | None], family: str | None = None) -> dict[str, str]:
+    """The source's own name of each of its tensors, by its name in a LLaVA; without what is known not to matter.
+
+    Raises:
+        ValueError: two tensors are one.
+    """
+    from nemo_pre.huggingface.weights import HF_TOWER
+
+    names: dict[str, str] = {}
+    for name in source.names():
+        ours = named(name)
+        if ours is None or ours.endswith(COMPUTED):
+            continue
+        if family in AIMV2 and ours.startswith(HF_TOWER + AIMV2_HEAD):
+            continue
+        if ours in names:
+            raise ValueError(f"{source.directory} has {names[ours]} and {name}, which are the same: remove one.")
+        names[ours] = name
+    return names
 
 
 def _stored(
     weights: list[Weight], source: TensorSource, names: dict[str, str], model: ModelConfig
 ) -> Iterator[StoredTensor]:
-    """Each weight as something to be written; every tensor of the source must have a place.
+    """Each weight as something to be written, once every one was found, and every tensor of the source has a place.
 
     Args:
         names: the source's own name of each tensor, by its name on the hub.
     """
     from nemo_pre.huggingface.distributed_checkpoint import StoredTensor
 
-    unused = set(names)
+    dtypes = _checked(weights, source, names, model)
     for weight in weights:
-        dtypes = set()
-        for name, shape in weight.parts.items():
-            if name not in names:
-                raise ValueError(f"{source.directory} has no tensor {name}, which its config.json asks for.")
-            found, dtype = source.describe(names[name])
-            if found != shape:
-                raise ValueError(
-                    f"{name} in {source.directory} has shape {list(found)} but its config.json makes it {list(shape)}."
-                )
-            dtypes.add(dtype)
-        if len(dtypes) > 1:
-            raise ValueError(f"{', '.join(weight.parts)} in {source.directory} have several types: make them one.")
-        unused -= set(weight.parts)
         parts = [names[name] for name in weight.parts]
         read = partial(_read_and_join, source, parts, weight.join)
         layers = None if weight.layer is None else model.language.num_layers
-        yield StoredTensor(weight.key, weight.layer, layers, weight.shape, dtypes.pop(), read)
-    if model.language.tie_embeddings:  # a tied output layer may be stored all the same
-        unused.discard("language_model.lm_head.weight")
+        yield StoredTensor(weight.key, weight.layer, layers, weight.shape, dtypes[parts[0]], read)
+
+
+def _checked(
+    weights: list[Weight], source: TensorSource, names: dict[str, str], model: ModelConfig
+) -> dict[str, torch.dtype]:
+    """The type of each of the source's tensors that is needed.
+
+    Raises:
+        ValueError: one is missing, has another shape, is not of one type with its neighbours, or has no place.
+    """
+    from nemo_pre.huggingface.weights import HF_LANGUAGE
+
+    wanted = {name: shape for weight in weights for name, shape in weight.parts.items()}
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(
+            f"{source.directory} has no tensor {listed(missing)}, which its config.json asks for: name a directory "
+            f"that is whole."
+        )
+    dtypes = {}
+    for name, shape in wanted.items():
+        found, dtypes[names[name]] = source.describe(names[name])
+        if found != shape:
+            raise ValueError(
+                f"{name} in {source.directory} has shape {list(found)} but its config.json makes it {list(shape)}."
+            )
+    for weight in weights:
+        if len({dtypes[names[name]] for name in weight.parts}) > 1:
+            raise ValueError(f"{', '.join(weight.parts)} in {source.directory} have several types: make them one.")
+    unused = sorted(names.keys() - wanted.keys())
+    head, embedding = HF_LANGUAGE + "lm_head.weight", HF_LANGUAGE + "model.embed_tokens.weight"
+    if head in unused and embedding in wanted and model.language.tie_embeddings:
+        if not _same(source, names[head], names[embedding]):
+            raise ValueError(
+                f"{source.directory} has {names[head]}, which is not its embedding, although its config.json "
+                f"ties them: set tie_word_embeddings to false there."
+            )
+        unused.remove(head)
     if unused:
-        raise ValueError(f"{source.directory} has {sorted(unused)[0]}, which has no place in the model.")
+        raise ValueError(
+            f"{source.directory} has {listed(unused)}, which has no place in the model that its config.json "
+            f"describes: mend that, or remove what does not matter."
+        )
+    return dtypes
+
+
+def _same(source: TensorSource, one: str, other: str) -> bool:
+    return source.describe(one) == source.describe(other) and bool((source.read(one) == source.read(other)).all())
 
 
 def _read_and_join(source: TensorSource, names: list[str], join: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -233,7 +304,7 @@ def _keep_other_files(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".jinja", ".txt", ".model", ".md") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(own_file(source, path.name), target / path.name)
 
 
 def _describe(model: ModelConfig, pixels: Pixels, path: Path, seed: int) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 from nemo_pre.config.derived import axis_of_frequency
 from nemo_pre.config.schema import ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import FAMILIES, transformers_values
+from nemo_pre.huggingface.config_fields import OBJECT, Only, Read, read_fields, short
+from nemo_pre.huggingface.config_tables import QWEN_VL_TEXT, TOWERS
 
 SPATIAL_QWEN_VL = "spatial_qwen_vl"  # our custom code's model_type, see remote_code/
-QWEN_VL = "qwen2_5_vl"  # model_type of the whole and of its vision tower alike
+QWEN_VL = "qwen2_5_vl"  # model_type of the whole, and of its vision tower alike in transformers 4
+QWEN_VL_TOWER_TYPES = (QWEN_VL, "qwen2_5_vl_vision")  # the latter from transformers 5 on
 AIMV2_MODEL_TYPE = FAMILIES["aimv2_native"].model_type
+_OF_THE_WHOLE = ("model_type", "tie_word_embeddings")  # which text_config has of its own
 MERGER = "merger.mlp."
 # In files on the hub, and in those that newer transformers write.
 HUB_NAMES = {
@@ -125,7 +129,11 @@ def tower_config(values: dict[str, Any], where: str) -> VisionConfig:
     Raises:
         ValueError: it is none that we have.
     """
-    given = values.get("vision_config", values)
+    given = values
+    if "vision_config" in values:
+        given, where = values["vision_config"], f"{where}: vision_config"
+        if not OBJECT.accepts(given):
+            raise ValueError(f"{where} must be {OBJECT.words}.")
     is_aimv2 = given.get("model_type") == AIMV2_MODEL_TYPE
     described = _aimv2(given, where) if is_aimv2 else _qwen_vl(given, where)
     described.min_visual_tokens, described.max_visual_tokens = 16 if is_aimv2 else 4, 1280
@@ -133,57 +141,58 @@ def tower_config(values: dict[str, Any], where: str) -> VisionConfig:
 
 
 def _qwen_vl(values: dict[str, Any], where: str) -> VisionConfig:
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-
-    tower = Qwen2_5_VLVisionConfig.from_dict({**values, "in_channels": values.get("in_chans", 3)})
-    require(where, tower, FAMILIES["qwen25_vl"].must)
+    if values.get("model_type", QWEN_VL) not in QWEN_VL_TOWER_TYPES:
+        raise ValueError(
+            f"{where} has a vision tower of type {short(values['model_type'])}: only {', '.join(QWEN_VL_TOWER_TYPES)} "
+            f"can be imported here."
+        )
+    tower = read_fields(values, TOWERS["qwen25_vl"], where)
     return VisionConfig(
         family="qwen25_vl",
         image_size=0,
-        patch_size=tower.patch_size,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        num_layers=tower.depth,
-        num_attention_heads=tower.num_heads,
+        patch_size=tower["patch_size"],
+        hidden_size=tower["hidden_size"],
+        intermediate_size=tower["intermediate_size"],
+        num_layers=tower["depth"],
+        num_attention_heads=tower["num_heads"],
         feature_layer=-1,
         drop_class_token=False,
-        window_size=tower.window_size,
-        full_attention_layers=list(tower.fullatt_block_indexes),
+        window_size=tower["window_size"],
+        full_attention_layers=list(tower["fullatt_block_indexes"]),
     )
 
 
 def _aimv2(values: dict[str, Any], where: str) -> VisionConfig:
-    from transformers import Aimv2VisionConfig
-
-    tower = Aimv2VisionConfig.from_dict({**values, "use_head": False})  # no features come from its head
-    require(where, tower, FAMILIES["aimv2_native"].must)
+    tower = read_fields(values, TOWERS["aimv2"], where)
+    if not tower["is_native"]:
+        raise ValueError(f"{where} has is_native=False: only is_native=True is imported here.")
     return VisionConfig(
         family="aimv2_native",
         image_size=0,
-        patch_size=tower.patch_size,
-        hidden_size=tower.hidden_size,
-        intermediate_size=tower.intermediate_size,
-        num_layers=tower.num_hidden_layers,
-        num_attention_heads=tower.num_attention_heads,
-        feature_layer=values.get("feature_layer", -2),
+        patch_size=tower["patch_size"],
+        hidden_size=tower["hidden_size"],
+        intermediate_size=tower["intermediate_size"],
+        num_layers=tower["num_hidden_layers"],
+        num_attention_heads=tower["num_attention_heads"],
+        feature_layer=tower["feature_layer"],
         drop_class_token=False,
     )
 
 
-def require(where: str, config: Any, expected: dict[str, Any]) -> None:
-    """Refuse a configuration that says otherwise than what our modules do."""
-    for name, value in expected.items():
-        found = getattr(config, name, value)
-        if found != value:
-            raise ValueError(f"{where} has {name}={found}: only {name}={value} is imported.")
+def text_values(values: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """The text model's fields in a whole Qwen2.5-VL's ``config.json``, and where they are: beside the tower's, as on
+    the hub, or in a part of their own.
 
-
-def text_config(values: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The language model of a whole Qwen2.5-VL as a Qwen2's ``config.json``, and the sections of its M-RoPE."""
-    text = {**values, **values.get("text_config", {})}
-    scaling = text.get("rope_scaling") or {}
-    if scaling.get("type", scaling.get("rope_type")) not in ("mrope", "default") or "mrope_section" not in scaling:
-        raise ValueError(f"rope_scaling={scaling} is no Qwen2.5-VL's: only type=mrope with mrope_section is imported.")
-    whole = {**text, "model_type": "qwen2", "rope_scaling": None}
-    whole["tie_word_embeddings"] = text.get("tie_word_embeddings", False)  # a Qwen2's own default is another
-    return whole, list(scaling["mrope_section"])
+    Raises:
+        ValueError: they are in both places, and differ.
+    """
+    flat = {name: value for name, value in values.items() if name in QWEN_VL_TEXT and name not in _OF_THE_WHOLE}
+    part = values.get("text_config")
+    if part is None:
+        return flat, where
+    for name, value in flat.items():
+        if name in part and part[name] != value and isinstance(QWEN_VL_TEXT[name], Read | Only):
+            raise ValueError(
+                f"{where} has {name}={short(value)}, but text_config says {short(part[name])}: remove what is wrong."
+            )
+    return part, f"{where}: text_config"

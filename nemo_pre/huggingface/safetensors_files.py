@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_pre.huggingface.config_fields import listed, read_json, short
+from nemo_pre.huggingface.own_files import own_file
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 # safetensors' names of the types that weights have
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -25,7 +29,8 @@ class TensorSource:
         allow_pickle: also read ``pytorch_model*.bin``, with ``weights_only``.
 
     Raises:
-        ValueError: no weights, a missing or broken file, or pickled weights that are not allowed.
+        ValueError: no weights, a missing or broken file, one outside the directory, or pickled weights that are not
+            allowed.
     """
 
     def __init__(self, directory: str | Path, allow_pickle: bool = False) -> None:
@@ -57,42 +62,60 @@ class TensorSource:
     def _by_tensor(self, allow_pickle: bool) -> dict[str, Any]:
         if not self.directory.is_dir():
             raise ValueError(f"{self.directory} is not a directory: name a downloaded Hugging Face model.")
-        index = self.directory / INDEX
+        single, index = (self.directory / name for name in (SINGLE, INDEX))
+        if single.is_file() and index.is_file():
+            raise ValueError(f"{self.directory} has {SINGLE} and {INDEX}: remove the one that does not belong there.")
         if index.is_file():
-            expected = json.loads(index.read_text())["weight_map"]
-            found = self._opened(sorted(set(expected.values())))
-            missing = sorted(set(expected) - set(found))
-            if missing:
-                raise ValueError(
-                    f"{index} names {missing[0]}, which is not in {expected[missing[0]]}: download it again."
-                )
-            return found
-        if (self.directory / SINGLE).is_file():
-            return self._opened([SINGLE])
-        pickled = sorted(self.directory.glob("pytorch_model*.bin"))
+            return self._indexed(INDEX, _opened)
+        if single.is_file():
+            return self._together([SINGLE], _opened)
+        pickled = sorted(path.name for path in self.directory.glob("pytorch_model*.bin"))
         if not pickled:
             raise ValueError(
                 f"{self.directory} has neither {SINGLE} nor {INDEX}: name a downloaded Hugging Face model."
             )
         if not allow_pickle:
             raise ValueError(
-                f"{pickled[0]} is a pickle, which may run code when it is read: convert it to safetensors, or give "
-                f"allow_pickle=true if you trust it."
+                f"{self.directory / pickled[0]} is a pickle, which may run code when it is read: convert it to "
+                f"safetensors, or give allow_pickle=true if you trust it."
             )
-        return {name: part for path in pickled for name, part in _unpickled(path).items()}
+        if (self.directory / PICKLED_INDEX).is_file():
+            return self._indexed(PICKLED_INDEX, _unpickled)
+        return self._together(pickled, _unpickled)
 
-    def _opened(self, files: list[str]) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
-
-        found = {}
-        for file in files:
-            path = self.directory / file
-            try:
-                tensors = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path} is missing or broken ({error}): download it again.") from error
-            found.update(dict.fromkeys(tensors.keys(), tensors))
+    def _indexed(self, name: str, opened: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of the files that an index names, all of which it must name."""
+        index = own_file(self.directory, name)
+        expected = read_json(index).get("weight_map")
+        if not isinstance(expected, dict) or not all(isinstance(file, str) and file for file in expected.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files: download it again.")
+        found = self._together(sorted(set(expected.values())), opened)
+        missing = sorted(set(expected) - set(found))
+        if missing:
+            raise ValueError(
+                f"{index} names {listed(missing)}, which is not in {expected[missing[0]]}: download it again."
+            )
         return found
+
+    def _together(self, files: list[str], opened: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for file in files:
+            tensors = opened(own_file(self.directory, file))
+            twice = sorted(found.keys() & tensors.keys())
+            if twice:
+                raise ValueError(f"{listed(twice)} is in {file} of {self.directory} and in another file: remove one.")
+            found |= tensors
+        return found
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        tensors = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or broken ({error}): download it again.") from error
+    return dict.fromkeys(tensors.keys(), tensors)
 
 
 class _Loaded:
@@ -115,7 +138,15 @@ class _Loaded:
 
 
 def _unpickled(path: Path) -> dict[str, _Loaded]:
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged pickle makes of it
+        raise ValueError(
+            f"{path} is missing, broken, or more than tensors, which weights_only refuses ({short(error)}): convert "
+            f"it to safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} does not hold tensors by name: convert it to safetensors.")
     return {name: _Loaded(tensor) for name, tensor in tensors.items()}
 
 

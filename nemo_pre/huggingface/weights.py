@@ -18,6 +18,8 @@ from torch import Tensor
 from nemo_pre.config.derived import padded_vocab_size, projector_widths
 from nemo_pre.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import class_tokens, encoder_tokens
+from nemo_pre.huggingface.config_fields import listed
+from nemo_pre.objectives.registry import training_only
 
 Shape = tuple[int, ...]
 LANGUAGE, LAYERS = "module.language_model.", "module.language_model.decoder.layers."
@@ -32,6 +34,8 @@ RENAMED = {
     "model.multi_modal_projector.": HF_PROJECTOR,
     "lm_head.": "language_model.lm_head.",
 }
+# Towers within a module of this name, up to transformers 4 and in the files of a whole CLIP or SigLIP.
+INNER_MODULE, VISION_MODEL = ("clip", "siglip"), "vision_model."
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,50 @@ def projector_weights(model: ModelConfig) -> Iterator[Weight]:
         yield _copied(f"{PROJECTOR}{ours}.bias", f"{HF_PROJECTOR}{theirs}.bias", shape[:1])
 
 
-def tower_weight(name: str, shape: Shape) -> Weight:
-    """A weight of the vision tower, which is transformers' own module on both sides; ``name`` begins with
-    ``vision_tower.``"""
-    return _copied(TOWER + name.removeprefix(HF_TOWER), name, shape)
+def tower_weights(vision: VisionConfig) -> Iterator[Weight]:
+    """Weights of the vision tower, which is one module on both sides: those of the module that is built."""
+    from nemo_pre.neva.vision import VisionTowerConfig
+
+    with torch.device("meta"):
+        tower = VisionTowerConfig(vision, seed=0).configure_model()
+    for name, tensor in tower.state_dict().items():
+        yield _copied(TOWER + name, HF_TOWER + name, tuple(tensor.shape))
+
+
+def model_weights(model: ModelConfig) -> list[Weight]:
+    """Every weight that the module of this model has."""
+    return [*language_weights(model.language), *projector_weights(model), *tower_weights(model.vision)]
+
+
+def checked_weights(model: ModelConfig, found: Mapping[str, Shape], where: object) -> list[Weight]:
+    """Every weight of the model, once the checkpoint is known to hold just these, and parts that only training has.
+
+    Args:
+        found: shape of every tensor of the checkpoint, by key; of decoder layers' with the layers in front.
+        where: the checkpoint.
+
+    Raises:
+        ValueError: one is missing, has another shape, or has no place in the model.
+    """
+    weights = model_weights(model)
+    shapes = {
+        weight.key: weight.shape if weight.layer is None else (model.language.num_layers, *weight.shape)
+        for weight in weights
+    }
+    if missing := [key for key in shapes if key not in found]:
+        raise ValueError(f"{where} has no {listed(missing)}, which its config.yaml asks for: name a whole checkpoint.")
+    for key, shape in shapes.items():
+        if tuple(found[key]) != shape:
+            raise ValueError(
+                f"{key} in {where} has shape {list(found[key])} but its config.yaml makes it {list(shape)}."
+            )
+    # The optimizer's tensors begin with its own name.
+    beside = [key for key in found if key.startswith("module.") and key not in shapes]
+    if unknown := [key for key in beside if not key.removeprefix("module.").startswith(training_only())]:
+        raise ValueError(
+            f"{where} has {listed(unknown)}, which has no place in the model: its config.yaml is not of it."
+        )
+    return weights
 
 
 def resampled_positions(weight: Weight, vision: VisionConfig) -> Weight:
@@ -125,9 +169,16 @@ def resampled_positions(weight: Weight, vision: VisionConfig) -> Weight:
     return replace(weight, shape=(*leading, wanted, width), join=resample)
 
 
-def hub_name(name: str) -> str:
-    """A LLaVA's tensor under the name that files on the hub use."""
-    return next((old + name.removeprefix(new) for new, old in RENAMED.items() if name.startswith(new)), name)
+def hub_name(name: str, family: str | None = None) -> str:
+    """A LLaVA's tensor under the name that files on the hub use.
+
+    Args:
+        family: of its vision tower; transformers 5 leaves out a part of the names of some.
+    """
+    name = next((old + name.removeprefix(new) for new, old in RENAMED.items() if name.startswith(new)), name)
+    if family in INNER_MODULE and name.startswith(HF_TOWER) and not name.startswith(HF_TOWER + VISION_MODEL):
+        return HF_TOWER + VISION_MODEL + name.removeprefix(HF_TOWER)
+    return name
 
 
 def _copied(key: str, name: str, shape: Shape, layer: int | None = None) -> Weight:

@@ -61,7 +61,9 @@ def _beside_layers(vision: VisionConfig) -> int:
     """Number of parameters beside the layers: the last norm; SigLIP's pooling (a probe that attends to all patches, a
     norm, an MLP); DINOv2's mask token."""
     width = vision.hidden_size
-    pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
+    pooling = 0
+    if vision.pooling_head:
+        pooling = layer_parameters(vision) - width  # a layer has a norm more, the pooling a probe more
     norm_and_others = {"clip": 2 * width, "siglip": 2 * width + pooling, "dinov2": 3 * width}
     return width if vision.family in AIMV2_FAMILIES else norm_and_others.get(vision.family, 0)
 
@@ -83,7 +85,7 @@ def tower_flops(vision: VisionConfig, tiles: int) -> tuple[float, float]:
     layer = tiles * (2.0 * tokens * matrices + 4.0 * tokens**2 * width)
     used = vision.num_layers - unused_layers(vision)
     run = used if is_native(vision) else vision.num_layers
-    pooling = tiles * _pooling_flops(vision) if vision.family == "siglip" else 0.0
+    pooling = tiles * _pooling_flops(vision) if vision.family == "siglip" and vision.pooling_head else 0.0
     return patches + run * layer + pooling, patches + 2 * used * layer
 
 

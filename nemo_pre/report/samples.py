@@ -107,14 +107,13 @@ def _load(model: Path) -> tuple[Any, Any]:
     if not config.is_file():
         raise ValueError(f"model={model} has no config.json: give the directory of an exported Hugging Face model.")
     import torch
-    from transformers import AutoModelForImageTextToText
 
-    from nemo_pre.huggingface.loading import load_processor, needs_own_code
+    from nemo_pre.huggingface.loading import load_network, load_processor, needs_own_code
 
     try:
         how = {"local_files_only": True, "trust_remote_code": needs_own_code(model)}
         processor = load_processor(model, **how)
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", **how)
+        network = load_network(model, dtype="auto", **how)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(f"model={model} cannot be loaded as an image-text-to-text model: {first}") from error

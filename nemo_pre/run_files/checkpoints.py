@@ -74,6 +74,8 @@ def former_stage(path: str, option: str = "init_from", damaged: Damaged | None =
     directory = Path(path)
     if not directory.is_dir():
         raise ValueError(f"{option}={path} is not a directory: name a checkpoint, or a run's checkpoints.")
+    if directory.suffix == ".ckpt":
+        raise ValueError(f"{option}={path}: NeMo cuts .ckpt off where it loads a checkpoint, so rename the directory.")
     if directory.name == "checkpoints" or not (directory / "weights").is_dir():
         newest = newest_checkpoint(directory, damaged)
         if newest is None:

@@ -388,7 +388,7 @@ def test_diagnosis_asks_for_the_exported_directory(qwen_vl, tmp_path):
     "changes, sentence",
     [
         ({"vision_config": {**VISION, "spatial_merge_size": 3}}, "spatial_merge_size=3: only spatial_merge_size=2"),
-        ({"vision_config": {**VISION, "in_chans": 4}}, "in_channels=4: only in_channels=3 is imported"),
+        ({"vision_config": {**VISION, "in_chans": 4}}, "in_chans=4: only in_chans=3 is imported"),
         ({"text_config": {"rope_scaling": {"type": "yarn"}}}, "only type=mrope with mrope_section is imported"),
     ],
 )
@@ -408,6 +408,9 @@ def test_the_published_7b_and_the_tied_3b_are_the_models_of_the_recipes(tmp_path
         "max_position_embeddings": 128000, "num_attention_heads": 28, "num_hidden_layers": 28,
         "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False,
         "vocab_size": 152064, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "image_token_id": 151655, "video_token_id": 151656, "vision_token_id": 151654,
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "sliding_window": 32768, "max_window_layers": 28, "attention_dropout": 0.0,
         "vision_config": {
             "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
             "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
