@@ -1,5 +1,5 @@
-"""From the bytes of a file to a picture: the one place where pictures are opened, for preparation, validation,
-training, features, generation, diagnosis and reports.
+"""The one place where pictures are opened and decoded, for preparation, validation, training, features, generation,
+diagnosis and reports.
 
 - The formats are :data:`FORMATS`, of which the first frame is taken; none of their decoders runs another program.
 - A picture of more than :data:`MOST_PIXELS` is refused by its header, whatever limit Pillow has: NeMo raises that to

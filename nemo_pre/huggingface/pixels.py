@@ -105,7 +105,7 @@ class Pixels:
 
 
 def recipe_pixels(recipe: str) -> Pixels:
-    """Those of a file in recipes/model/vision."""
+    """The pixels of a file in recipes/model/vision."""
     from omegaconf import OmegaConf
 
     import recipes
