@@ -66,7 +66,7 @@ def generate(
 
     A line of FILE is {"prompt": "...", "images": ["x.png"]}; paths are relative to FILE. An image goes before the
     question unless the prompt says <image> itself; several are separated by commas. chat_template is the run's unless
-    given (an import has none: give vicuna_v1 or plain). tensor and pipeline lay the model out over ranks.
+    given (an import has none: give llava_v1 for a LLaVA-1.5). tensor and pipeline lay the model out over ranks.
     """
     from nemo_pre.checks.run import check_options
     from nemo_pre.huggingface.exporter import complete_checkpoint

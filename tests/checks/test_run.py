@@ -46,7 +46,7 @@ REFUSED = [
     (["trainer.val_every=0"], "trainer.val_every=0 must be 1 or more."),
     (["cluster.nodes=0"], "cluster.nodes=0 must be 1 or more."),
     (["optim.lr=-1"], "optim.lr=-1.0 must be more than 0."),
-    (["optim.lr=nan"], "optim.lr=nan must be more than 0."),
+    (["optim.lr=nan"], "optim.lr=nan is no finite number: it must be more than 0."),
     (["optim.lr_vision=-1"], "optim.lr_vision=-1.0 must be 0 or more."),
     (["optim.warmup_ratio=2"], "optim.warmup_ratio=2.0 must lie between 0 and 1."),
     (["objective.pre.ema_momentum=1.5"], "objective.pre.ema_momentum=1.5 must lie between 0 and 1."),
