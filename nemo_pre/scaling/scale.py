@@ -50,7 +50,7 @@ def scale(words: Sequence[str]) -> None:
     """
     grid, options = read_words(words)
     points = grid.points()
-    if options.action != "submit":
+    if options.action == "simulate":
         make_output_folder("out", options.out)
     from nemo_pre.scaling.simulate import simulate
 

@@ -75,6 +75,7 @@ def _diagnose(run: Path, out: Path) -> None:
         }
         for layer in range(LAYERS + 1)
     ]
+    rest: dict[str, Any] = {"title": arm, "model": {}, "data": {}, "pictures": {}}
     (out / "results.json").write_text(
-        json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "layers": layers})
+        json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "layers": layers, **rest})
     )
