@@ -16,7 +16,7 @@ from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.neva.vision import VisionTowerConfig
-from nemo_pre.run_files.saved_config import saved_model
+from nemo_pre.run_files.saved_config import read_saved, saved_model
 from tests.huggingface.megatron_ranks import Question, ask
 from tests.huggingface.test_logits import expanded
 from tests.huggingface.tiny import tiny_llava, write_image_processor
@@ -82,6 +82,30 @@ def test_at_another_resolution_a_tower_gives_the_features_of_transformers_own_in
         found = exported(pixels, output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert exported.config.image_size == saved_model(tmp_path / "fresh").vision.image_size == 16
+
+
+def test_the_pixels_of_a_tower_are_its_processors_from_import_to_export_and_none_is_assumed(language, tmp_path):
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoImageProcessor, SiglipImageProcessor
+
+    original = tower("siglip", image_size=16)
+    original.save_pretrained(tmp_path / "tower")
+    asked = {"vision": str(tmp_path / "tower"), "language": str(language), "out": str(tmp_path / "fresh")}
+    with pytest.raises(ValueError, match="tower has no image processor .*or give processor=PATH"):
+        import_checkpoint(**asked)
+    assert not (tmp_path / "fresh").exists()
+    processor = SiglipImageProcessor(size={"height": 16, "width": 16}, resample=2)
+    nested = {"processor_class": "SiglipProcessor", "image_processor": processor.to_dict()}  # as transformers 5 has it
+    (tmp_path / "tower" / "processor_config.json").write_text(json.dumps(nested))
+    out = import_checkpoint(**asked)
+    data, vision = read_saved(out).data, saved_model(out).vision
+    assert (data.image_resize, data.image_filter, vision.image_mean) == ("whole", "bilinear", [0.5] * 3)
+    export_checkpoint(str(out), str(tmp_path / "hf"))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8))
+    exported = AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    found, expected = (each(picture, return_tensors="pt")["pixel_values"] for each in (exported, processor))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_head_of_an_aimv2_stays_behind(language, tmp_path):
