@@ -23,6 +23,18 @@ def check_output_file(option: str, path: str | Path) -> None:
         raise ValueError(f"{option}={path} cannot be written ({error.strerror}): name another file.") from error
 
 
+def check_output_folder(option: str, path: str | Path) -> None:
+    """Check that ``path`` can become a folder in which files can be written, without making it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    folder = Path(path)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}={path} cannot be a folder ({nearest} takes no files): name another one.")
+
+
 def make_output_folder(option: str, path: str | Path) -> Path:
     """The folder ``path``, made where it is not there, in which files can be written.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_pre.config.words import check_spelling
 from nemo_pre.planner.devices import DEVICES, Efficiency
-from nemo_pre.run_files.outputs import make_output_folder
+from nemo_pre.run_files.outputs import check_output_folder, make_output_folder
 from nemo_pre.scaling.grid import AXES, BATCHES, RECIPE, STUDIES, Grid, Point, axis_values, read_grid
 from nemo_pre.scaling.results import SIMULATED, Result
 from nemo_pre.verbs.plan import DEFAULT_GPU, named, read_number
@@ -51,7 +51,7 @@ def scale(words: Sequence[str]) -> None:
     grid, options = read_words(words)
     points = grid.points()
     if options.action == "simulate":
-        make_output_folder("out", options.out)
+        check_output_folder("out", options.out)
     from nemo_pre.scaling.simulate import simulate
 
     results = []
@@ -113,7 +113,7 @@ def _write(results: Sequence[Result], options: Options) -> None:
     from nemo_pre.scaling.figures import draw
     from nemo_pre.scaling.table import describe
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_output_folder("out", options.out)
     text = describe(results, options.price)
     print(text)
     (options.out / TABLE).write_text(text + "\n")

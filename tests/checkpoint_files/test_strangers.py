@@ -24,7 +24,7 @@ from nemo_pre.checkpoint_files.metadata import read_metadata
 from nemo_pre.checkpoint_files.pickles import UnsafePickle, check_extra_state, load_metadata, load_plain
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
-from nemo_pre.huggingface.loading import needs_own_code
+from nemo_pre.huggingface.loading import needs_own_code, own_files
 from nemo_pre.inference import generate
 from nemo_pre.run_files.checkpoints import SIZES
 from nemo_pre.run_files.checksums import CHECKSUMS
@@ -286,14 +286,12 @@ def test_what_a_checkpoint_needs_is_known(imported):
 @pytest.fixture
 def exported(tmp_path) -> Path:
     """What an export leaves of a model that needs code, without its weights."""
-    from nemo_pre.huggingface import remote_code
-
     directory = tmp_path / "exported"
     directory.mkdir()
-    for path in Path(remote_code.__file__).parent.glob("*_spatial_llava.py"):
+    for path in own_files("spatial_llava").values():
         shutil.copy(path, directory)
     classes = {"AutoConfig": "configuration_spatial_llava.SpatialLlavaConfig"}
-    (directory / "config.json").write_text(json.dumps({"auto_map": classes}))
+    (directory / "config.json").write_text(json.dumps({"model_type": "spatial_llava", "auto_map": classes}))
     return directory
 
 
