@@ -355,13 +355,9 @@ def _language(
         raise ValueError(
             f"{where} has head_dim={fields['head_dim']}: only hidden_size / num_attention_heads is imported."
         )
-    rope = read_rope(fields, 1e6 if mrope else 1e4, where)  # as transformers' classes have it
+    rope = read_rope(fields, 1e6 if mrope else 1e4, where, mrope)  # as transformers' classes have it
     if rope.sections is not None and not mrope:
         raise ValueError(f"{where} has mrope_section={rope.sections}, which is a Qwen2.5-VL's: only that is imported.")
-    if rope.sections is not None and rope.scaling.kind != "none":
-        raise ValueError(
-            f"{where} has rope scaling of type {rope.scaling.kind}: only type=mrope with mrope_section is imported."
-        )
     assert rope.base is not None
     described = LanguageConfig(
         family=LANGUAGE_FAMILIES.get(kind, kind),

@@ -19,6 +19,7 @@ from nemo_pre.huggingface.config_fields import (
     Read,
     Table,
     read_fields,
+    short,
 )
 
 _NO_EFFECT = Irrelevant("has no effect on this type")
@@ -60,23 +61,24 @@ class Rope:
     sections: list[int] | None = None
 
 
-def read_rope(text: dict[str, Any], default_base: float, where: str) -> Rope:
+def read_rope(text: dict[str, Any], default_base: float, where: str, mrope: bool = False) -> Rope:
     """The positions of a text model.
 
     Args:
         text: its fields as they were read.
         default_base: what ``transformers`` takes where the file says nothing at all.
+        mrope: it is a Qwen2.5-VL's, whose positions have three axes and no scaling.
 
     Raises:
         ValueError: a type or a value that our layers do not compute, or two spellings that contradict each other.
     """
     said = []
     if text["rope_parameters"] is not None:
-        said.append(_read(text["rope_parameters"], where, "rope_parameters"))
+        said.append(_read(text["rope_parameters"], where, "rope_parameters", mrope))
         if said[0].base is None and text["rope_theta"] is None:
             raise ValueError(f"{where} has rope_parameters without rope_theta: it must be a number above 0.")
     if text["rope_scaling"] is not None:
-        said.append(_read(text["rope_scaling"], where, "rope_scaling"))
+        said.append(_read(text["rope_scaling"], where, "rope_scaling", mrope))
     bases = {float(base) for base in (text["rope_theta"], *(rope.base for rope in said)) if base is not None}
     if len(bases) > 1 or len({(str(rope.scaling), str(rope.sections)) for rope in said}) > 1:
         raise ValueError(
@@ -87,8 +89,11 @@ def read_rope(text: dict[str, Any], default_base: float, where: str) -> Rope:
     return Rope(bases.pop() if bases else default_base, rope.scaling, rope.sections)
 
 
-def _read(values: dict[str, Any], where: str, name: str) -> Rope:
+def _read(values: dict[str, Any], where: str, name: str, mrope: bool) -> Rope:
     kind = _type(values, where, name)
+    if kind not in (("default", "mrope") if mrope else ("default", "linear", "llama3")):
+        taken = "type=mrope with mrope_section is" if mrope else "linear and llama3 are"
+        raise ValueError(f"{where} has {name} of type {short(kind)}: only {taken} imported.")
     found = read_fields(values, TYPES[kind], f"{where}: {name}")
     scaling = RopeScalingConfig()
     if kind == "linear":
@@ -118,8 +123,5 @@ def _type(values: dict[str, Any], where: str, name: str) -> str:
     if said == {"mrope", "default"}:
         said = {"mrope"}
     if len(said) > 1:
-        raise ValueError(f"{where} has {name} of types {' and '.join(sorted(said))}: remove what is wrong.")
-    (kind,) = said
-    if kind not in TYPES:
-        raise ValueError(f"{where} has {name} of type {kind}: only linear, llama3 and mrope are imported.")
-    return kind
+        raise ValueError(f"{where} has {name} of types {short(' and '.join(sorted(said)))}: remove what is wrong.")
+    return said.pop()
