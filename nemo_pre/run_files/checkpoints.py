@@ -115,10 +115,10 @@ def damage_of(checkpoint: Path) -> str:
     if mark.is_file():
         return mark.read_text().strip()
     try:
-        sizes = json.loads((checkpoint / SIZES).read_text())
+        sizes = dict(json.loads((checkpoint / SIZES).read_text()))
     except FileNotFoundError:
         return ""
-    except ValueError:
+    except (ValueError, TypeError):
         return f"{SIZES} cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name
