@@ -51,6 +51,8 @@ def damage_of_small_files(checkpoint: Path) -> str:
     except (OSError, ValueError, TypeError):
         return f"{CHECKSUMS} cannot be read"
     for name, expected in recorded.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{CHECKSUMS} names {name}, which is no file of the checkpoint"
         try:
             if checksum_of(checkpoint / name) != expected:
                 return f"{name} has other bytes than were saved"

@@ -32,6 +32,8 @@ from nemo_pre.run_files import queue
 LOCK = "lock.json"
 HEARTBEAT = 30.0  # seconds between two touches
 SILENCE = 300.0  # seconds without a touch after which an owner elsewhere, whom nobody can be asked about, is dead
+IN_TURN = "NEMO_PRE_VERDICT_FILE"  # is set by the batch script of nemo-pre submit
+RUNS = "it runs"  # of a process that can be seen
 LOST = 1  # exit code of a process that finds another's lock in the place of its own
 
 
@@ -120,7 +122,7 @@ def signs_of_life(owner: Owner, seen_from: Owner, silent: float) -> str:
     """
     if (owner.host, owner.boot, owner.namespace) == (seen_from.host, seen_from.boot, seen_from.namespace):
         if not _has_ended(owner):
-            return "it runs"
+            return RUNS
         comes_back = owner.job and owner.job != seen_from.job  # a job that waits in the queue again
         return _asked(queue.state_of, str(owner.job)) if comes_back and queue.has_queue() else ""
     sites = {owner.site, seen_from.site} - {None}  # a login node's shell does not name its cluster
@@ -164,6 +166,8 @@ def _life_of_own_job(owner: Owner, seen_from: Owner, silent: float) -> str:
         return ""
     if owner.step and owner.step == seen_from.step:
         return ""  # started again in place, by what runs in the step
+    if IN_TURN in os.environ:
+        return ""  # the batch script begins a step when the former has ended
     if owner.step and owner.step.isdigit() and queue.has_queue():
         return _asked(queue.state_of_step, f"{owner.job}.{owner.step}")
     return _heartbeat(silent)
@@ -258,9 +262,10 @@ def _last_in_line(folder: Path, owner: Owner) -> tuple[Owner, Path]:
 def _refuse_if_alive(folder: Path, owner: Owner, place: Path, mine: Owner, draft: Path) -> None:
     alive = signs_of_life(owner, mine, _silence(place, draft))
     if alive:
+        otherwise = "" if alive == RUNS else f"; if it is certain that it has ended, remove {place}"
         raise ValueError(
             f"output_dir={folder} is being written by {owner} ({alive}): wait for it, end it, or choose another "
-            f"output_dir; if it is certain that it has ended, remove {place}."
+            f"output_dir{otherwise}."
         )
 
 

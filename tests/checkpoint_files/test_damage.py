@@ -106,7 +106,9 @@ def test_an_import_knows_its_checksums_and_leaves_its_config_to_the_user(importe
     assert inspect(copy).damage == "weights/common.pt has other bytes than were saved"
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", '{"weights/.metadata": 1}', '{"weights/gone": "0"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2]", '{"weights/.metadata": 1}', '{"weights/gone": "0"}', '{"/dev/zero": "0"}']
+)
 def test_checksums_that_are_damaged_themselves_are_no_pass(run, content):
     checkpoint = run / "checkpoints" / "step=10"
     (checkpoint / CHECKSUMS).write_text(content)

@@ -22,6 +22,7 @@ from nemo_pre.checkpoint_files.checksums import ATTRIBUTE
 from nemo_pre.checkpoint_files.inspection import inspect
 from nemo_pre.checkpoint_files.metadata import read_metadata
 from nemo_pre.checkpoint_files.pickles import UnsafePickle, check_extra_state, load_metadata, load_plain
+from nemo_pre.compat import safe_reading
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.loading import needs_own_code, own_files
@@ -278,6 +279,71 @@ def test_what_a_checkpoint_needs_is_known(imported):
     torch.save({"loops": OrderedDict(a=1), "tensors": [torch.ones(2)], "text": "x"}, content)
     content.seek(0)
     assert load_plain(content, "common.pt")["loops"] == {"a": 1}
+
+
+# --- the second wall: the readers of torch and Megatron -------------------------------------------------------------
+
+
+@pytest.fixture
+def patched():
+    patches = safe_reading.PATCHES[:3]  # the fourth is NeMo's
+    for each in patches:
+        each.apply()
+    yield
+    for each in reversed(patches):
+        each.revert()
+
+
+@pytest.mark.usefixtures("patched")
+def test_the_readers_of_torch_and_megatron_call_nothing_either(strangers, marker, monkeypatch):
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    weights = strangers / "weights"
+    assert FileSystemReader(weights).read_metadata().state_dict_metadata
+    assert TorchCommonLoadStrategy().load_common(weights)["content_metadata"]
+    item = types.SimpleNamespace(dest_index=MetadataIndex("module.x._extra_state/shard_0_1"))
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {}
+    planner.load_bytes(item, io.BytesIO(saved([torch.ones(2)])))
+    assert planner.state_dict[item.dest_index.fqn][0].tolist() == [1, 1]
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    in_metadata(weights, marker)
+    in_common_state(weights, marker)
+    for read in (
+        lambda: FileSystemReader(weights).read_metadata(),
+        lambda: TorchCommonLoadStrategy().load_common(weights),
+        lambda: planner.load_bytes(item, io.BytesIO(saved([attack(marker)]))),
+    ):
+        with pytest.raises(UnsafePickle, match="which could run code"):
+            read()
+
+
+def saved(value):
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("met", "told"),
+    [
+        (pickle.UnpicklingError("Weights only load failed"), True),
+        (RuntimeError("PytorchStreamReader failed reading zip archive"), True),
+        (OSError("Input/output error"), False),  # after which a restart may go well
+        (RuntimeError("out of memory"), False),
+    ],
+    ids=repr,
+)
+def test_what_a_rank_met_in_a_broken_file_is_told_without_its_stack(met, told):
+    class Failed(BaseException):
+        failures = {1: (met, None)}
+
+    error = RuntimeError("every rank's stack")
+    error.__context__ = Failed()
+    assert safe_reading.unreadable(error) is (met if told else None)
+    assert safe_reading.unreadable(RuntimeError()) is None
 
 
 # --- Hugging Face directories ---------------------------------------------------------------------------------------

@@ -137,6 +137,15 @@ def test_slurm_is_asked_about_a_job_on_another_node(slurm, owner, asks, queued, 
     assert found.startswith(alive) and bool(found) == bool(alive)
 
 
+def test_the_batch_scripts_steps_follow_each_other(slurm, monkeypatch):
+    """In containers that do not see each other's processes, and cannot ask Slurm."""
+    former, now = elsewhere(job="7", step="0"), replace(this_process(), job="7", step="1")
+    slurm["7.0"] = "RUNNING"
+    assert signs_of_life(former, now, 0.0)
+    monkeypatch.setenv("NEMO_PRE_VERDICT_FILE", "slurm/7.0.verdict")
+    assert signs_of_life(former, now, 0.0) == ""
+
+
 def test_where_slurm_does_not_answer_nobody_is_taken_for_dead(monkeypatch):
     def unreachable(job):
         raise TimeoutError("Unable to contact slurm controller")

@@ -36,8 +36,9 @@ def cut(path):
         (lambda step: cut(step / "weights" / "0.distcp"), "0.distcp has 99 bytes instead of 100"),
         (lambda step: (step / "weights" / ".metadata").unlink(), ".metadata is missing"),
         (lambda step: cut(step / SIZES), "sizes.json cannot be read"),
+        (lambda step: (step / SIZES).write_text("[1]"), "sizes.json cannot be read"),
     ],
-    ids=["cut", "missing", "cut sizes"],
+    ids=["cut", "missing", "cut sizes", "no sizes"],
 )
 def test_the_one_before_a_damaged_checkpoint_is_taken_and_that_is_said(checkpoints, caplog, damage, words):
     assert newest_step(checkpoints) == "10"
