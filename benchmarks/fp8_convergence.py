@@ -59,14 +59,15 @@ def main() -> None:
 
 
 def train(output: Path, experiment: str, words: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Every step's quantities."""
+    """Every step's quantities; LaVer's first step masks nothing and has no loss of that."""
     command = [sys.executable, "-m", "nemo_pre.cli", "train", f"experiment={experiment}", *SHAPE, *words]
     command += [f"output_dir={output}", f"data.path={Path(arguments.data).resolve()}"]
     command += [f"platform={arguments.platform}", f"trainer.max_steps={arguments.steps}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "lm/loss" in row]
-    return {name: [row[name] for row in steps] for name in QUANTITIES if name in steps[0]}
+    found = {name: [row[name] for row in steps if name in row] for name in QUANTITIES}
+    return {name: values for name, values in found.items() if values}
 
 
 def ends(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,7 @@ class Result:
 
     @property
     def loss(self) -> float | None:
-        """The loss of a token; None where nothing is answered."""
+        """Mean over the answers' tokens; None where there are none."""
         return self.loss_sum / self.loss_tokens if self.loss_tokens else None
 
     def metrics(self) -> dict[str, float]:

@@ -225,8 +225,8 @@ def test_an_injected_gradient_wrong_by_a_factor_of_two_is_noticed_wherever_it_re
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2"])
 def test_bf16_is_as_accurate_as_the_oracle_is_in_bf16(layout):
     """At temperature 0.04 the eight bits of a bf16 logit are coarse: the oracle in bf16 is wrong by 4 to 23% of the
-    whole gradient's norm, L_MIM by 4%. The product may not be worse: 0.6 to 0.9 of the oracle's error was seen, losses
-    within 2%."""
+    whole gradient's norm, L_MIM by 4%. The product may not be worse: 0.6 to 0.7 of the oracle's error was seen on one
+    rank, losses within 2%."""
     job, config = case(layout, precision="bf16")
     state, teacher = ({n: w.bfloat16().float() for n, w in weights.items()} for weights in (job.state, job.teacher))
     job = replace(job, state=state, teacher=teacher)
@@ -238,7 +238,7 @@ def test_bf16_is_as_accurate_as_the_oracle_is_in_bf16(layout):
             for dtype in (torch.float64, torch.bfloat16)
         )
         for name, loss in (("laver/mim", "loss_mim"), ("laver/gram", "loss_gram")):
-            assert records[0].metrics[name] == pytest.approx(exact[loss].item(), rel=4e-2), loss
+            assert records[0].metrics.get(name, 0.0) == pytest.approx(exact[loss].item(), rel=4e-2), loss
         error = allowed = torch.zeros((), dtype=torch.float64)
         for name, gradient in assemble([rank.gradients for rank in records]).items():
             right = exact["grads"][name]

@@ -268,7 +268,7 @@ class LaVerTerm(Term):
                 chunk.laver_teacher.update(momentum)
 
     def _momentum_after(self, step: int, max_steps: int) -> float | None:
-        """The momentum with which the teacher moves after optimizer step ``step`` (1-based); None: it does not."""
+        """Momentum with which the teacher moves after optimizer step number ``step`` (1-based); None: it does not."""
         if not updates_teacher(step, self._interval):
             return None
         return teacher_momentum(self.options.momentum_schedule, step, max_steps, self.options.momentum)
