@@ -17,7 +17,6 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 Arguments = Sequence[str]
@@ -156,9 +155,9 @@ def general_help() -> str:
 
 
 def train(arguments: Arguments) -> None:
-    """Compose, check, save the resolved config, and start the ranks."""
+    """Compose, check, and start the ranks. What lies in the run's directory is theirs to change."""
     overrides, print_config = _train_options(arguments)
-    from nemo_pre.config.compose import compose_config, compose_run, save_resolved, to_yaml
+    from nemo_pre.config.compose import compose_config, compose_run, to_yaml
 
     if print_config:
         print(to_yaml(compose_config(overrides)), end="")
@@ -169,15 +168,17 @@ def train(arguments: Arguments) -> None:
     from nemo_pre.launch.ranks import launch
 
     report = check_run(config)
-    if is_first_rank():
+    goes_on = report.continuation
+    complete = goes_on is not None and goes_on.complete
+    if is_first_rank() and goes_on is not None and complete:
+        print(*goes_on.sentences(), sep="\n", file=sys.stderr, flush=True)
+    elif is_first_rank():
         for warning in report.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(report.summary(), file=sys.stderr, flush=True)
-    if config.dry_run:
+    if config.dry_run or complete:
         return
-    if is_first_rank():
-        save_resolved(config, Path(config.output_dir) / "config.yaml")
-    launch(config, "nemo_pre.train:run_rank")
+    launch(config if goes_on is None else goes_on.config, "nemo_pre.train:run_rank")
 
 
 def _train_options(arguments: Arguments) -> tuple[list[str], bool]:

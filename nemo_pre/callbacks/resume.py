@@ -1,8 +1,8 @@
 """Where a run's weights come from, and what happens where a checkpoint's training-only parts are not the run's.
 
-What objectives train beside the model, such as heads, lies in checkpoints as parameters of its own. A run that wants
-others than a checkpoint has still takes over everything else; since Megatron restores optimizer states all or none, it
-then takes weights only.
+What objectives train beside the model, such as heads, lies in checkpoints as parameters of its own. A new run takes
+over whatever ``init_from`` has. One that continues needs all of them, since Megatron restores optimizer states all or
+none.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import compared_on_resume, known
-from nemo_pre.run_files.checkpoints import start_checkpoint
-from nemo_pre.run_files.saved_config import changed_options, check_same_weights
+from nemo_pre.run_files.checkpoints import former_stage
+from nemo_pre.run_files.continuing import begin_anew, continuation
+from nemo_pre.run_files.saved_config import check_same_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,12 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         wanted: names and shapes of the training-only parameters of the whole model.
 
     Raises:
-        ValueError: a head in the checkpoint has another shape than the run's.
+        ValueError: the run cannot go on from its checkpoint, or a head in the one it starts from has another shape.
     """
-    newest, source = start_checkpoint(config)
+    goes_on = continuation(config)
+    source = (
+        goes_on.checkpoint if goes_on is not None else former_stage(config.init_from) if config.init_from else None
+    )
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
@@ -54,20 +58,22 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
                 f"{_owner(name)} as they were, or start from a checkpoint without it."
             )
     missing, unused = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if goes_on is not None:
+        if missing or unused:
+            what = f"has no {_briefly(missing)}" if missing else f"has {_briefly(unused)}, which this run does not use"
+            raise ValueError(
+                f"{config.output_dir} cannot go on from step {goes_on.step}, since {source} {what}: set the options "
+                f"of {_owner([*missing, *unused][0])} as they were, or start a new run from its weights by adding "
+                f"{begin_anew(config, source)}."
+            )
+        log.info("Resuming from %s.", source)
+        return StartPoint(resume_from=source)
     if missing:
         log.warning("%s has no %s: they start from their initial weights.", source, _briefly(missing))
     if unused:
         log.warning("%s has %s, which this run does not use.", source, _briefly(unused))
-    if newest is None:
-        log.info("Starting from the weights of %s.", source)
-        return StartPoint(weights_from=source)
-    if changed := changed_options(config, source):
-        log.warning("%s was written with other options: %s.", source, "; ".join(changed))
-    if missing or unused:
-        log.warning("Only the weights of %s are taken over; optimizer and step start anew.", source)
-        return StartPoint(weights_from=source)
-    log.info("Resuming from %s.", source)
-    return StartPoint(resume_from=source)
+    log.info("Starting from the weights of %s.", source)
+    return StartPoint(weights_from=source)
 
 
 def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:

@@ -25,11 +25,12 @@ from nemo_pre.objectives.registry import enabled, known, wanted_targets
 from nemo_pre.objectives.target import Target
 from nemo_pre.options import value_problems
 from nemo_pre.planner.chunks import chunks_of_stages, layers_problem
+from nemo_pre.run_files.continuing import Continuation, continuation
 
 
 @dataclass
 class Report:
-    """What a checked run will look like, and the options in it that have no effect."""
+    """What a checked run will look like, the options in it that have no effect, and what it goes on from."""
 
     config: RunConfig
     ranks: int
@@ -37,6 +38,7 @@ class Report:
     memory: MemoryEstimate
     data: str
     warnings: list[str]
+    continuation: Continuation | None
 
     def summary(self) -> str:
         layout, trainer = self.config.parallel, self.config.trainer
@@ -44,6 +46,7 @@ class Report:
         sequence = " + SP" if layout.sequence and layout.tensor > 1 else ""
         terms = ["language model", *(objective.summary() for objective in enabled(self.config))]
         features = self.config.data.features
+        continues = [] if self.continuation is None else self.continuation.sentences()
         return "\n".join(
             [
                 f"run {self.config.name} -> {self.config.output_dir}",
@@ -58,6 +61,7 @@ class Report:
                 f"  objective   {' + '.join(terms)}",
                 f"  data        {self.data}" + (f", features from {features}" if features else ""),
                 f"  memory      {self.memory.summary()}",
+                *(f"  {sentence}" for sentence in continues),
             ]
         )
 
@@ -69,6 +73,7 @@ def check_run(config: RunConfig) -> Report:
         ValueError: one sentence that says what to change.
     """
     warnings = check_options(config)
+    continues = continuation(config)
     data = check_presence(config)
     _check_blend(config)
     if config.data.features is not None:
@@ -88,6 +93,7 @@ def check_run(config: RunConfig) -> Report:
         memory=estimate_memory(config),
         data=data,
         warnings=warnings,
+        continuation=continues,
     )
     problem = report.memory.problem()
     if problem is not None and not config.trainer.ignore_memory_estimate:
