@@ -136,7 +136,7 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 directory = Path(filepath).with_suffix("")
                 save_resolved(self._config, directory / "config.yaml")
-                record_progress(directory, global_step)
+                record_progress(directory, global_step, trainer.datamodule.fingerprint)  # type: ignore[attr-defined]
                 record_sizes(directory)
             finalize()  # removes the mark of an unfinished checkpoint
 

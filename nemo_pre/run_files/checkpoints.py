@@ -101,12 +101,18 @@ def step_of(checkpoint: str | Path) -> int | None:
     return _progress(Path(checkpoint)).get("step", int(named[1]) if named else None)
 
 
-def record_progress(checkpoint: Path, step: int) -> None:
-    """Write down where in its run a complete checkpoint is: ``step``, ``saves`` (of its directory, with this one) and
-    ``time`` (seconds since 1970)."""
+def record_progress(checkpoint: Path, step: int, data: str | None = None) -> None:
+    """Write down where in its run a complete checkpoint is: ``step``, ``saves`` (of its directory, with this one),
+    ``time`` (seconds since 1970) and ``data``, the fingerprint of what is trained on."""
     others = [_progress(path).get("saves", 0) for path in checkpoint.parent.glob("step=*")]
     saves = 1 + max(others, default=0)
-    (checkpoint / PROGRESS).write_text(json.dumps({"step": step, "saves": saves, "time": round(time.time(), 3)}))
+    progress = {"step": step, "saves": saves, "time": round(time.time(), 3), "data": data}
+    (checkpoint / PROGRESS).write_text(json.dumps(progress))
+
+
+def data_of(checkpoint: str | Path) -> str | None:
+    """The fingerprint of what a checkpoint was trained on; None where it does not say so."""
+    return _progress(Path(checkpoint)).get("data")
 
 
 def _saves(checkpoint: Path) -> float:

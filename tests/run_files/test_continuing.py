@@ -206,6 +206,25 @@ def test_the_ranks_are_given_what_is_kept(tmp_path, monkeypatch, capsys) -> None
     assert "optim.lr=0.0001 (before 0.0015): from the next step on." in said
 
 
+def test_other_samples_are_refused_before_ranks_start(run: Callable[..., RunConfig], digits: Path, tmp_path) -> None:
+    from nemo_pre.checks.run import check_run
+    from nemo_pre.data.manifest import read_manifest
+
+    here, moved, other = run(f"data.path={digits}"), tmp_path / "moved", tmp_path / "other"
+    checkpoint = saved(here, 6)
+    record_progress(checkpoint, 6, f"{read_manifest(digits).fingerprint}, packed as ever")
+    record_sizes(checkpoint)
+    for copy in (moved, other):
+        shutil.copytree(digits, copy)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert "data.path=" in check_run(run(f"data.path={moved}")).summary()
+    with pytest.raises(ValueError, match=r"at step 6, was trained on other samples than those of .*other: give it"):
+        check_run(run(f"data.path={other}"))
+    check_run(run(f"data.path={other}", "data.on_state_mismatch=restart"))
+
+
 def test_the_newest_checkpoint_is_the_one_saved_last_whatever_its_name_and_time(run: Callable[..., RunConfig]) -> None:
     config = run()
     older, newer = saved(config, 6), saved(config, 2, "step=2-v1")
