@@ -64,7 +64,7 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
             raise ValueError(
                 f"{config.output_dir} cannot go on from step {goes_on.step}, since {source} {what}: set the options "
                 f"of {_owner([*missing, *unused][0])} as they were, or start a new run from its weights by adding "
-                f"{begin_anew(config, source)}."
+                f"{begin_anew(config)}."
             )
         log.info("Resuming from %s.", source)
         return StartPoint(resume_from=source)

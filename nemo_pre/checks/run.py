@@ -132,7 +132,7 @@ def _check_same_samples(config: RunConfig, continues: Continuation) -> None:
             f"{config.output_dir}, at step {continues.step}, was trained on other samples than those of "
             f"{', '.join(path for path, _ in sources)}: give it the same, begin the data anew with "
             f"data.on_state_mismatch=restart, or start a new run from its weights by adding "
-            f"{begin_anew(config, continues.checkpoint)}."
+            f"{begin_anew(config)}."
         )
 
 

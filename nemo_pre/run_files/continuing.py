@@ -88,7 +88,7 @@ def continuation(config: RunConfig) -> Continuation | None:
     step = step_of(checkpoint)
     assert step is not None
     changes = changed_options(config, checkpoint)
-    _refuse(changes, config, checkpoint, step)
+    _refuse(changes, config, step)
     if config.trainer.max_steps < step:
         raise ValueError(
             f"{config.output_dir} is at step {step}, behind trainer.max_steps={config.trainer.max_steps}: set it to "
@@ -116,15 +116,16 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[ChangedOp
 NOT_COMPARED = ("output_dir", "dry_run", "resume")
 
 
-def begin_anew(config: RunConfig, checkpoint: str | Path) -> str:
-    """The words that start a new run from a checkpoint's weights, in a directory that is free."""
+def begin_anew(config: RunConfig) -> str:
+    """The words that start a new run from the run's newest weights, in a directory that is free. They name the
+    directory of checkpoints, since Hydra reads no value with a second ``=``."""
     former, number = config.output_dir.rstrip("/"), 2
     while Path(f"{former}_{number}").exists():
         number += 1
-    return f"init_from={checkpoint} output_dir={former}_{number}"
+    return f"init_from={checkpoint_dir(config)} output_dir={former}_{number}"
 
 
-def _refuse(changes: list[ChangedOption], config: RunConfig, checkpoint: str, step: int) -> None:
+def _refuse(changes: list[ChangedOption], config: RunConfig, step: int) -> None:
     found = [change for change in changes if change.rule.does == REFUSED]
     if not found:
         return
@@ -132,7 +133,7 @@ def _refuse(changes: list[ChangedOption], config: RunConfig, checkpoint: str, st
     why = "; ".join(dict.fromkeys(each.rule.words for each in found))
     cure = "set it back" if len(found) == 1 else "set them back"
     if all(each.rule.weights_go_on for each in found):
-        cure += f", or start a new run from its weights by adding {begin_anew(config, checkpoint)}"
+        cure += f", or start a new run from its weights by adding {begin_anew(config)}"
     else:
         cure += ", or choose another output_dir"
     raise ValueError(f"{config.output_dir}, at step {step}, cannot go on with {what}, since {why}: {cure}.")

@@ -107,8 +107,10 @@ def test_what_becomes_of_a_changed_option(run: Callable[..., RunConfig], does: s
             continuation(now)
         sentence = str(refusal.value)
         assert f"at step 6, cannot go on with {name}=" in sentence and "\n" not in sentence and sentence.endswith(".")
-        new_run = f"by adding init_from={checkpoint} output_dir={before.output_dir}_2."
-        assert (new_run in sentence) == (name not in OTHER_WEIGHTS)
+        new_run = f"init_from={checkpoint.parent} output_dir={before.output_dir}_2"
+        assert (f"by adding {new_run}." in sentence) == (name not in OTHER_WEIGHTS)
+        if name not in OTHER_WEIGHTS:
+            assert continuation(run(change, *new_run.split())) is None, "and these words start it"
         return
     found = of(now)
     changed = [] if does == "nothing" else [(name, does)]

@@ -173,7 +173,7 @@ def test_ranks_refuse_what_would_count_anew_beside_the_runs_checkpoints(straight
     """They decide as the launcher does, and look into the checkpoint too, which may not have what its config says."""
     output = at(straight, tmp_path)
     with pytest.raises(
-        RankError, match=r"cannot go on with objective.pre.enabled=false .*init_from=.*step=6 output_dir="
+        RankError, match=r"cannot go on with objective.pre.enabled=false .*init_from=.*checkpoints output_dir="
     ):
         train(1, words(SCHEDULED, output, digits, "trainer.max_steps=12", "objective.pre.enabled=false"))
     saved = output / "checkpoints" / f"step={SAVED}"

@@ -88,7 +88,7 @@ def test_the_next_losses_after_resuming_elsewhere_equal_the_uninterrupted_runs(
 
 
 def test_a_new_run_without_pre_starts_from_a_checkpoint_with_it(uninterrupted, digits, tmp_path):
-    output, former = tmp_path, f"init_from={uninterrupted / 'checkpoints' / f'step={SAVED}'}"
+    output, former = tmp_path / "new", f"init_from={continued(uninterrupted, tmp_path) / 'checkpoints'}"
     plain = overrides(output, digits, "parallel=single", "objective=none", "trainer.max_steps=1", former)
     plain = [item for item in plain if not item.startswith("objective.pre")]
     train(1, plain, saves=False)
@@ -113,6 +113,5 @@ def test_a_head_of_another_shape_is_refused_in_one_sentence(uninterrupted, digit
     wider = overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5")
     with pytest.raises(RankError, match="cannot go on with objective.pre.head_hidden_ratio=0.5"):
         train(1, wider)
-    checkpoint = output / "checkpoints" / f"step={SAVED}"
     with pytest.raises(RankError, match="set the options of objective.pre as they were, or start from a checkpoint"):
-        train(1, [*wider, f"init_from={checkpoint}", f"output_dir={tmp_path / 'new'}"])
+        train(1, [*wider, f"init_from={output / 'checkpoints'}", f"output_dir={tmp_path / 'new'}"])
