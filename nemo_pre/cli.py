@@ -185,9 +185,9 @@ def general_help() -> str:
 
 
 def train(arguments: Arguments) -> None:
-    """Compose, check, save the resolved config, and start the ranks."""
+    """Compose, check, and start the ranks. What lies in the run's directory is theirs to change."""
     overrides, print_config = _train_options(arguments)
-    from nemo_pre.config.compose import compose_config, compose_run, save_resolved, to_yaml
+    from nemo_pre.config.compose import compose_config, compose_run, to_yaml
 
     if print_config:
         print(to_yaml(compose_config(overrides)), end="")
@@ -200,18 +200,22 @@ def train(arguments: Arguments) -> None:
     from nemo_pre.run_files.lock import writing
 
     report = check_run(config)
-    if is_first_rank():
+    goes_on = report.continuation
+    complete = goes_on is not None and goes_on.complete
+    if is_first_rank() and goes_on is not None and complete:
+        print(*goes_on.sentences(), sep="\n", file=sys.stderr, flush=True)
+    elif is_first_rank():
         for warning in report.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(report.summary(), file=sys.stderr, flush=True)
-    if config.dry_run:
+    if config.dry_run or complete:
         return
+    run = config if goes_on is None else goes_on.config
     if not is_first_rank():
-        launch(config, "nemo_pre.train:run_rank")
+        launch(run, "nemo_pre.train:run_rank")
         return
     with writing(config.output_dir, keeps=(REQUEUE, ROLL_BACK)):
-        save_resolved(config, Path(config.output_dir) / "config.yaml")
-        launch(config, "nemo_pre.train:run_rank")
+        launch(run, "nemo_pre.train:run_rank")
 
 
 def _train_options(arguments: Arguments) -> tuple[list[str], bool]:

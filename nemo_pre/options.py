@@ -1,9 +1,12 @@
-"""What an option may hold, said where the option is declared.
+"""What an option may hold, and what a resume can make of it, said where the option is declared.
 
 A dataclass field made by :func:`choice`, :func:`number` or :func:`place` carries its rule with it, and so does a
 parameter of a verb whose annotation is one of the types below (:data:`Count`, :data:`PathText`, ...). The check of a
 run, the command line, its help and the code that reads the option all ask the rule, so that no list of allowed values
 stands twice.
+
+What becomes of a changed option when a run continues is an :class:`OnResume`; which option has which is said by
+:mod:`nemo_pre.config.on_resume`, and for an objective's options by the objective.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -207,3 +210,59 @@ def changed_fields(values: Any) -> list[str]:
     """The names of a dataclass's fields that are not at their defaults."""
     default = type(values)()
     return [f.name for f in dataclasses.fields(values) if getattr(values, f.name) != getattr(default, f.name)]
+
+
+# --- when a run continues -------------------------------------------------------------------------------------------
+
+APPLIED, KEPT, REFUSED = "applied", "kept", "refused"
+Change = Callable[[Any, Any, Any], bool]
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What becomes of an option that has another value than when the checkpoint was written that a run continues from.
+
+    Attributes:
+        does: ``applied``, the run goes on with the new value; ``kept``, with the old one; or ``refused``.
+        words: from when on and for what, or why not; what a continued run prints and the manual's table has.
+        refuses: of an applied option the changes that are refused all the same, called with the value before, the one
+            now, and the run's configuration.
+        where: which those are, in words that follow on "refused".
+        why: why they are.
+        weights_go_on: of a refused change whether a new run can start from the checkpoint's weights with it.
+    """
+
+    does: str
+    words: str
+    refuses: Change | None = None
+    where: str = ""
+    why: str = ""
+    weights_go_on: bool = True
+
+    def of(self, before: Any, now: Any, config: Any) -> OnResume:
+        """What becomes of this very change: one without exceptions."""
+        if self.refuses is None:
+            return self
+        if self.refuses(before, now, config):
+            return OnResume(REFUSED, f"{self.why} ({self.where})", weights_go_on=self.weights_go_on)
+        return OnResume(self.does, self.words)
+
+
+def applied(words: str, refuses: Change | None = None, where: str = "", why: str = "") -> OnResume:
+    """The run goes on with the new value, but for the changes that ``refuses`` finds."""
+    return OnResume(APPLIED, words, refuses, where, why)
+
+
+def kept(words: str) -> OnResume:
+    """The run goes on with the old value."""
+    return OnResume(KEPT, words)
+
+
+def refused(words: str, weights_go_on: bool = True) -> OnResume:
+    """The run does not go on with a new value; a new run may, from its weights."""
+    return OnResume(REFUSED, words, weights_go_on=weights_go_on)
+
+
+def comes_or_goes(before: Any, now: Any, config: Any) -> bool:
+    """Whether a part of the model that an option switches on by being set is added or removed."""
+    return (before is None) != (now is None)

@@ -161,6 +161,7 @@ def run_callbacks(config: RunConfig) -> list[Any]:
     from nemo_pre.callbacks.metrics import MetricsCallback
     from nemo_pre.callbacks.preemption import HangWatchdog, NotANumberGuard, PreemptionCallback
     from nemo_pre.callbacks.progress import ProgressCallback
+    from nemo_pre.callbacks.run_record import RunRecord
 
     log_every, batch_size = config.trainer.log_every, config.trainer.global_batch_size
     callbacks = objective_callbacks(config)
@@ -173,7 +174,7 @@ def run_callbacks(config: RunConfig) -> list[Any]:
 
         callbacks.append(VisualSimilarityCallback(config.trainer.log_similarity_every))
     callbacks.append(ProgressCallback(log_every, batch_size))
-    callbacks.append(MetricsCallback(config.output_dir, log_every, batch_size))
+    callbacks += [MetricsCallback(config.output_dir, log_every, batch_size), RunRecord(config)]
     if config.data.record_samples:
         from nemo_pre.callbacks.sample_record import SampleRecord
 

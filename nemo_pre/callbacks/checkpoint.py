@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,10 @@ from nemo_pre.run_files.checkpoints import (
     checkpoint_dir,
     damage_of,
     newest_step,
-    numbered_checkpoints,
+    record_progress,
     record_sizes,
+    run_checkpoints,
+    step_of,
 )
 from nemo_pre.run_files.checksums import record_checksums
 
@@ -32,8 +35,10 @@ NO_ROOM = (  # what Linux says, and torch's writer when it could not write as mu
 class RunCheckpoint(ModelCheckpoint):
     """Saves every ``checkpoint_every`` steps and at the end, keeping the newest ``keep_checkpoints``.
 
-    The resolved config lies in each checkpoint, so that one can be read without the run it came from, and the sizes
-    and checksums of its files, so that one that was cut or changed is known.
+    The resolved config lies in each checkpoint, so that one can be read without the run it came from, where in the run
+    it is, and the sizes and checksums of its files, so that one that was cut or changed is known. Which checkpoints
+    there are to keep or remove is what lies in the directory, not what a checkpoint remembers, which has no part in it
+    where the options changed.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -54,6 +59,31 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # NeMo's moves files of earlier runs and writes the machine's git state; both need its own logger's folders.
         super(ModelCheckpoint, self).on_train_start(trainer, pl_module)
+        self._take_stock(trainer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass  # on_train_start looks into the directory
+
+    def _take_stock(self, trainer: Trainer) -> None:
+        """Tell Lightning of the checkpoints up to the running step, and remove the oldest of too many."""
+        steps = {
+            f"{path}.ckpt": step
+            for path in run_checkpoints(Path(str(self.dirpath)))
+            if (step := step_of(path)) is not None
+        }
+        steps = trainer.strategy.broadcast({path: step for path, step in steps.items() if step <= trainer.global_step})
+        while len(steps) > self.save_top_k:
+            oldest = min(steps, key=steps.__getitem__)
+            del steps[oldest]
+            self._remove_checkpoint(trainer, oldest, override_async=True)
+        self.best_k_models = {path: torch.tensor(step) for path, step in steps.items()}
+        if steps:
+            self.kth_best_model_path, self.best_model_path = (
+                each(steps, key=steps.__getitem__) for each in (min, max)
+            )
+            self.kth_value, self.best_model_score = (
+                self.best_k_models[path] for path in (self.kth_best_model_path, self.best_model_path)
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # NeMo's saves a "-last" copy here, or nothing; the last step is a checkpoint like the others.
@@ -67,7 +97,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, *args: object, **kwargs: object) -> None:
         # A damaged checkpoint must make room for the run's own of the same step; Lightning would save that as "-v1".
         if trainer.is_global_zero:
-            for path in numbered_checkpoints(Path(str(self.dirpath))).values():
+            for path in run_checkpoints(Path(str(self.dirpath))):
                 if damage_of(path):
                     path.rename(path.with_name(f"damaged-{path.name}-{path.stat().st_mtime_ns}"))
         super().setup(trainer, *args, **kwargs)
@@ -108,6 +138,7 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 directory = Path(filepath).with_suffix("")
                 save_resolved(self._config, directory / "config.yaml")
+                record_progress(directory, global_step, trainer.datamodule.fingerprint)  # type: ignore[attr-defined]
                 record_checksums(directory)
                 record_sizes(directory)
             finalize()  # removes the mark of an unfinished checkpoint

@@ -48,6 +48,8 @@ class MetricsCallback(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self._clock.stop()
         step = trainer.global_step
+        if trainer.is_global_zero:
+            self.file.cut()  # the first step is done, and the former one of its number is no longer the run's
         if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
             return
         step_time = self._clock.take()

@@ -1,8 +1,8 @@
 """Where a run's weights come from, and what happens where a checkpoint's training-only parts are not the run's.
 
-What objectives train beside the model, such as heads, lies in checkpoints as parameters of its own. A run that wants
-others than a checkpoint has still takes over everything else; since Megatron restores optimizer states all or none, it
-then takes weights only.
+What objectives train beside the model, such as heads, lies in checkpoints as parameters of its own. A new run takes
+over whatever ``init_from`` has. One that continues needs all of them, since Megatron restores optimizer states all or
+none.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 from nemo_pre.launch.environment import is_first_rank
 from nemo_pre.objectives.registry import compared_on_resume, known
-from nemo_pre.run_files.checkpoints import damage_of, mark_damaged, start_checkpoint
-from nemo_pre.run_files.saved_config import changed_options, check_same_weights
+from nemo_pre.run_files.checkpoints import damage_of, former_stage, mark_damaged
+from nemo_pre.run_files.continuing import begin_anew, continuation
+from nemo_pre.run_files.saved_config import check_same_weights
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,15 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
         wanted: names and shapes of the training-only parameters of the whole model.
 
     Raises:
-        ValueError: a head in the checkpoint has another shape than the run's, or the checkpoint lacks a weight of the
-            model, or has one of another.
+        ValueError: the run cannot go on from its checkpoint, a head in the one it starts from has another shape, or
+            that one lacks a weight of the model, or has one of another.
     """
-    newest, source = start_checkpoint(config, _damage_on_record, partial(damage_or_danger, wanted=weights_only))
+    goes_on = continuation(config, _damage_on_record)
+    source = None
+    if goes_on is not None:
+        source = goes_on.checkpoint
+    elif config.init_from:
+        source = former_stage(config.init_from, damaged=partial(damage_or_danger, wanted=weights_only))
     if source is None:
         return StartPoint()
     check_same_weights(config.model, source)
@@ -63,20 +69,22 @@ def start_point(config: RunConfig, wanted: Mapping[str, tuple[int, ...]]) -> Sta
                 f"{_owner(name)} as they were, or start from a checkpoint without it."
             )
     missing, unused = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if goes_on is not None:
+        if missing or unused:
+            what = f"has no {_briefly(missing)}" if missing else f"has {_briefly(unused)}, which this run does not use"
+            raise ValueError(
+                f"{config.output_dir} cannot go on from step {goes_on.step}, since {source} {what}: set the options "
+                f"of {_owner([*missing, *unused][0])} as they were, or start a new run from its weights by adding "
+                f"{begin_anew(config)}."
+            )
+        log.info("Resuming from %s.", source)
+        return StartPoint(resume_from=source)
     if missing:
         log.warning("%s has no %s: they start from their initial weights.", source, _briefly(missing))
     if unused:
         log.warning("%s has %s, which this run does not use.", source, _briefly(unused))
-    if newest is None:
-        log.info("Starting from the weights of %s.", source)
-        return StartPoint(weights_from=source)
-    if changed := changed_options(config, source):
-        log.warning("%s was written with other options: %s.", source, "; ".join(changed))
-    if missing or unused:
-        log.warning("Only the weights of %s are taken over; optimizer and step start anew.", source)
-        return StartPoint(weights_from=source)
-    log.info("Resuming from %s.", source)
-    return StartPoint(resume_from=source)
+    log.info("Starting from the weights of %s.", source)
+    return StartPoint(weights_from=source)
 
 
 def _damage_on_record(checkpoint: Path) -> str:

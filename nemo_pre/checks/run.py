@@ -26,11 +26,13 @@ from nemo_pre.objectives.registry import enabled, known, wanted_targets
 from nemo_pre.objectives.target import Target
 from nemo_pre.options import value_problems
 from nemo_pre.planner.chunks import chunks_of_stages, layers_problem
+from nemo_pre.run_files.checkpoints import data_of
+from nemo_pre.run_files.continuing import Continuation, begin_anew, continuation
 
 
 @dataclass
 class Report:
-    """What a checked run will look like, and the options in it that have no effect."""
+    """What a checked run will look like, the options in it that have no effect, and what it goes on from."""
 
     config: RunConfig
     ranks: int
@@ -38,6 +40,7 @@ class Report:
     memory: MemoryEstimate
     data: str
     warnings: list[str]
+    continuation: Continuation | None
 
     def summary(self) -> str:
         layout, trainer = self.config.parallel, self.config.trainer
@@ -45,6 +48,7 @@ class Report:
         sequence = " + SP" if layout.sequence and layout.tensor > 1 else ""
         terms = ["language model", *(objective.summary() for objective in enabled(self.config))]
         features = self.config.data.features
+        continues = [] if self.continuation is None else self.continuation.sentences()
         return "\n".join(
             [
                 f"run {self.config.name} -> {self.config.output_dir}",
@@ -59,6 +63,7 @@ class Report:
                 f"  objective   {' + '.join(terms)}",
                 f"  data        {self.data}" + (f", features from {features}" if features else ""),
                 f"  memory      {self.memory.summary()}",
+                *(f"  {sentence}" for sentence in continues),
             ]
         )
 
@@ -70,9 +75,12 @@ def check_run(config: RunConfig) -> Report:
         ValueError: one sentence that says what to change.
     """
     warnings = check_options(config)
+    continues = continuation(config)
     data = check_presence(config)
     warnings += check_pixels(config)
     _check_blend(config)
+    if continues is not None:
+        _check_same_samples(config, continues)
     if config.data.features is not None:
         from nemo_pre.features.check import check_features
 
@@ -90,6 +98,7 @@ def check_run(config: RunConfig) -> Report:
         memory=estimate_memory(config),
         data=data,
         warnings=warnings,
+        continuation=continues,
     )
     problem = report.memory.problem()
     if problem is not None and not config.trainer.ignore_memory_estimate:
@@ -106,6 +115,27 @@ def _check_blend(config: RunConfig) -> None:
     manifests = [check_data(source.path, splits=("train",)) for source in config.data.blend or []]
     if manifests:
         check_training_size(manifests, config.trainer.global_batch_size)
+
+
+def _check_same_samples(config: RunConfig, continues: Continuation) -> None:
+    """A run goes on with the samples it counts; ranks look at the rows too that these are packed into."""
+    from nemo_pre.data.manifest import read_manifest
+    from nemo_pre.data.sampler import PACKED, samples_fingerprint
+
+    trained_on = data_of(continues.checkpoint)
+    if trained_on is None or continues.complete or config.data.on_state_mismatch == "restart":
+        return
+    sources = [(source.path, source.weight) for source in config.data.blend or []] or [(config.data.path, 1.0)]
+    found = samples_fingerprint(
+        [read_manifest(path).fingerprint for path, _ in sources], [each for _, each in sources]
+    )
+    if found != trained_on.partition(PACKED)[0]:
+        raise ValueError(
+            f"{config.output_dir}, at step {continues.step}, was trained on other samples than those of "
+            f"{', '.join(path for path, _ in sources)}: give it the same, begin the data anew with "
+            f"data.on_state_mismatch=restart, or start a new run from its weights by adding "
+            f"{begin_anew(config)}."
+        )
 
 
 def check_options(config: RunConfig) -> list[str]:

@@ -10,12 +10,13 @@ with ``multiplier(name, parameter) -> float`` relative to ``config.lr``. Where e
 * ``_get_param_groups`` (Megatron) makes a group per multiplier, with ``lr_mult``.
 * ``setup_megatron_optimizer`` (NeMo) sets ``lr = lr * lr_mult`` once and renames ``lr_mult`` to ``pre_lr_mult``, so
   that nothing multiplies again; ``pre_mult_lr`` keeps the unscaled rate. Megatron's own scheduler is not used.
-* NeMo's schedulers then overwrite ``lr`` at every step, from a list ``base_lrs`` that lies in the checkpoint in rank
-  0's order of groups, with one absolute ``min_lr`` for all groups. Here they compute the unscaled schedule and
-  multiply it by the group's own ``pre_lr_mult``: the floor scales along, and 0 stays 0 for the whole run.
+* NeMo's schedulers then overwrite ``lr`` at every step, from a list ``base_lrs`` with one absolute ``min_lr`` for all
+  groups. Here they compute the unscaled schedule and multiply it by the group's own ``pre_lr_mult``: the floor scales
+  along, and 0 stays 0 for the whole run.
 
-Both multipliers and unscaled rates lie in the parameter groups, which Megatron matches by content when it loads a
-checkpoint: resuming, also with other ranks, gives every group its own rate again.
+A resumed run has the groups and the schedule of its own options, also where these are others than the checkpoint's:
+of the groups there it takes the count of optimizer steps, of the scheduler the place in the schedule, and of the
+parameters' states, which lie in the checkpoint by the names of the parameters, everything.
 """
 
 from __future__ import annotations
@@ -133,17 +134,21 @@ def _update_lr(self: Any, epoch: int | None = None) -> None:
 @patch(
     "lr-schedule-per-group",
     why="NeMo's schedulers give every group the same floor min_lr (a group of rate 0 too, and CosineAnnealing raises"
-    " where a group's rate is below it), and after a resume they go on with rank 0's list of rates, whatever the order"
-    " of the groups on this rank.",
+    " where a group's rate is below it).",
     until="NeMo's schedulers scale min_lr by the group's multiplier and keep the rates in the groups.",
 )
 def lr_schedule_per_group():
+    for scheduler in _nemo_schedulers():
+        yield Change(scheduler, "_update_lr", _update_lr)
+
+
+def _nemo_schedulers() -> Iterator[type]:
     import nemo.core.optim.lr_scheduler as nemo_schedulers
     from torch.optim.lr_scheduler import _LRScheduler
 
     for scheduler in vars(nemo_schedulers).values():
         if inspect.isclass(scheduler) and _LRScheduler in scheduler.__bases__:
-            yield Change(scheduler, "_update_lr", _update_lr)
+            yield scheduler
 
 
 def _with_common_step(state_dict: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -174,7 +179,98 @@ def step_of_empty_groups():
         yield Change(cls, "state_dict", _with_common_step(cls.state_dict))
 
 
-PATCHES = [lr_mult_per_parameter, lr_schedule_per_group, step_of_empty_groups]
+def _groups_of_this_run(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's own groups, with the one thing that the saved ones know better: how many steps were done."""
+    steps = {group["step"] for group in saved if "step" in group}
+    assert len(steps) <= 1, f"the checkpoint's parameter groups count different steps: {steps}"
+    done = {"step": steps.pop()} if steps else {}
+    return [group | done for group in own]
+
+
+def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _load_sharded(load: Callable[..., Any]) -> Callable[..., Any]:
+    """DistributedOptimizer's, whose saved groups come without parameters and are matched by their multipliers."""
+
+    @functools.wraps(load)
+    def wrapped(self, state_dict):
+        if "optimizer" in state_dict:
+            own = [_without_params(group) for group in self.optimizer.param_groups]
+            groups = _groups_of_this_run(own, state_dict["optimizer"]["param_groups"])
+            state_dict = {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}}
+        return load(self, state_dict)
+
+    return wrapped
+
+
+def _load_whole(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The other optimizers', whose groups name their parameters by the number they have in this process."""
+
+    @functools.wraps(load)
+    def wrapped(self, state_dict):
+        inner = state_dict.get("optimizer", state_dict)
+        own = self.optimizer.state_dict()["param_groups"]
+        inner["param_groups"] = _groups_of_this_run(own, inner["param_groups"])
+        return load(self, state_dict)
+
+    return wrapped
+
+
+def _without_groups(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint is read into lists of as many groups as it has, whatever the optimizer has."""
+
+    @functools.wraps(sharded_state_dict)
+    def wrapped(self, model_sharded_state_dict, is_loading=False, metadata=None):
+        state = sharded_state_dict(self, model_sharded_state_dict, is_loading, metadata)
+        if is_loading:
+            del state.get("optimizer", state)["param_groups"]
+        return state
+
+    return wrapped
+
+
+@patch(
+    "groups-of-this-run",
+    why="On resume Megatron takes rate, weight decay, betas and epsilon of every parameter group from the checkpoint,"
+    " whatever the run's options say, and fails where no saved group has a group's multiplier of the rate.",
+    until="Megatron-Core restores optimizer states without the groups' hyperparameters, on request.",
+)
+def groups_of_this_run():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    yield Change(DistributedOptimizer, "load_state_dict", _load_sharded(DistributedOptimizer.load_state_dict))
+    for cls in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        yield Change(cls, "load_state_dict", _load_whole(cls.load_state_dict))
+        yield Change(cls, "sharded_state_dict", _without_groups(cls.sharded_state_dict))
+
+
+def _go_on_at(self: Any, state_dict: dict[str, Any]) -> None:
+    self._step_count = state_dict["_step_count"]
+    self.last_epoch = state_dict["last_epoch"] - 1
+    self._update_lr()  # which adds the 1, and sets the groups' rates
+
+
+@patch(
+    "schedule-of-this-run",
+    why="On resume NeMo's schedulers take length, warm-up, peak and floor from the checkpoint, whatever the run's"
+    " options say: a run that is made longer trains on at the rate with which it had ended.",
+    until="NeMo's schedulers load no more than their place in the schedule.",
+)
+def schedule_of_this_run():
+    for scheduler in _nemo_schedulers():
+        yield Change(scheduler, "load_state_dict", _go_on_at)
+
+
+PATCHES = [
+    lr_mult_per_parameter,
+    lr_schedule_per_group,
+    step_of_empty_groups,
+    groups_of_this_run,
+    schedule_of_this_run,
+]
 
 
 def apply() -> None:

@@ -28,12 +28,13 @@ from nemo_pre.data.packed import PackedCollate, PackedDataset
 from nemo_pre.data.packing import PackedStream, Packing
 from nemo_pre.data.preprocessing import build_preprocessing
 from nemo_pre.data.sampler import (
+    PACKED,
     BatchShape,
     BlendedStream,
     SkippingStream,
     Stream,
     TrainingBatches,
-    shares,
+    samples_fingerprint,
     whole_position,
 )
 from nemo_pre.data.tokenizer import padding_id
@@ -198,10 +199,8 @@ class ShardedVLMDataModule(pl.LightningDataModule):
     def fingerprint(self) -> str:
         """Changes with the training samples of any source, with the proportions of a blend, and with the rows that
         samples are packed into."""
-        parts = zip(self.training, shares(self.weights), strict=True)
-        blend = " + ".join(f"{share} x {manifest.fingerprint}" for manifest, share in parts)
-        samples = blend if len(self.training) > 1 else self.training[0].fingerprint
-        return samples if self.packing is None else f"{samples}, packed {self.packing.fingerprint}"
+        samples = samples_fingerprint([manifest.fingerprint for manifest in self.training], self.weights)
+        return samples if self.packing is None else f"{samples}{PACKED}{self.packing.fingerprint}"
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+PACKED = ", packed "  # between the fingerprint of samples and that of the rows they are packed into
 MAX_PERIOD = 1 << 20  # positions after which a blend's pattern repeats; weights are rounded to one in so many
 
 
@@ -117,6 +118,17 @@ def shares(weights: Sequence[float]) -> list[int]:
     if min(rounded) == 0:
         raise ValueError(f"data.blend has the weights {list(weights)}: none may be less than a millionth of all")
     return rounded
+
+
+def samples_fingerprint(fingerprints: Sequence[str], weights: Sequence[float]) -> str:
+    """What changes with the training samples of any source, by their manifests, and with the proportions of a blend.
+
+    Raises:
+        ValueError: a weight is not positive, or rounds to nothing.
+    """
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return " + ".join(f"{share} x {each}" for share, each in zip(shares(weights), fingerprints, strict=True))
 
 
 @dataclass(frozen=True)

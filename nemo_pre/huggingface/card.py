@@ -13,6 +13,7 @@ from nemo_pre.config.vision_families import FAMILIES, is_native
 from nemo_pre.huggingface.loading import SNIPPET
 from nemo_pre.huggingface.qwen_vl import QWEN_VL
 from nemo_pre.objectives.registry import enabled_options, metric_prefixes
+from nemo_pre.run_files.checkpoints import step_of
 
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
 
@@ -32,10 +33,10 @@ def write_card(directory: Path, saved: Any, model: ModelConfig, checkpoint: Path
         _usage(model, own_code),
         "## Training\n\n" + _training(saved, checkpoint),
     ]
-    metrics = last_metrics(run / "metrics.jsonl", _step(checkpoint))
+    metrics = last_metrics(run / "metrics.jsonl", step_of(checkpoint))
     if metrics:
         rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
-        parts.append(f"## Metrics of the run\n\nAt step {_step(checkpoint)}.\n\n| | |\n|---|---|\n{rows}")
+        parts.append(f"## Metrics of the run\n\nAt step {step_of(checkpoint)}.\n\n| | |\n|---|---|\n{rows}")
     parts.append("## Provenance\n\n" + _provenance(saved))
     (directory / "README.md").write_text("\n\n".join(parts) + "\n")
 
@@ -124,7 +125,7 @@ def _training(saved: Any, checkpoint: Path) -> str:
     terms = ["next-token prediction", *objectives]
     rows = {
         "experiment": saved.experiment,
-        "step": f"{_step(checkpoint)} of {saved.trainer.max_steps}",
+        "step": f"{step_of(checkpoint)} of {saved.trainer.max_steps}",
         "objective": "; ".join(terms),
         "data": saved.data.name,
         "batch": f"{saved.trainer.global_batch_size} samples",
@@ -147,8 +148,3 @@ def _provenance(saved: Any) -> str:
         described = json.loads(manifest.read_text())
         lines.append(f"Data: {described.get('dataset')}, {json.dumps(described.get('parameters', {}))}.")
     return " ".join(lines)
-
-
-def _step(checkpoint: Path) -> int | None:
-    number = checkpoint.name.removeprefix("step=")
-    return int(number) if number.isdigit() else None

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_pre.objectives.metrics import TermMetric
 from nemo_pre.objectives.schedules import ScheduleConfig, ignored_schedule_options
 from nemo_pre.objectives.target import Target
-from nemo_pre.options import changed_fields
+from nemo_pre.options import OnResume, applied, changed_fields, refused
 
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig
     from nemo_pre.objectives.cost import Cost
     from nemo_pre.terms.term import Term
+
+# What becomes of options when a run continues with other values; for the ``on_resume`` of objectives.
+FROM_NEXT_STEP = applied("from the next step on")
+PLACE = applied("a name, or where something lies")
+TRAINED = refused("the checkpoint has what the former value trains, and its optimizer states are taken all or none")
+UNDECLARED = refused("the objective does not say what becomes of it")
 
 
 class Objective:
@@ -43,7 +49,8 @@ class Objective:
         averaged: the same of moving averages, which no optimizer sees.
         compared_on_resume: names whose shapes a resume compares; None: all of the two above. A teacher with the names
             and shapes of the model's own layers can leave those out.
-        free_on_resume: options that say where something lies, and may change while a run stays the same run.
+        on_resume: what becomes of each option when a run continues with another value of it; an option's name stands
+            for all those inside it too. One that is not there is not changed.
         model_words: the options that give a model what the objective needs of it, such as ``model.attention=mixed``.
     """
 
@@ -57,7 +64,7 @@ class Objective:
     trained: ClassVar[tuple[str, ...]] = ()
     averaged: ClassVar[tuple[str, ...]] = ()
     compared_on_resume: ClassVar[tuple[str, ...] | None] = None
-    free_on_resume: ClassVar[tuple[str, ...]] = ()
+    on_resume: ClassVar[Mapping[str, OnResume]] = {}
     model_words: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RunConfig) -> None:
@@ -87,6 +94,15 @@ class Objective:
     def target(self) -> Target | None:
         """The frozen vision model whose patch features it compares visual tokens with; None where there is none."""
         return None
+
+    @classmethod
+    def rule_on_resume(cls, field: str) -> OnResume:
+        """What becomes of the option ``field``, such as ``schedule.start``, when a run goes on with another value."""
+        if field == "enabled":
+            return TRAINED
+        while field and field not in cls.on_resume:
+            field = field.rpartition(".")[0]
+        return cls.on_resume.get(field, UNDECLARED)
 
     def files(self) -> Iterator[tuple[str, str, str]]:
         """What must lie on disk or within reach before the run starts: option, directory or hub id, a file in it."""
@@ -161,6 +177,12 @@ class LayerObjective(Objective):
 
     def tapped_layers(self) -> tuple[int, ...]:
         return target_layers(self.options.layers, self.config.model.language.num_layers, self.option("layers"))
+
+
+def other_layers(before: list[int] | None, now: list[int] | None, config: RunConfig) -> bool:
+    """Whether two values of an option ``layers`` name different layers of the run's model."""
+    num_layers = config.model.language.num_layers
+    return target_layers(before, num_layers, "layers") != target_layers(now, num_layers, "layers")
 
 
 def target_layers(layers: list[int] | None, num_layers: int, option: str) -> tuple[int, ...]:

@@ -67,13 +67,6 @@ def wanted_targets(config: RunConfig) -> dict[str, Target]:
     return {objective.name: target for objective in enabled(config) if (target := objective.target()) is not None}
 
 
-def free_on_resume() -> tuple[str, ...]:
-    """The full names of all objectives' options that may change while a run stays the same run."""
-    return tuple(
-        f"objective.{name}.{option}" for name, objective in known().items() for option in objective.free_on_resume
-    )
-
-
 def term_metrics() -> tuple[TermMetric, ...]:
     """What all objectives record of themselves."""
     return tuple(metric for objective in known().values() for metric in objective.metrics)

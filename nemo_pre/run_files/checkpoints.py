@@ -1,12 +1,19 @@
-"""The checkpoints of a run as files: which are complete, damaged, the newest. Imports nothing heavy."""
+"""The checkpoints of a run as files: which are complete, damaged, the newest. Imports nothing heavy.
+
+The newest is the one that was saved last. Every checkpoint says how many its directory had seen saved by then, which
+no name, copy or clock changes.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig
@@ -15,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Damaged = Callable[[Path], str]  # what is wrong with a checkpoint, empty if nothing is
 
+PROGRESS = "progress.json"  # where in its run a checkpoint is, written when the save is complete
+NAME = re.compile(r"step=(\d+)(?:-v\d+)?")  # Lightning adds the version where the name is taken
 SIZES = "sizes.json"  # bytes of every file of a checkpoint, written when the save is complete
 DAMAGE = "damage.txt"  # in a checkpoint of which a reader found that its bytes are not those that were saved
 UNFINISHED = "-unfinished"  # NeMo's mark: a file beside a checkpoint that is being written or removed
@@ -29,12 +38,12 @@ def newest_checkpoint(directory: Path, damaged: Damaged | None = None) -> str | 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    checkpoints = numbered_checkpoints(directory)
-    for step in sorted(checkpoints, reverse=True):
-        damage = (damaged or damage_of)(checkpoints[step])
+    checkpoints = run_checkpoints(directory)
+    for checkpoint in reversed(checkpoints):
+        damage = (damaged or damage_of)(checkpoint)
         if not damage:
-            return str(checkpoints[step])
-        log.warning("%s is damaged, %s.", checkpoints[step], damage)
+            return str(checkpoint)
+        log.warning("%s is damaged, %s.", checkpoint, damage)
     if checkpoints:
         raise ValueError(
             f"Every checkpoint in {directory} is damaged: restore the files of one, or move them away to begin anew."
@@ -93,17 +102,61 @@ def newest_step(directory: Path) -> int:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    return int((newest_checkpoint(directory) or "=0").rpartition("=")[2])
+    newest = newest_checkpoint(directory)
+    return 0 if newest is None else step_of(newest) or 0
+
+
+def run_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in ``directory`` whose save was finished, in the order in which they were saved."""
+    finished = [
+        path
+        for path in directory.glob("step=*")
+        if path.is_dir() and NAME.fullmatch(path.name) and not path.with_name(path.name + UNFINISHED).exists()
+    ]
+    return sorted(finished, key=lambda path: (_saves(path), step_of(path) or 0, path.name))
 
 
 def numbered_checkpoints(directory: Path) -> dict[int, Path]:
-    """The checkpoints in ``directory`` whose save was finished, by step."""
-    return {
-        int(path.name.removeprefix("step=")): path
-        for path in directory.glob("step=*")
-        if path.is_dir() and path.name.removeprefix("step=").isdigit()
-        if not path.with_name(path.name + UNFINISHED).exists()
-    }
+    """The checkpoints in ``directory`` whose save was finished, by step: of two of one step the one saved later."""
+    return {step: path for path in run_checkpoints(directory) if (step := step_of(path)) is not None}
+
+
+def step_of(checkpoint: str | Path) -> int | None:
+    """Optimizer steps done in a checkpoint, which it says itself, or its name where it does not; None where it is not
+    a run's."""
+    named = NAME.fullmatch(Path(checkpoint).name)
+    return _progress(Path(checkpoint)).get("step", int(named[1]) if named else None)
+
+
+def record_progress(checkpoint: Path, step: int, data: str | None = None) -> None:
+    """Write down where in its run a complete checkpoint is: ``step``, ``saves`` (of its directory, with this one),
+    ``time`` (seconds since 1970) and ``data``, the fingerprint of what is trained on."""
+    others = [_progress(path).get("saves", 0) for path in checkpoint.parent.glob("step=*")]
+    saves = 1 + max(others, default=0)
+    progress = {"step": step, "saves": saves, "time": round(time.time(), 3), "data": data}
+    (checkpoint / PROGRESS).write_text(json.dumps(progress))
+
+
+def data_of(checkpoint: str | Path) -> str | None:
+    """The fingerprint of what a checkpoint was trained on; None where it does not say so."""
+    return _progress(Path(checkpoint)).get("data")
+
+
+def _saves(checkpoint: Path) -> float:
+    """Which save of its directory a checkpoint was: 0 where it does not say so. One that does but cannot be read is
+    damaged, and comes last, where that is noticed and said."""
+    unreadable = math.inf if (checkpoint / PROGRESS).exists() else 0
+    return _progress(checkpoint).get("saves", unreadable)
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    """What :func:`record_progress` wrote; empty where it did not, or where that cannot be read."""
+    try:
+        found = json.loads((checkpoint / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(found, dict) and all(type(found.get(name)) is int for name in ("step", "saves"))
+    return found if whole else {}
 
 
 def record_sizes(checkpoint: Path) -> None:

@@ -23,6 +23,7 @@ class MetricsFile:
         self.path = path
         self._warned = False
         self._torn = False
+        self._cut: int | None = None
 
     def append(self, step: int, values: Mapping[str, Any]) -> None:
         finite = {
@@ -30,6 +31,7 @@ class MetricsFile:
             for name, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite})
+        self.cut()
         with self._tolerant():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Opened for each line: the file may be moved away, or its disk have room again.
@@ -38,9 +40,15 @@ class MetricsFile:
             self._torn = False
 
     def cut_behind(self, step: int) -> None:
-        """Remove what was recorded after ``step``: the run is about to repeat it."""
+        """Remove what was recorded after ``step``, which the run repeats, once there is something in its place: by the
+        next line, or :meth:`cut`."""
+        self._cut = step
+
+    def cut(self) -> None:
+        """Do now what :meth:`cut_behind` was told."""
+        step, self._cut = self._cut, None
         with self._tolerant():
-            if not self.path.exists():
+            if step is None or not self.path.exists():
                 return
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             # Written beside and renamed, so that a kill here loses nothing.

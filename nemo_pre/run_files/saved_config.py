@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.objectives.registry import free_on_resume
 from nemo_pre.options import value_problems
 
 FILE = "config.yaml"
-# Where and how a run is run, which may change while it stays the same run; of the trainer, all but SAME_RUN.
-MAY_CHANGE_ON_RESUME = (
-    *("name", "experiment", "platform", "output_dir", "dry_run", "init_from", "resume"),
-    *("parallel.", "cluster.", "trainer."),
-    *("objective.name", "model.name", "model.tokenizer", "model.attention_backend"),
-    *("data.path", "data.num_workers", "data.features", "data.record_samples"),
-)
-SAME_RUN = ("trainer.max_steps", "trainer.global_batch_size")
 # Fields of the model that say how it is run or named, and not which weights it has.
 NOT_WEIGHTS = (
     "name",
@@ -76,19 +67,25 @@ def saved_model(checkpoint: str | Path) -> ModelConfig:
     return model
 
 
-def changed_options(config: RunConfig, checkpoint: str | Path) -> list[str]:
-    """What the run does otherwise than the one that wrote the checkpoint, each as ``option=before, now after``."""
-    from omegaconf import OmegaConf
+def saved_run(checkpoint: str | Path) -> RunConfig:
+    """The run that wrote a checkpoint.
 
-    saved = OmegaConf.to_object(read_saved(checkpoint))
+    Raises:
+        ValueError: no run did.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    found = read_saved(checkpoint)
+    try:
+        saved = OmegaConf.to_object(found)
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{Path(checkpoint) / FILE} is not of a complete run, {str(error).splitlines()[0].rstrip('.')}: name a "
+            f"checkpoint like that with init_from, and run in another output_dir."
+        ) from error
     assert isinstance(saved, RunConfig)
-    found = _flat(asdict(saved))
-    free = (*MAY_CHANGE_ON_RESUME, *free_on_resume())
-    return [
-        f"{name}={found[name]}, now {value}"
-        for name, value in _flat(asdict(config)).items()
-        if found[name] != value and (name in SAME_RUN or not name.startswith(free))
-    ]
+    return saved
 
 
 def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
@@ -97,7 +94,7 @@ def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
     Raises:
         ValueError: one sentence on the first field that differs.
     """
-    wanted, found = _flat(asdict(model)), _flat(asdict(saved_model(checkpoint)))
+    wanted, found = flat(model), flat(saved_model(checkpoint))
     for name, value in wanted.items():
         if name not in NOT_WEIGHTS and found[name] != value:
             raise ValueError(
@@ -106,8 +103,15 @@ def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """The options in a dataclass, and in those inside it, by their full names."""
+    found: dict[str, Any] = {}
+    for name in (field.name for field in fields(values)):
+        value = getattr(values, name)
+        if is_dataclass(value):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            found[prefix + name] = [vars(each) if is_dataclass(each) else each for each in value]
+        else:
+            found[prefix + name] = value
+    return found

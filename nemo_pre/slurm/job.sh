@@ -12,7 +12,7 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # of t
 
 say() { printf '%s %s: %s\n' "$(date +%FT%T)" "job $SLURM_JOB_ID.$restart" "$*"; }
 
-newest_checkpoint() { ls -d "$RUN_DIR"/checkpoints/step=* 2>/dev/null | grep -E 'step=[0-9]+$' | sort -V | tail -1; }
+newest_checkpoint() { ls -td "$RUN_DIR"/checkpoints/step=* 2>/dev/null | grep -E 'step=[0-9]+(-v[0-9]+)?$' | head -1; }
 
 ask_controller() { # COMMAND...: again and again, since a controller that restarts must not cost a job
   for _ in $(seq 60); do

@@ -61,16 +61,25 @@ def test_a_resume_cuts_what_lies_behind_the_checkpoint(tmp_path: Path) -> None:
     train_steps(MetricsCallback(tmp_path, every=1, global_batch_size=8), range(1, 8))
     resumed = MetricsCallback(tmp_path, every=1, global_batch_size=8)
     resumed.on_train_start(trainer_at(4), None)
-    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6, 7], "a start that trains nothing leaves the record"
     train_steps(resumed, range(5, 7))
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_cuts_at_its_first_step_although_it_records_later(tmp_path: Path) -> None:
+    train_steps(MetricsCallback(tmp_path, every=1, global_batch_size=8), range(1, 8))
+    resumed = MetricsCallback(tmp_path, every=9, global_batch_size=8)
+    resumed.on_train_start(trainer_at(4), None)
+    train_steps(resumed, range(5, 6))
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_torn_last_line_is_dropped_by_the_resume(tmp_path: Path) -> None:
     file = tmp_path / METRICS
     file.write_text('{"step": 1, "time": 0, "lm/loss": 2.5}\n{"step": 2, "lm/lo')
-    MetricsFile(file).cut_behind(2)
-    MetricsFile(file).append(2, {"lm/loss": 2.0})
+    resumed = MetricsFile(file)
+    resumed.cut_behind(2)
+    resumed.append(2, {"lm/loss": 2.0})
     assert [json.loads(line)["lm/loss"] for line in file.read_text().splitlines()] == [2.5, 2.0]
 
 

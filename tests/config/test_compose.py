@@ -12,7 +12,6 @@ from nemo_pre.config.compose import compose_config, compose_run, missing_values,
 from nemo_pre.config.derived import num_visual_tokens, world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import known
-from nemo_pre.run_files.saved_config import changed_options
 
 
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
@@ -117,16 +116,3 @@ def test_the_saved_config_is_the_run_and_holds_every_field(tmp_path):
     assert set(saved) == {field.name for field in dataclasses.fields(RunConfig)}
     assert "${" not in (tmp_path / "run" / "config.yaml").read_text()
     assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), saved)) == run
-
-
-def test_a_run_that_continues_with_other_options_is_told_which(tmp_path):
-    before = ["experiment=digits_tiny"]
-    save_resolved(compose_run(before), tmp_path / "config.yaml")
-    elsewhere = ["parallel=dp2", "trainer.log_every=3", "output_dir=elsewhere", "data.num_workers=1"]
-    assert changed_options(compose_run([*before, *elsewhere]), tmp_path) == []
-    now = compose_run([*before, *elsewhere, "objective=pre", "optim.lr=1e-4", "trainer.max_steps=900"])
-    assert changed_options(now, tmp_path) == [
-        "optim.lr=0.0015, now 0.0001",
-        "objective.pre.enabled=False, now True",
-        "trainer.max_steps=800, now 900",
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 from nemo_pre.config.compose import compose_run
@@ -16,6 +17,11 @@ def train(ranks: int, overrides: list[str], timeout: float = 200.0, saves: bool 
     alone.
     """
     run_on_standing_ranks(_run if saves else _run_without_saving, ranks, compose_run(overrides), timeout=timeout)
+
+
+def train_and_describe(overrides: list[str]) -> list[dict[str, Any]]:
+    """The same on one rank and without saving; returns the optimizer's parameter groups, without their parameters."""
+    return run_on_standing_ranks(_run_and_describe, 1, compose_run(overrides), timeout=200.0)[0]
 
 
 def train_forgetting_the_teacher(overrides: list[str]) -> None:
@@ -35,6 +41,21 @@ def _run_without_saving(config: RunConfig) -> None:
 
     with mock.patch.object(RunCheckpoint, "_save_topk_checkpoint"):
         _run(config)
+
+
+def _run_and_describe(config: RunConfig) -> list[dict[str, Any]]:
+    from nemo_pre import train
+
+    build, trainers = train.build_trainer, []
+
+    def build_and_keep(*arguments: Any, **options: Any) -> Any:
+        trainers.append(build(*arguments, **options))
+        return trainers[0]
+
+    with mock.patch.object(train, "build_trainer", build_and_keep):
+        _run_without_saving(config)
+    groups = trainers[0].optimizers[0].param_groups
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
 def _run_forgetting_the_teacher(config: RunConfig) -> None:

@@ -73,12 +73,12 @@ def test_a_packed_run_resumes_exactly_in_another_layout(layout, ranks, uninterru
 
 
 def test_packing_changes_the_data_state(uninterrupted, digits, tmp_path):
-    """A resume without packing, or with another window, would read other samples: it is refused."""
+    """A resume with another window would read other rows: it is refused."""
     resumed = tmp_path / "resumed"
     checkpoints = resumed / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / "step=3").symlink_to(uninterrupted / "checkpoints" / "step=3")
-    with pytest.raises(Exception, match="was trained on other data"):
+    with pytest.raises(Exception, match="cannot go on with data.packing_window=24 .*packed into other rows"):
         train(1, overrides(resumed, digits, "data.packing_window=24"))
 
 

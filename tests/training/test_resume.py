@@ -1,4 +1,4 @@
-"""A checkpoint continues in another layout as if nothing had happened, and across a change of objective."""
+"""A checkpoint continues in another layout as if nothing had happened, and starts a new run with another objective."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_the_next_losses_after_resuming_elsewhere_equal_the_uninterrupted_runs(
     assert (output / "checkpoints" / f"step={STEPS}" / "config.yaml").is_file()
 
 
-def test_a_checkpoint_continues_without_pre_and_says_so(uninterrupted, digits, tmp_path, capfd):
-    output = continued(uninterrupted, tmp_path)
-    plain = overrides(output, digits, "parallel=single", "objective=none", "trainer.max_steps=1")
+def test_a_new_run_without_pre_starts_from_a_checkpoint_with_it(uninterrupted, digits, tmp_path):
+    output, former = tmp_path / "new", f"init_from={continued(uninterrupted, tmp_path) / 'checkpoints'}"
+    plain = overrides(output, digits, "parallel=single", "objective=none", "trainer.max_steps=1", former)
     plain = [item for item in plain if not item.startswith("objective.pre")]
     train(1, plain, saves=False)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -119,5 +119,8 @@ def test_a_stage_starts_from_the_newest_weights_of_the_former_stage(uninterrupte
 
 def test_a_head_of_another_shape_is_refused_in_one_sentence(uninterrupted, digits, tmp_path):
     output = continued(uninterrupted, tmp_path)
-    with pytest.raises(RankError, match="set the options of objective.pre as they were"):
-        train(1, overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5"))
+    wider = overrides(output, digits, "parallel=single", "objective.pre.head_hidden_ratio=0.5")
+    with pytest.raises(RankError, match="cannot go on with objective.pre.head_hidden_ratio=0.5"):
+        train(1, wider)
+    with pytest.raises(RankError, match="set the options of objective.pre as they were, or start from a checkpoint"):
+        train(1, [*wider, f"init_from={output / 'checkpoints'}", f"output_dir={tmp_path / 'new'}"])

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_pre.objectives.metrics import TermMetric
-from nemo_pre.objectives.objective import Objective
+from nemo_pre.objectives.objective import FROM_NEXT_STEP, TRAINED, Objective
 from nemo_pre.objectives.schedules import ScheduleConfig
-from nemo_pre.options import choice, fraction, number
+from nemo_pre.options import applied, choice, fraction, number
 
 NAME = "laver"
 
@@ -82,6 +82,22 @@ class LaVer(Objective):
     averaged = ("laver_teacher.",)
     # Of the teacher the head stands for the rest, which has the names and shapes of the language model's layers.
     compared_on_resume = (*trained, "laver_teacher.head.", "laver_teacher.center")
+    on_resume = {
+        **dict.fromkeys(
+            (
+                *("sequence", "mim_weight", "mim_schedule", "gram_weight", "gram_schedule", "mask_sampling"),
+                *("mask_token_id", "student_temperature", "teacher_temperature", "center_momentum", "mim_reduction"),
+                *("centring", "gram_clipped", "gram_scope", "gram_positions", "update_every"),
+            ),
+            FROM_NEXT_STEP,
+        ),
+        **dict.fromkeys(
+            ("mask_ratio", "mask_schedule", "momentum", "momentum_schedule", "update_fraction"),
+            applied("from the next step on, as if the run had begun with it"),
+        ),
+        **dict.fromkeys(("mask_token", "head_hidden_width"), TRAINED),
+        "teacher_memory": applied("where and how the run runs; its numbers stay"),
+    }
     model_words = ("model.attention=mixed", "model.rope=2d")
 
     def problems(self) -> Iterator[str]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from nemo_pre.config.vision_families import is_native
 from nemo_pre.objectives.metrics import TermMetric
-from nemo_pre.objectives.objective import LayerObjective
+from nemo_pre.objectives.objective import FROM_NEXT_STEP, PLACE, TRAINED, LayerObjective, other_layers
 from nemo_pre.objectives.schedules import ScheduleConfig
 from nemo_pre.objectives.target import Target
-from nemo_pre.options import choice, fraction, number, place
+from nemo_pre.options import applied, choice, comes_or_goes, fraction, number, place
 
 NAME = "pre"
 
@@ -57,7 +57,15 @@ class PRe(LayerObjective):
     )
     trained = ("pre_heads.",)
     averaged = ("ema_projection.",)
-    free_on_resume = ("external_features",)
+    on_resume = {
+        **dict.fromkeys(("weight", "schedule", "variant", "external_image_size", "head_activation"), FROM_NEXT_STEP),
+        **dict.fromkeys(("external_path", "external_features"), PLACE),
+        **dict.fromkeys(("anchor", "head_hidden_ratio", "head_norm"), TRAINED),
+        "layers": applied("other words for the same layers", other_layers, "for other layers", TRAINED.words),
+        "ema_momentum": applied(
+            FROM_NEXT_STEP.words, comes_or_goes, "from or to null", "the average lies in the checkpoint or does not"
+        ),
+    }
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

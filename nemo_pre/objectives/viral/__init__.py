@@ -9,10 +9,10 @@ from typing import Any
 
 from nemo_pre.config.vision_families import is_native
 from nemo_pre.objectives.metrics import TermMetric
-from nemo_pre.objectives.objective import LayerObjective
+from nemo_pre.objectives.objective import FROM_NEXT_STEP, PLACE, TRAINED, LayerObjective, other_layers
 from nemo_pre.objectives.schedules import ScheduleConfig
 from nemo_pre.objectives.target import Target
-from nemo_pre.options import choice, number, place
+from nemo_pre.options import applied, choice, number, place
 
 NAME = "viral"
 
@@ -54,7 +54,12 @@ class VIRAL(LayerObjective):
         TermMetric("viral/weight", "VIRAL: its weight", compared=False, zero=True, smoothed=False),
     )
     trained = ("viral_head.", "viral_heads.")
-    free_on_resume = ("target_features",)
+    on_resume = {
+        **dict.fromkeys(("weight", "schedule", "form", "target_image_size", "target_filter"), FROM_NEXT_STEP),
+        **dict.fromkeys(("target_path", "target_features"), PLACE),
+        **dict.fromkeys(("compared", "target", "shared_head", "head_hidden_width", "head_depth"), TRAINED),
+        "layers": applied("other words for the same layers", other_layers, "for other layers", TRAINED.words),
+    }
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

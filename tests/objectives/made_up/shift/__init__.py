@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nemo_pre.objectives.metrics import TermMetric
-from nemo_pre.objectives.objective import LayerObjective
+from nemo_pre.objectives.objective import FROM_NEXT_STEP, LayerObjective
 from nemo_pre.objectives.schedules import ScheduleConfig
 from nemo_pre.options import choice, number
 
@@ -30,6 +30,7 @@ class Shift(LayerObjective):
     cost = "shift.cost:ShiftCost"
     metrics = (TermMetric("shift/loss", "Shift: distance", progress="shifted", zero=True),)
     trained = ("shift_head.",)
+    on_resume = {"weight": FROM_NEXT_STEP, "schedule": FROM_NEXT_STEP, "direction": FROM_NEXT_STEP}
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
