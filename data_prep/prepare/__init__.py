@@ -23,7 +23,7 @@ def prepare(
     verify_images: bool = False,
     max_pixels: int | None = None,
     reencode: str | None = None,
-    repair: Any = None,
+    repair: str | list[str] | None = None,
     on_error: str = "drop",
     workers: int | None = None,
 ) -> dict[str, Any]:

@@ -219,3 +219,14 @@ def test_captions_of_558k_with_their_oddities(tmp_path, capsys):
     assert manifest["dropped"] == {"empty_answer": 1} and manifest["repaired"] == {}
     assert records(tmp_path / "out")[0]["conversations"][1]["value"] == " a picture \n"
     assert "LOST" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["llava", "text_tag,first_answer", "[text_tag,first_answer]"])
+def test_the_command_line_takes_one_repair_or_several(tmp_path, given):
+    from nemo_pre.cli import main
+
+    lines = [{"conversations": [_turn("gpt", "x"), *turns("a", "b")]}]
+    source = layouts.llava_jsonl(tmp_path / "x.jsonl", lines)
+    words = ["data", "prepare", str(source), str(tmp_path / "out"), "val_samples=0", "workers=1", f"repair={given}"]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["repaired"] == {"first_answer": 1}
