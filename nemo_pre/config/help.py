@@ -142,6 +142,14 @@ def _lines(option: Option) -> str:
 
 def field_comments(owner: type) -> dict[str, str]:
     """What the comments at a dataclass's fields say: those behind or within a field, else the lines above it."""
+    found: dict[str, str] = {}
+    for kind in reversed(owner.__mro__):
+        if dataclasses.is_dataclass(kind):
+            found |= _written_comments(kind)
+    return found
+
+
+def _written_comments(owner: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(owner))
     except (OSError, TypeError):

@@ -21,14 +21,20 @@ from nemo_pre.objectives.registry import known
 from nemo_pre.options import choice, number, place, seed_number
 
 
+@dataclass
+class _LanguageObjective:
+    """What is there without any further objective."""
+
+    name: str = "none"  # of the recipe
+    lm_weight: float = number(1.0, least=0)  # of the language model's loss
+
+
 def _objective_config() -> type:
     """The dataclass with the language model's weight and, under its name, the options of every known objective."""
     fields: list[Any] = [
-        ("name", str, field(default="none")),
-        ("lm_weight", float, number(1.0, least=0)),
-        *((name, objective.Options, field(default_factory=objective.Options)) for name, objective in known().items()),
+        (name, objective.Options, field(default_factory=objective.Options)) for name, objective in known().items()
     ]
-    made = dataclasses.make_dataclass("ObjectiveConfig", fields)
+    made = dataclasses.make_dataclass("ObjectiveConfig", fields, bases=(_LanguageObjective,))
     made.__doc__ = "L = lm_weight x L_LM + what the enabled objectives add, each weighted by its own options."
     made.__module__ = __name__  # where ranks, to which a configuration is sent, find it
     return made
@@ -44,11 +50,11 @@ else:
 class RunConfig:
     """One run. ``nemo-pre train experiment=NAME`` fills it; the resolved copy is saved with the run."""
 
-    name: str = MISSING
-    seed: int = seed_number(1234)
+    name: str = MISSING  # of the run: its folder's, and its job's
+    seed: int = seed_number(1234)  # of new weights, masks and whatever else is drawn but the order of the data
     platform: str = choice("auto", ("auto", "cpu", "gpu"))
-    output_dir: str = place("runs/${name}")
-    dry_run: bool = False
+    output_dir: str = place("runs/${name}")  # everything that the run writes
+    dry_run: bool = False  # check everything, say what would be trained, and end
     init_from: str | None = place(
         None
     )  # weights to start from: a former stage's checkpoint, or what `nemo-pre import` wrote

@@ -41,7 +41,7 @@ class VisionConfig:
     num_layers: int = number(MISSING, least=0)  # of patch_mlp 0
     num_attention_heads: int = number(MISSING, least=1)  # of patch_mlp 1
     feature_layer: int = -2  # index into hidden_states: -2 is the output of the last layer but one
-    drop_class_token: bool = True
+    drop_class_token: bool = True  # of clip and dinov2: language models get patches alone
     pooling_head: bool = True  # of siglip: whether it has the head behind its layers, which no features come from
     min_visual_tokens: int | None = number(None, least=1)  # of an image, native resolution only; smaller are enlarged
     max_visual_tokens: int | None = number(
@@ -85,16 +85,16 @@ class LanguageConfig:
         None, least=1
     )  # what an exported model states; null: data.sequence_length
     layernorm_epsilon: float = number(1e-5, above=0)
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the output layer is the embedding
     init_std: float = number(0.02, above=0)
 
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the recipe; exported models are called so
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    projector: str = "mlp2x_gelu"
+    projector: str = "mlp2x_gelu"  # two linear layers and a GELU, as LLaVA-1.5\'s
     attention: str = choice("causal", {"causal": "", "mixed": "visual tokens of one image see each other both ways"})
     attention_backend: str = choice(  # of mixed attention
         "auto",
@@ -120,7 +120,7 @@ class BlendSource:
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the recipe
     path: str = place(
         MISSING
     )  # directory that `nemo-pre data ...` wrote; with blend, of validation and tokenizer only
@@ -173,7 +173,7 @@ class ParallelConfig:
     context: int = number(1, least=1)
     sequence: bool = False  # sequence parallelism inside the tensor-parallel group
     data: int = number(1, least=1)
-    distributed_optimizer: bool = True
+    distributed_optimizer: bool = True  # replicas share its states out among them (ZeRO-1)
     overlap_grad_reduce: bool | None = None  # during the backward pass; null: where there are replicas
     # What the backward pass computes again instead of keeping it; from the fastest to the smallest.
     recompute: str = choice("none", {"none": "", "selective": "core attention", "full": "whole decoder layers"})
@@ -208,9 +208,9 @@ class OptimConfig:
     beta2: float = fraction(0.999)
     eps: float = number(1e-8, above=0)
     clip_grad: float = number(1.0, least=0)
-    freeze_vision: bool = False
-    freeze_projector: bool = False
-    freeze_language: bool = False
+    freeze_vision: bool = False  # not trained, as the next two; a rate of 0 keeps optimizer states
+    freeze_projector: bool = False  # likewise
+    freeze_language: bool = False  # likewise; its embeddings and output layer too
 
 
 @dataclass
@@ -233,7 +233,7 @@ class TrainerConfig:
     val_samples: int = number(256, least=0)  # scenes whose answers are generated for exact match
     checkpoint_every: int | None = number(None, least=1)  # steps; null: at the end only
     keep_checkpoints: int = number(2, least=1)
-    async_checkpoint: bool = False
+    async_checkpoint: bool = False  # write in the background while training goes on
     ignore_memory_estimate: bool = False  # train although nemo-pre plan's count says that a rank's memory is too small
     rank_timeout: int = number(
         3600, least=1
@@ -257,12 +257,12 @@ class ClusterConfig:
     """Where a run's ranks are, and for `nemo-pre submit` what a Slurm site wants to know: one file per site in
     recipes/cluster. How many tasks and GPUs a node gets follows from the layout and ``nodes``."""
 
-    name: str = "local"
+    name: str = "local"  # of the recipe
     nodes: int = number(1, least=1)
     devices_per_node: int | None = number(None, least=1)  # null: as many as the layout needs
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
+    partition: str | None = None  # as sbatch --partition takes it
+    account: str | None = None  # as sbatch --account takes it
+    qos: str | None = None  # as sbatch --qos takes it
     time_limit: str | None = None  # days-hours:minutes:seconds; null: the partition's
     warning_seconds: int = number(120, least=1)  # before the time limit a checkpoint is written and the job requeued
     cpus_per_task: int | None = number(None, least=1)

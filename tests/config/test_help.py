@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_pre import cli
-from nemo_pre.config.help import RUN, field_comments, parts
+from nemo_pre.config.help import RUN, field_comments, parts, run_options
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import BlendSource, DataConfig, TrainerConfig, VisionConfig
 from nemo_pre.objectives.pre import PReConfig
@@ -54,6 +54,12 @@ def test_an_option_is_shown_with_type_default_purpose_and_rule(capsys):
     assert "steps; null: at the end only" in shown["trainer.val_every"]
     assert "parallel.data" in asked(capsys, "parallel.data")
     assert "parallel.tensor" not in asked(capsys, "parallel.data")
+
+
+def test_every_option_says_what_it_is_for_or_what_it_may_hold():
+    assert [
+        option.name for option in run_options() if not option.comment and not (option.rule and option.rule.help)
+    ] == []
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones(capsys):

@@ -20,7 +20,7 @@ NAME = "laver"
 class LaVerConfig:
     """Options of LaVer (arXiv 2512.06281); the defaults are the preset ``objective=laver/paper``."""
 
-    enabled: bool = False
+    enabled: bool = False  # whether the run has it
     sequence: str = choice(
         "images", {"images": "packed, each by itself", "whole": "each sample again, with its text"}
     )  # what is masked
@@ -46,7 +46,7 @@ class LaVerConfig:
     mim_reduction: str = choice(
         "global", {"global": "mean over masked tokens", "micro_batch": "mean of micro-batches' means"}
     )
-    gram_clipped: bool = True
+    gram_clipped: bool = True  # L_CGA: only what is more alike for the student counts; false: L_GA
     gram_scope: str = choice("image", {"image": "", "micro_batch": "all visual tokens of a micro-batch together"})
     gram_positions: str = choice("all", ("all", "masked"))
     head_hidden_width: int = number(2048, least=1)

@@ -20,7 +20,7 @@ NAME = "pre"
 class PReConfig:
     """Options of PRe (arXiv 2603.20808)."""
 
-    enabled: bool = False
+    enabled: bool = False  # whether the run has it
     weight: float = number(0.5, least=0)  # lambda
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layers: list[int] | None = None  # 1-based decoder layers; null: L/2; -1: the last

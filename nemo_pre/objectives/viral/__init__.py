@@ -21,7 +21,7 @@ NAME = "viral"
 class ViralConfig:
     """Options of VIRAL (arXiv 2509.07979); the defaults are the paper's, but for the target, which has to be named."""
 
-    enabled: bool = False
+    enabled: bool = False  # whether the run has it
     weight: float = number(0.5, least=0)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     layers: list[int] | None = None  # 1-based decoder layers; null: L/2; -1: the last
