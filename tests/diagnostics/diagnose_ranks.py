@@ -42,7 +42,7 @@ def classes_of_stripes(resize: str) -> list[list[int]]:
     stripes = np.repeat(np.array([[1] * 24 + [2] * 48 + [3] * 24], np.uint8), 48, axis=0)
     sample = DiagnosticSample("0", Image.new("RGB", (96, 48)), "", Image.fromarray(stripes), torch.zeros(0))
     model = object.__new__(MegatronModel)  # its images alone
-    model._how = SimpleNamespace(image_size=48, image_resize=resize)  # type: ignore[assignment]
+    model._how = SimpleNamespace(image_size=48, image_resize=resize, image_crop_from=None)  # type: ignore[assignment]
     classes = token_classes([model._mask_patches(sample, 4)], [Grid(0, 4, 4)], [16], background=None)
     assert classes is not None
     return classes.reshape(4, 4).tolist()

@@ -296,6 +296,7 @@ def test_a_tower_goes_over_bit_for_bit_and_its_limits_may_change(source, qwen_vl
         num_key_value_heads=1, max_position_embeddings=512,
     )  # fmt: skip
     Qwen2ForCausalLM(language).save_pretrained(tmp_path / "qwen2")
+    tiny_tokenizer().save_pretrained(tmp_path / "qwen2")
     vision = str(qwen_vl if source == "whole" else tmp_path / "tower")
     with pytest.raises(ValueError, match="whose tower takes images of any size: leave it out"):
         import_checkpoint(vision=vision, language=str(tmp_path / "qwen2"), out=str(tmp_path / "no"), image_size=28)

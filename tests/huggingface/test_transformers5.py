@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from nemo_pre.neva.vision import VisionTowerConfig
 from nemo_pre.run_files.saved_config import saved_model
 from tests.huggingface.make_transformers5_fixtures import IMAGE, LLAMA3, ROOT
 from tests.huggingface.megatron_ranks import Question, ask
-from tests.huggingface.tiny import tiny_tokenizer
+from tests.huggingface.tiny import tiny_tokenizer, write_image_processor
 from tests.ranks import run_on_standing_ranks
 
 VOCABULARY, OURS, SIDE = 300, -200, 16
@@ -30,9 +31,15 @@ WHOLE = ("llava_clip_llama3", "llava_siglip_qwen2_tied", "qwen2_5_vl")
 
 
 def directory(name: str, root: Path) -> Path:
-    """A model of transformers 5 with a tokenizer beside it."""
+    """A model of transformers 5 with a tokenizer and an image processor beside it."""
     shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("said.safetensors"))
     tiny_tokenizer().save_pretrained(root / name)
+    if name == "qwen2_5_vl":
+        pixels = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
+        statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+        (root / name / "preprocessor_config.json").write_text(json.dumps({**pixels, **statistics}))
+    else:
+        write_image_processor(root / name, "siglip" if "siglip" in name else "clip", SIDE)
     return root / name
 
 
