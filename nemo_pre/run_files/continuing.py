@@ -94,7 +94,7 @@ def continuation(config: RunConfig, damaged: Damaged | None = None) -> Continuat
     _refuse(changes, config, step)
     if config.trainer.max_steps < step:
         raise ValueError(
-            f"{config.output_dir} is at step {step}, behind trainer.max_steps={config.trainer.max_steps}: set it to "
+            f"{config.output_dir} is at step {step}, past trainer.max_steps={config.trainer.max_steps}: set it to "
             f"more than {step} to go on, or choose another output_dir."
         )
     keeping = copy.deepcopy(config)
@@ -108,10 +108,11 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[ChangedOp
     """The options that the run has otherwise than the one that wrote the checkpoint."""
     saved = saved_run(checkpoint)
     before, now = flat(saved), flat(config)
+    passed_over = {*NOT_COMPARED, *_without_effect(saved, config, now)}
     return [
         ChangedOption(name, before[name], value, _rule(name).of(before[name], value, config))
         for name, value in now.items()
-        if before[name] != value and name not in NOT_COMPARED and name not in set(_without_effect(saved, config, now))
+        if before[name] != value and name not in passed_over
     ]
 
 

@@ -151,9 +151,9 @@ def test_another_blend_is_refused_and_the_same_elsewhere_is_not(run: Callable[..
         continuation(run("data.blend=[{path:a,weight:1},{path:b,weight:1}]"))
 
 
-def test_a_run_behind_the_wanted_length_is_refused_and_resume_false_too(run: Callable[..., RunConfig]) -> None:
+def test_a_run_past_the_wanted_length_is_refused_and_resume_false_too(run: Callable[..., RunConfig]) -> None:
     saved(run("trainer.max_steps=800"), 800)
-    with pytest.raises(ValueError, match=r"is at step 800, behind trainer.max_steps=100: set it to more than 800"):
+    with pytest.raises(ValueError, match=r"is at step 800, past trainer.max_steps=100: set it to more than 800"):
         continuation(run("trainer.max_steps=100"))
     with pytest.raises(ValueError, match=r"holds a run at step 800, beside which resume=false cannot begin"):
         continuation(run("resume=false"))
@@ -173,7 +173,7 @@ def test_a_complete_run_says_so_and_what_it_does_not_do(run: Callable[..., RunCo
         ([], 0, "is complete at step 12 of 12"),
         (["dry_run=true"], 0, "is complete at step 12 of 12"),
         (["trainer.max_steps=24", "dry_run=true"], 0, "continues   at step 12 of 24"),
-        (["trainer.max_steps=6"], 2, "is at step 12, behind trainer.max_steps=6"),
+        (["trainer.max_steps=6"], 2, "is at step 12, past trainer.max_steps=6"),
         (["objective.pre.enabled=false"], 2, "cannot go on with objective.pre.enabled=false (before true)"),
         (["resume=false"], 2, "beside which resume=false cannot begin another one"),
     ],
