@@ -28,7 +28,7 @@ def shares(experiment: str) -> list[float]:
     """Share of the step's time with gradients that are reduced after the backward pass; and of a layer's forward pass
     the milliseconds, and the rate at which it makes what is kept for backward."""
     config = compose_run([f"experiment={experiment}", "parallel.overlap_grad_reduce=false"])
-    device, load, efficiency = device_of_cluster(config.cluster.name), largest_load(config), Efficiency()
+    device, load, efficiency = device_of_cluster(config.cluster), largest_load(config), Efficiency()
     assert device is not None
     step = step_time(config, load, device, efficiency)
     without_links = step_time(config, load, replace(device, nvlink=FAST, network=FAST), efficiency)

@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from benchmarks.overhead import Settings, compare, parse_arguments
-from nemo_pre.planner.devices import device_of_cluster
+from nemo_pre.planner.devices import DEVICES
 
 SPATIAL = ["model.attention=mixed", "model.rope=2d"]
 MASKED = ["objective.laver.mask_schedule=constant"]  # from the first step on
@@ -57,7 +57,8 @@ def throughput(result: dict[str, Any]) -> dict[str, Any]:
     kernel skips. On a GPU in the planner's table also as a share of its bf16 peak, in FP8 too."""
     settings = result["settings"]
     samples = settings["micro_batch_size"] * settings["num_microbatches"]
-    device = device_of_cluster((result["machine"]["gpu"] or "").lower().removeprefix("nvidia "))
+    gpu = (result["machine"]["gpu"] or "").lower().removeprefix("nvidia ")
+    device = next((device for name, device in DEVICES.items() if gpu.startswith(name)), None)
     rates = {}
     for side in settings["sides"]:
         seconds = result["step_time"][f"{side}_median_ms"] / 1000

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nemo_pre.checks.memory import MemoryEstimate, estimate_memory
+from nemo_pre.checks.memory import MemoryEstimate, estimate_memory, goes_to_gpus
 from nemo_pre.checks.pixels import check_pixels
 from nemo_pre.checks.precision import ignored_precision_options, precision_of_this_machine, precision_problems
 from nemo_pre.checks.presence import check_presence
@@ -49,10 +49,11 @@ class Report:
         terms = ["language model", *(objective.summary() for objective in enabled(self.config))]
         features = self.config.data.features
         continues = [] if self.continuation is None else self.continuation.sentences()
+        device = "GPU" if goes_to_gpus(self.config, starts_here=not self.config.dry_run) else "CPU"
         return "\n".join(
             [
                 f"run {self.config.name} -> {self.config.output_dir}",
-                f"  layout      {self.ranks} rank(s) on {'GPU' if uses_gpu(self.config.platform) else 'CPU'}: "
+                f"  layout      {self.ranks} rank(s) on {device}: "
                 f"TP{layout.tensor}{sequence} x PP{layout.pipeline}{chunks} x CP{layout.context} x DP{layout.data}, "
                 f"{self.config.precision.name}",
                 f"  batch       {trainer.global_batch_size} samples = {self.num_microbatches} micro-batches of "
@@ -75,6 +76,7 @@ def check_run(config: RunConfig) -> Report:
         ValueError: one sentence that says what to change.
     """
     warnings = check_options(config)
+    memory, too_little = check_memory(config)
     continues = continuation(config)
     data = check_presence(config)
     warnings += check_pixels(config)
@@ -90,21 +92,31 @@ def check_run(config: RunConfig) -> Report:
             from nemo_pre.features.check import check_target_features
 
             warnings += check_target_features(config, target)
+    warnings += too_little
     layout = config.parallel
-    report = Report(
+    return Report(
         config=config,
         ranks=world_size(layout),
         num_microbatches=config.trainer.global_batch_size // (config.trainer.micro_batch_size * layout.data),
-        memory=estimate_memory(config),
+        memory=memory,
         data=data,
         warnings=warnings,
         continuation=continues,
     )
-    problem = report.memory.problem()
+
+
+def check_memory(config: RunConfig) -> tuple[MemoryEstimate, list[str]]:
+    """What the run's fullest rank needs; and as a warning that it is more than there is, where
+    ``trainer.ignore_memory_estimate`` allows it.
+
+    Raises:
+        ValueError: it is more than there is.
+    """
+    estimate = estimate_memory(config, starts_here=not config.dry_run)
+    problem = estimate.problem()
     if problem is not None and not config.trainer.ignore_memory_estimate:
         raise ValueError(problem)
-    report.warnings += [problem] if problem is not None else []
-    return report
+    return estimate, [problem] if problem is not None else []
 
 
 def _check_blend(config: RunConfig) -> None:
@@ -327,7 +339,8 @@ def _machines(config: RunConfig) -> Iterator[str]:
     if cluster.devices_per_node is not None and ranks != cluster.nodes * cluster.devices_per_node:
         yield (
             f"The layout has {ranks} ranks (tensor x pipeline x context x data) but the cluster "
-            f"{cluster.nodes} x {cluster.devices_per_node} devices: change parallel, or cluster=local."
+            f"{cluster.nodes} x {cluster.devices_per_node} devices: change parallel, or set "
+            f"cluster.devices_per_node=null to use a part of each node."
         )
     started_here = external_job(os.environ) is None and cluster.nodes == 1
     if started_here and not config.dry_run:

@@ -24,6 +24,8 @@ VISION_FAMILIES = {
     "patch_mlp": "no layers, trained from scratch",
 }
 
+GPUS = ("a100", "h100", "h200", "b200")  # of which nemo_pre.planner.devices has the data sheets
+
 
 @dataclass
 class VisionConfig:
@@ -260,6 +262,10 @@ class ClusterConfig:
     name: str = "local"  # of the recipe
     nodes: int = number(1, least=1)
     devices_per_node: int | None = number(None, least=1)  # null: as many as the layout needs
+    gpu: str | None = choice(None, GPUS)  # of its nodes; null: none, or another, whose memory gpu_memory_gb is
+    gpu_memory_gb: float | None = number(
+        None, above=0
+    )  # GB (10^9 bytes) of each GPU; null: as gpu's data sheet has it
     partition: str | None = None  # as sbatch --partition takes it
     account: str | None = None  # as sbatch --account takes it
     qos: str | None = None  # as sbatch --qos takes it

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from nemo_pre.launch.stopping import EVERY_TASK_IS_A_RANK
 
@@ -27,6 +28,39 @@ def visible_gpus() -> int:
 def uses_gpu(platform: str) -> bool:
     """Whether a run with this ``platform`` (auto, cpu, gpu) goes to GPUs here."""
     return platform == "gpu" or (platform == "auto" and visible_gpus() > 0)
+
+
+def machine_memory(root: Path = Path("/")) -> int:
+    """Bytes that a process of this machine can have: its memory, or what the control group of this process, or one
+    above it, is limited to (a container's, a Slurm job's).
+
+    Args:
+        root: of the file system that the limits are read from.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in _limit_files(root):
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        limits += [int(text)] if text.isdigit() else []  # "max" otherwise
+    return min(limits)
+
+
+def _limit_files(root: Path) -> Iterator[Path]:
+    """Where the memory limits of this process may stand, in both versions of control groups."""
+    mounted = root / "sys/fs/cgroup"
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        groups = []
+    for group in groups:
+        _, controllers, path = (group.split(":", 2) + ["", ""])[:3]
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        inner = Path(path.lstrip("/"))
+        yield from (folder / part / name for part in (inner, *inner.parents))
 
 
 def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:

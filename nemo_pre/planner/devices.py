@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from nemo_pre.config.schema import ClusterConfig
 
 GB = 1e9
 TERA = 1e12
@@ -62,17 +64,10 @@ class Efficiency:
     overlap: float = 0.8
 
 
-def device_of_cluster(cluster: str) -> Device | None:
-    """The GPU that a cluster's name starts with."""
-    return next((device for name, device in DEVICES.items() if cluster.startswith(name)), None)
-
-
-def find_device(name: str) -> Device:
-    """The GPU of this name.
-
-    Raises:
-        ValueError: an unknown one.
-    """
-    if name not in DEVICES:
-        raise ValueError(f"cluster.gpu={name} is unknown: choose one of {', '.join(DEVICES)}.")
-    return DEVICES[name]
+def device_of_cluster(cluster: ClusterConfig) -> Device | None:
+    """The GPU that ``cluster.gpu`` names, with the memory that ``cluster.gpu_memory_gb`` gives it; None:
+    it names none."""
+    if cluster.gpu is None:
+        return None
+    device = DEVICES[cluster.gpu]
+    return device if cluster.gpu_memory_gb is None else replace(device, memory=cluster.gpu_memory_gb * GB)

@@ -128,16 +128,29 @@ def render(request: Request) -> list[Job]:
 
 
 def with_nodes(words: Sequence[str]) -> list[str]:
-    """``cluster.nodes`` follows from the layout where the site says how many devices a node has."""
+    """``cluster.nodes`` follows from the layout where the site says how many devices a node has; a layout of fewer
+    ranks takes a part of one.
+
+    Raises:
+        ValueError: the words do not give a run, or its ranks do not fill nodes.
+    """
     from nemo_pre.config.compose import compose_run
     from nemo_pre.config.derived import world_size
 
     if any(word.startswith("cluster.nodes=") for word in words):
         return list(words)
     config = compose_run(words)
-    if config.cluster.devices_per_node is None:
+    ranks, per_node = world_size(config.parallel), config.cluster.devices_per_node
+    if per_node is None:
         return list(words)
-    return [*words, f"cluster.nodes={max(1, world_size(config.parallel) // config.cluster.devices_per_node)}"]
+    if ranks < per_node:  # a part of a node: Slurm gives the job as many devices as it has ranks
+        return [*words, "cluster.nodes=1", "cluster.devices_per_node=null"]
+    if ranks % per_node:
+        raise ValueError(
+            f"The layout's {ranks} ranks do not fill nodes of cluster.devices_per_node={per_node}: change parallel, "
+            f"or set cluster.devices_per_node=null and cluster.nodes=N."
+        )
+    return [*words, f"cluster.nodes={ranks // per_node}"]
 
 
 def _render_sweep(request: Request) -> Job:
@@ -188,15 +201,23 @@ def _render_chain(request: Request) -> list[Job]:
 
 def _checked_run(words: Sequence[str], options_only: bool) -> RunConfig:
     """Composed and checked as ``nemo-pre train`` would; without a look at files where they need not be."""
-    from nemo_pre.checks.run import check_options, check_run
+    from nemo_pre.checks.memory import missing_gpu
+    from nemo_pre.checks.run import check_memory, check_options, check_run
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(words)
     if config.cluster.name == "local":
-        raise ValueError("cluster=local is this machine: choose cluster=SITE, a file of recipes/cluster.")
+        raise ValueError(
+            "cluster=local is this machine: choose cluster=SITE, a file recipes/cluster/SITE.yaml of yours, or for a "
+            "first try slurm_site with cluster.partition=NAME."
+        )
     elsewhere = replace(config, dry_run=True)  # the GPUs and the former stage of a chain are not here yet
+    asked = missing_gpu(config)
+    if asked is not None:
+        raise ValueError(asked)
     if options_only:
         check_options(elsewhere)
+        check_memory(elsewhere)
     else:
         check_run(elsewhere)
     check_site(config)

@@ -15,7 +15,7 @@ from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.words import check_spelling
 from nemo_pre.options import Rule
-from nemo_pre.planner.devices import DEVICES, Device, Efficiency, device_of_cluster, find_device
+from nemo_pre.planner.devices import DEVICES, Device, Efficiency, device_of_cluster
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.plan import Plan, plan_layout
 from nemo_pre.planner.search import Candidate, Found, search
@@ -24,7 +24,7 @@ from nemo_pre.planner.tables import describe_plan, describe_search, describe_tim
 from nemo_pre.run_files.outputs import check_output_file
 
 DEFAULT_GPU = "h100"
-WORDS = ("cluster.gpus", "cluster.gpu", "images_per_row", "best", "price", "json", "calibrate")
+WORDS = ("cluster.gpus", "images_per_row", "best", "price", "json", "calibrate")
 MOST = 1_000_000  # GPUs, images and layouts: the search walks through the divisors of their number
 
 
@@ -34,7 +34,6 @@ class Options:
 
     Attributes:
         gpus: None: as many as the layout has, and no search.
-        gpu: a name of :data:`~nemo_pre.planner.devices.DEVICES`; None: what cluster.name starts with.
         images_per_row: images of a row; None: one, or as many as packing allows.
         best: layouts to show.
         calibrate: metrics.jsonl of a run of these options, which the matrix efficiency is taken from.
@@ -44,7 +43,6 @@ class Options:
     """
 
     gpus: int | None = None
-    gpu: str | None = None
     images_per_row: int | None = None
     best: int = 5
     calibrate: str | None = None
@@ -65,8 +63,7 @@ def plan(arguments: Sequence[str]) -> None:
     config = compose_run(overrides)
     if options.json is not None:
         check_output_file("json", options.json)
-    named = device_of_cluster(config.cluster.name) if options.gpu is None else find_device(options.gpu)
-    device = named or DEVICES[DEFAULT_GPU]
+    device = device_of_cluster(config.cluster) or DEVICES[DEFAULT_GPU]
     efficiency = options.efficiency
     if options.calibrate is not None:
         load = largest_load(config, options.images_per_row)
@@ -117,8 +114,8 @@ def read_options(arguments: Sequence[str]) -> tuple[list[str], Options]:
             options.efficiency = replace(options.efficiency, **part)
         elif name == "price":
             options.price = read_number(word, value, most=None)
-        elif name in ("cluster.gpu", "json", "calibrate"):
-            setattr(options, name.removeprefix("cluster."), named(name, value))
+        elif name in ("json", "calibrate"):
+            setattr(options, name, named(name, value))
         else:
             check_spelling(word, (*WORDS, *efficiencies))
             overrides.append(word)
@@ -234,7 +231,7 @@ the run's own layout; with cluster.gpus the fastest layouts of that many GPUs th
 
 Beside the options of nemo-pre train:
   cluster.gpus=N       number of GPUs to search layouts for
-  cluster.gpu=NAME     {", ".join(DEVICES)}; default: what cluster.name starts with, else {DEFAULT_GPU}
+  cluster.gpu=NAME     {", ".join(DEVICES)}; default: the cluster's, else {DEFAULT_GPU}
   images_per_row=N     images of every sample; default 1, with packing as many as fit
   best=5               layouts to show
   price=X              of a GPU hour, for the cost in the same currency

@@ -132,7 +132,8 @@ def test_help_refusals_grids_and_imports_know_them_too(own):
 
 
 def test_a_batch_script_names_the_folder_again_for_the_job_composes_the_run_anew(own, monkeypatch):
-    words = ["experiment=mine", "platform=gpu", "cluster=slurm_site", "cluster.devices_per_node=2", "--dry-run"]
+    words = ["experiment=mine", "platform=gpu", "cluster=slurm_site", "cluster.gpu=h100"]
+    words += ["cluster.devices_per_node=2", "--dry-run"]
     (script,) = (job.script for job in render(parse(words)))
     assert recipes.OWN_VARIABLE not in script
     monkeypatch.setenv(recipes.OWN_VARIABLE, "recipes")

@@ -182,7 +182,9 @@ def test_train_refuses_a_run_that_cannot_fit_unless_told_otherwise(monkeypatch) 
         check_run(compose_run(words))
     report = check_run(compose_run([*words, "trainer.ignore_memory_estimate=true"]))
     assert any("needs about" in warning for warning in report.warnings)
-    check_run(compose_run(words[:1]))
+    with pytest.raises(ValueError, match="of this machine's memory.* finds no NVIDIA GPU here.* where there are GPUs"):
+        check_run(compose_run(words[:1]))  # on a login node, whatever the cluster has
+    check_run(compose_run([words[0], "dry_run=true"]))
 
 
 def test_the_plan_of_every_recipe_can_be_made() -> None:

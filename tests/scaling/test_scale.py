@@ -151,7 +151,8 @@ def _texts(svg: Path) -> str:
 
 
 def test_jobs_are_scripts_with_the_points_own_name_layout_and_directory(tmp_path, capsys) -> None:
-    words = ["regularizers=pre", "depths=0.25,0.75", "gpus=16", "cluster=slurm_site", f"out={tmp_path}"]
+    words = ["regularizers=pre", "depths=0.25,0.75", "gpus=16", "cluster=slurm_site", "cluster.gpu=h100"]
+    words.append(f"out={tmp_path}")
     scale([*SMALL, *words, "action=submit", "--dry-run"])
     script = capsys.readouterr().out
     assert script.count("#!/usr/bin/env bash") == 2

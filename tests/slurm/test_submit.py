@@ -5,14 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_run
 from nemo_pre.run_files.lock import writing
 from nemo_pre.slurm.submit import parse, render, submit
 
-RUN = ["experiment=digits_tiny", "platform=gpu", "cluster=slurm_site", "cluster.devices_per_node=null"]
+RUN = [
+    "experiment=digits_tiny",
+    "platform=gpu",
+    "cluster=slurm_site",
+    "cluster.gpu=h100",
+    "cluster.devices_per_node=null",
+]
 SITE = [
     "cluster.nodes=2",
     "cluster.account=vlm",
@@ -43,9 +51,58 @@ def test_sizes_follow_from_the_layout_and_the_number_of_nodes():
 
 @pytest.mark.parametrize(("data", "nodes"), [(8, 1), (16, 2)])
 def test_the_number_of_nodes_follows_from_the_layout_and_the_gpus_of_a_node(data, nodes):
-    (script,) = scripts(*RUN[:3], "parallel=single", f"parallel.data={data}", "trainer.global_batch_size=64")
+    (script,) = scripts(*RUN[:4], "parallel=single", f"parallel.data={data}", "trainer.global_batch_size=64")
     assert f"#SBATCH --nodes={nodes}\n#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n" in script
     assert f"cluster.nodes={nodes}" in next(line for line in script.splitlines() if line.startswith("WORDS="))
+
+
+def test_a_layout_smaller_than_a_node_takes_a_part_of_one():
+    """The first job on a new site: the demo's two ranks where nodes have eight GPUs, or its CPUs."""
+    first = ["experiment=digits_tiny_pre", "cluster=slurm_site", "cluster.partition=debug"]
+    (script,) = scripts(*first, "cluster.gpu=a100")
+    assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=2\n#SBATCH --gpus-per-node=2\n" in script
+    line = next(line for line in script.splitlines() if line.startswith("WORDS="))
+    run = compose_run(shell_list(line, "WORDS"))
+    assert check_options(replace(run, dry_run=True)) == []
+    (script,) = scripts(*first, "platform=cpu")
+    assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=2\n" in script and "gpus-per-node" not in script
+    with pytest.raises(ValueError, match=r"12 ranks do not fill nodes of cluster.devices_per_node=8: change parallel"):
+        scripts(*first, "cluster.gpu=a100", "parallel=single", "parallel.data=12", "trainer.global_batch_size=48")
+
+
+LARGE = ["experiment=siglip2_qwen25_72b_stage2_full_pre", "cluster=slurm_site"]
+DP8 = ["parallel=single", "parallel.data=8", "trainer.global_batch_size=128", "trainer.micro_batch_size=1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            [],
+            r"cluster=slurm_site does not say which GPU its nodes have, .*: set cluster.gpu=a100\|h100\|h200\|b200, ",
+        ),
+        (["cluster.gpu=h100"], r"and has 68.5 GiB of one of the cluster's GPUs \(h100\): find a layout that fits"),
+        (
+            ["cluster.gpu=a100", "cluster.gpu_memory_gb=40"],
+            r"and has 34.3 GiB of one of the cluster's GPUs \(a100\): ",
+        ),
+        (["cluster.gpu_memory_gb=48"], r"and has 41.1 GiB of one of the cluster's GPUs: "),
+        (["platform=cpu"], r"of this machine's memory, shared by 8 ranks: send it where there are GPUs"),
+        (["platform=cpu", "cluster.gpu=h100"], r"of this machine's memory, shared by 8 ranks: "),
+        (
+            ["platform=cpu", "cluster.memory_per_node=512G"],
+            r"and has 64.0 GiB of cluster.memory_per_node=512G, shared by 8 ranks: ",
+        ),
+        (["cluster.gpu=v100"], r"cluster.gpu=v100 is unknown: choose one of a100, h100, h200, b200\."),
+    ],
+)
+def test_a_site_says_what_its_gpus_hold_and_what_does_not_fit_is_not_queued(words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        scripts(*LARGE, *DP8, *words)
+
+
+def test_who_does_not_want_the_estimate_needs_no_gpu():
+    assert scripts(*LARGE, *DP8, "trainer.ignore_memory_estimate=true")
 
 
 def test_a_cpu_run_asks_for_no_gpu():
