@@ -48,6 +48,11 @@ VERBS = {
         "nemo_pre.verbs.plan:plan",
         usage="nemo_pre.verbs.plan:plan_help",
     ),
+    "rehearse": Verb(
+        "a run's real steps at their true size, on fake tensors, before any GPU sees it",
+        "nemo_pre.rehearsal.rehearse:rehearse",
+        usage="nemo_pre.rehearsal.rehearse:rehearse_help",
+    ),
     "scale": Verb(
         "a grid of runs: simulated, submitted or collected, and drawn",
         "nemo_pre.scaling.scale:scale",
