@@ -48,6 +48,7 @@ VERBS = {
         "nemo_pre.verbs.plan:plan",
         usage="nemo_pre.verbs.plan:plan_help",
     ),
+    "rehearse all": Verb("rehearse every recipe, and record it", "nemo_pre.rehearsal.everything:rehearse_all"),
     "rehearse": Verb(
         "a run's real steps at their true size, on fake tensors, before any GPU sees it",
         "nemo_pre.rehearsal.rehearse:rehearse",

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
+from torch.utils._device import _device_constructors
 
 from nemo_pre.compat.cpu_device import NullEvent, NullStream, get_rng_state, manual_seed, set_rng_state
 from nemo_pre.compat.registry import Change, Patch, patch
@@ -200,6 +201,7 @@ def cuda_without_gpu(devices: int, memory: Counted) -> Patch:
             yield Change(torch.cuda.nvtx, name, _quiet())
         yield Change(torch.Tensor, "pin_memory", lambda self, *args: self)
         yield Change(torch.Tensor, "record_stream", _quiet())
+        _device_constructors()  # remembers torch's own functions, by which torch.device as a context knows them
         for name in ("tensor", "empty", "zeros", "ones", "full", "empty_like", "zeros_like"):
             yield Change(torch, name, _without_pinning(getattr(torch, name)))
         yield Change(torch.Tensor, "type", _type_with_device(torch.Tensor.type))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_pre.compat.cpu_adamw import GroupStepAdamW
 from nemo_pre.compat.registry import Change, Patch, patch
 
 Count = Callable[[float], None]  # told the FLOPs of a pass of attention
@@ -112,8 +113,8 @@ class _Rotary(torch.autograd.Function):
 
 @patch(
     "fused-kernels-of-transformer-engine",
-    why="Transformer Engine's rotary embedding and multi-tensor norm are what a GPU runs; without it Megatron's own"
-    " keep more, and ask for every parameter's norm.",
+    why="Transformer Engine's rotary embedding, multi-tensor norm and AdamW are what a GPU runs; without them"
+    " Megatron's own keep more, ask for every parameter's norm, and torch's AdamW needs copies beside its states.",
     until="Transformer Engine has kernels for fake tensors.",
 )
 def fused_kernels():
@@ -126,5 +127,15 @@ def fused_kernels():
     def norm(chunk, overflow, lists, per_parameter):
         return lists[0][0].new_empty(1), None  # it stays on the device
 
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+
+    yield Change(GroupStepAdamW, "step", step)
     yield Change(rope, "fused_apply_rotary_pos_emb", rotate)
     yield Change(clip_grads, "l2_norm_impl", norm)

@@ -5,6 +5,7 @@ All of them are started, so many at a time as there are ``jobs``; one that waits
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -200,6 +201,7 @@ def _main(entry: str, order: Order, connection: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         _be_silent()
+        gc.freeze()  # what the server imported is no garbage, and takes seconds to look through
         module, _, function = entry.partition(":")
         found = getattr(importlib.import_module(module), function)(
             order, exchange, lambda what: send("progress", what)

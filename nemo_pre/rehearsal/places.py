@@ -56,17 +56,18 @@ def places_for_memory(config: RunConfig, stages: Sequence[int] | None = None) ->
 
 
 def places_for_messages(config: RunConfig) -> list[Place]:
-    """A rank of every stage of two replicas, and of the first one's stages a second tensor- and context-parallel
-    rank. Alone where there is nobody to talk to."""
+    """A rank of every stage of two replicas, and of the first and the last stage a second tensor- and
+    context-parallel rank; one where there is nobody to talk to."""
     layout = config.parallel
     stages = range(layout.pipeline)
+    ends = sorted({0, layout.pipeline - 1})
     places = [Place(stage) for stage in stages]
     if layout.data > 1:
         places += [Place(stage, data=1) for stage in stages]
     if layout.tensor > 1:
-        places += [Place(stage, tensor=layout.tensor - 1) for stage in stages]
+        places += [Place(stage, tensor=layout.tensor - 1) for stage in ends]
     if layout.context > 1:
-        places += [Place(stage, context=layout.context - 1) for stage in stages]
+        places += [Place(stage, context=layout.context - 1) for stage in ends]
     return places
 
 

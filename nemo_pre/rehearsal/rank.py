@@ -34,6 +34,7 @@ def rehearse(order: Order, exchange: Exchange, progress: Callable[[str], None]) 
     from nemo_pre.rehearsal.seams import seams
 
     torch.set_num_threads(1)
+    _look_at_targets(order.config)
     config, layout = order.config, order.config.parallel
     groups = Groups(exchange)
     device = Rehearsed(groups, Memory(order.named_from))
@@ -51,7 +52,6 @@ def rehearse(order: Order, exchange: Exchange, progress: Callable[[str], None]) 
         *seams(device),
     ):
         each.apply()
-    _look_at_targets(config)
     found = _train(order, device, progress)
     found.seconds = time.monotonic() - started
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nemo_pre.config.derived import fp8_recipe, world_size
+from nemo_pre.config.derived import fp8_recipe
 from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.chunks import num_chunks
 from nemo_pre.rehearsal.batches import special_kinds
@@ -50,6 +50,7 @@ class Rehearsed:
         layers: its decoder layers, of ``all_layers``.
         micro_batches: of a step.
         besides, found, calls: of every rank whose memory was measured.
+        cut: of the ranks that were rehearsed at a layer a chunk.
         met: of all ranks' calls; None: nobody to meet, or not asked for.
         met_ranks: that were matched.
         problems: what is an error, as one sentence each. ``remarks``: what is not.
@@ -64,6 +65,7 @@ class Rehearsed:
     besides: list[Beside] = field(default_factory=list)
     found: list[Found] = field(default_factory=list)
     calls: list[list[Traffic]] = field(default_factory=list)
+    cut: list[Found] = field(default_factory=list)
     met: Met | None = None
     met_ranks: int = 0
     problems: list[str] = field(default_factory=list)
@@ -131,7 +133,7 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
     measured = as_rehearsed(config, wishes.layers)
     matched = as_rehearsed(config, num_chunks(config.parallel))
     for_memory = places_for_memory(measured, wishes.stages)
-    for_messages = places_for_messages(matched) if wishes.messages and world_size(config.parallel) > 1 else []
+    for_messages = places_for_messages(matched) if wishes.messages else []
     together = measured.model.language.num_layers == matched.model.language.num_layers
     crews = [(measured, sorted({*for_memory, *(for_messages if together else [])}))]
     if for_messages and not together:
@@ -159,6 +161,8 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
         rehearsed.problems += missed(beside, each)
         rehearsed.remarks += remarks(beside, each)
     if for_messages:
+        rehearsed.cut = [each for each in results[-1] if each.place in for_messages]
+    if len(for_messages) > 1:
         logs = {each.rank: each.log for each in results[-1] if each.place in for_messages}
         rehearsed.met, rehearsed.met_ranks = meet(logs), len(logs)
         rehearsed.problems += [rehearsed.met.problem] if rehearsed.met.problem is not None else []

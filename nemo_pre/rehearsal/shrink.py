@@ -74,6 +74,8 @@ def cut_depth(config: RunConfig, layers: int) -> RunConfig:
     Every pipeline chunk keeps at least a layer, and as many as it has target layers; target layers stay in their
     chunk. Chunks that had as many layers as each other still have.
     """
+    if layers >= config.model.language.num_layers:
+        return config
     config = deepcopy(config)
     layout, language = config.parallel, config.model.language
     count = num_chunks(layout)
@@ -129,10 +131,8 @@ def _cut_tower(config: RunConfig, layers: int) -> None:
     if FAMILIES[vision.family].classes is None:
         return
     fewer = min(vision.num_layers, max(layers, FEWEST_TOWER_LAYERS))
-    if vision.full_attention_layers is not None:
-        vision.full_attention_layers = sorted({min(layer, fewer - 1) for layer in vision.full_attention_layers})[:1]
-        if fewer < vision.num_layers:
-            vision.full_attention_layers = [fewer - 1]
+    if vision.full_attention_layers and fewer < vision.num_layers:
+        vision.full_attention_layers = [fewer - 1]  # the others attend within windows
     if vision.feature_layer >= 0:
         vision.feature_layer = min(vision.feature_layer, fewer)
     elif vision.feature_layer < -2:

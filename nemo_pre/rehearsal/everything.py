@@ -1,0 +1,65 @@
+"""``nemo-pre rehearse all``: every recipe, into the record and its table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import recipes
+from nemo_pre.config.compose import compose_run
+from nemo_pre.launch.ranks import RankFailure
+from nemo_pre.rehearsal import record
+from nemo_pre.rehearsal.rehearse import default_jobs, tell
+from nemo_pre.rehearsal.run import Wishes, run_rehearsal
+
+
+def rehearse_all(
+    only: Sequence[str] = (), out: str = "docs", layers: int | None = None, jobs: int = 0, again: bool = False
+) -> None:
+    """Rehearse every recipe, and write out/rehearsals.json and out/rehearsals.md after each.
+
+    What is recorded already, of the same configuration and as many layers, is passed over, so that a rehearsal that
+    was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth, jobs=N
+    ranks run at a time, again=true passes over nothing.
+    """
+    names = recipes.choices("experiment")
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no recipe: choose of {', '.join(names)}.")
+    entries = {name: each for name, each in record.read(out).items() if name in names}
+    todo = []
+    for name in only or names:
+        config = compose_run([f"experiment={name}"])
+        asked = min(layers or config.model.language.num_layers, config.model.language.num_layers)
+        why = "asked for" if again else record.why_again(entries.get(name), config, asked)
+        if why is not None:
+            todo.append((name, why))
+    tell(f"{len(todo)} of {len(only or names)} recipes to rehearse")
+    started, failed = time.monotonic(), []
+    for number, (name, why) in enumerate(todo):
+        tell(f"{name} ({number + 1} of {len(todo)}): {why}")
+        config = compose_run([f"experiment={name}"])
+        try:
+            rehearsed = run_rehearsal(config, Wishes(layers=layers, jobs=jobs or default_jobs()), tell)
+        except (RankFailure, ValueError) as error:
+            failed.append(name)
+            tell(f"  {error}")
+            if isinstance(error, RankFailure):
+                tell(error.traceback)
+            continue
+        entries[name] = record.entry(config, rehearsed)
+        record.write(out, entries)
+        for sentence in rehearsed.problems:
+            tell(f"  problem: {sentence}")
+        left = (time.monotonic() - started) / (number + 1) * (len(todo) - number - 1)
+        tell(f"  {rehearsed.seconds:.0f} s; about {left / 60:.0f} minutes left")
+    record.write(out, entries)
+    missing = [name for name in names if name not in entries]
+    with_problems = [name for name in only or names if name in entries and entries[name]["problems"]]
+    if failed:
+        raise RankFailure(f"{len(failed)} recipes could not be rehearsed: {', '.join(failed)}.")
+    if with_problems:
+        raise RankFailure(
+            f"{len(with_problems)} of the rehearsed recipes have problems, which {out}/{record.TABLE} lists."
+        )
+    print(f"{len(entries)} recipes in {out}/{record.TABLE}" + (f", {len(missing)} missing" if missing else ""))
