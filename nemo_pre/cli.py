@@ -180,6 +180,8 @@ def train(arguments: Arguments) -> None:
             print(f"warning: {warning}", file=sys.stderr)
         print(report.summary(), file=sys.stderr, flush=True)
     if config.dry_run:
+        if is_first_rank():
+            print("not started: dry_run=true. nemo-pre rehearse runs its steps on fake tensors.", file=sys.stderr)
         return
     if is_first_rank():
         save_resolved(config, Path(config.output_dir) / "config.yaml")

@@ -216,6 +216,11 @@ def _without_pinning(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _in_one_copy(right: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor of the device becomes a list after one copy to the host; a fake one's elements would be asked for."""
+    return lambda self: self.cpu().tolist() if self.device.type == "cuda" else right(self)
+
+
 def _type_with_device(right: Callable[..., Any]) -> Callable[..., Any]:
     def type_of(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None and self.device.type == "cuda":  # a fake parameter whose data were replaced says "meta"
@@ -228,8 +233,8 @@ def _type_with_device(right: Callable[..., Any]) -> Callable[..., Any]:
 @patch(
     "fake-data",
     why="Assigning to the data of a fake tensor leaves the device it says it is on as it was, and NeMo and Megatron"
-    " move parameters by assigning to their data.",
-    until="FakeTensor.data's setter takes over the fake device.",
+    " move parameters by assigning to their data; a list of one asks for its elements one by one.",
+    until="FakeTensor.data's setter takes over the fake device, and its tolist copies once.",
 )
 def fake_data():
     import torch._subclasses.fake_tensor as fake_tensor
@@ -241,6 +246,7 @@ def fake_data():
 
     getter = property(lambda tensor: torch.Tensor.data.__get__(tensor), set_data)  # type: ignore[attr-defined]
     yield Change(fake_tensor.FakeTensor, "data", getter)
+    yield Change(fake_tensor.FakeTensor, "tolist", _in_one_copy(fake_tensor.FakeTensor.tolist))
     yield Change(fake_tensor, "init_gpu_context", _quiet())
 
 

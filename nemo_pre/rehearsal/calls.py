@@ -7,6 +7,7 @@ from typing import Any
 
 HOST = "host"  # the device of calls that hosts make among themselves: objects, barriers
 SENDS, RECEIVES = ("send",), ("recv",)
+NUMBERS = "numbers of "  # what the names of collectives of a host's tensors begin with
 SETUP = "setup"  # the phase before the first step
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.orphans import forked_processes_die_with_their_parent
+from nemo_pre.rehearsal.calls import NUMBERS
 from nemo_pre.rehearsal.found import Found, Order
 from nemo_pre.rehearsal.places import answers, representatives
 
@@ -35,7 +36,7 @@ class _Member:
     order: Order
     process: Any = None
     connection: Any = None
-    asks: tuple[tuple[int, ...], int] | None = None  # the collective of objects that it waits in
+    asks: tuple[tuple[int, ...], str] | None = None  # the collective of objects that it waits in: its ranks, its name
     said: Any = None
     past: set[Any] = field(default_factory=set)  # the collectives of objects that it has left
     found: Found | None = None
@@ -121,8 +122,8 @@ class Crew:
             if kind == "progress":
                 self.progress(member.order, *content)
             elif kind == "objects":
-                ranks, number, said = content
-                member.asks, member.said = (ranks, number), said
+                ranks, name, said = content
+                member.asks, member.said = (ranks, name), said
             elif kind == "found":
                 member.found = pickle.loads(content[0])
                 self.progress(member.order, "done")
@@ -161,7 +162,8 @@ class Crew:
             for other in self._members:
                 if other.asks == member.asks:
                     said[other.order.rank] = other.said
-            found = answers(config.parallel, member.asks[0], speakers, said)
+            ranks, name = member.asks
+            found = answers(config.parallel, ranks, speakers, said, numbers=name.startswith(NUMBERS))
             member.past.add(member.asks)
             member.asks = member.said = None
             member.connection.send(found)
@@ -174,11 +176,13 @@ class Crew:
             ranks = {other.order.rank: other for other in self._members}
             missing = next(rank for rank in member.asks[0] if rank in ranks and ranks[rank].asks != member.asks)
             other = ranks[missing]
-            where = "has come to its end" if other.asks is None else f"waits in one of {len(other.asks[0])} ranks"
-            raise RankFailure(
-                f"{self._name(member)} waits in collective {member.asks[1] + 1} of objects over "
-                f"{len(member.asks[0])} ranks, while rank {missing} {where}."
-            )
+            where = "has come to its end" if other.asks is None else f"waits in {_called(other.asks)}"
+            raise RankFailure(f"{self._name(member)} waits in {_called(member.asks)}, while rank {missing} {where}.")
+
+
+def _called(asks: tuple[tuple[int, ...], str]) -> str:
+    name, _, number = asks[1].rpartition(" ")
+    return f"{name} number {number} of {len(asks[0])} ranks"
 
 
 # --- a rank's process -----------------------------------------------------------------------------------------------
@@ -193,8 +197,8 @@ def _main(entry: str, order: Order, connection: Any) -> None:
         with lock:
             connection.send(message)
 
-    def exchange(number: int, mine: Any, ranks: Sequence[int]) -> list[Any]:
-        send("objects", tuple(ranks), number, mine)
+    def exchange(name: str, mine: Any, ranks: Sequence[int]) -> list[Any]:
+        send("objects", tuple(ranks), name, mine)
         return connection.recv()
 
     try:

@@ -107,6 +107,8 @@ class Rehearsed(TorchDispatchMode):
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
         tensors: list[torch.Tensor] = []
         _collect(args, tensors)

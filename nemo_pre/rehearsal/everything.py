@@ -12,15 +12,22 @@ from nemo_pre.rehearsal import record
 from nemo_pre.rehearsal.rehearse import default_jobs, tell
 from nemo_pre.rehearsal.run import Wishes, run_rehearsal
 
+TOLD_OF_A_TRACEBACK = 1500  # characters, its end
+
 
 def rehearse_all(
-    only: Sequence[str] = (), out: str = "docs", layers: int | None = None, jobs: int = 0, again: bool = False
+    only: Sequence[str] = (),
+    out: str = "docs",
+    layers: int | None = None,
+    messages: bool = True,
+    jobs: int = 0,
+    again: bool = False,
 ) -> None:
     """Rehearse every recipe, and write out/rehearsals.json and out/rehearsals.md after each.
 
     What is recorded already, of the same configuration and as many layers, is passed over, so that a rehearsal that
-    was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth, jobs=N
-    ranks run at a time, again=true passes over nothing.
+    was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth,
+    messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
     """
     names = recipes.choices("experiment")
     unknown = sorted(set(only) - set(names))
@@ -31,7 +38,7 @@ def rehearse_all(
     for name in only or names:
         config = compose_run([f"experiment={name}"])
         asked = min(layers or config.model.language.num_layers, config.model.language.num_layers)
-        why = "asked for" if again else record.why_again(entries.get(name), config, asked)
+        why = "asked for" if again else record.why_again(entries.get(name), config, asked, messages)
         if why is not None:
             todo.append((name, why))
     tell(f"{len(todo)} of {len(only or names)} recipes to rehearse")
@@ -40,12 +47,14 @@ def rehearse_all(
         tell(f"{name} ({number + 1} of {len(todo)}): {why}")
         config = compose_run([f"experiment={name}"])
         try:
-            rehearsed = run_rehearsal(config, Wishes(layers=layers, jobs=jobs or default_jobs()), tell)
+            rehearsed = run_rehearsal(
+                config, Wishes(layers=layers, messages=messages, jobs=jobs or default_jobs()), tell
+            )
         except (RankFailure, ValueError) as error:
             failed.append(name)
             tell(f"  {error}")
-            if isinstance(error, RankFailure):
-                tell(error.traceback)
+            if isinstance(error, RankFailure) and error.traceback:
+                tell(error.traceback[-TOLD_OF_A_TRACEBACK:])
             continue
         entries[name] = record.entry(config, rehearsed)
         record.write(out, entries)

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from nemo_pre.compat.rehearsed_device import TWIN
-from nemo_pre.rehearsal.calls import HOST, SETUP, Call, Log
+from nemo_pre.rehearsal.calls import HOST, NUMBERS, SETUP, Call, Log
 from nemo_pre.rehearsal.lines import line_of_code
 
-Exchange = Callable[[int, Any, Sequence[int]], list[Any]]  # a collective of objects: its number, mine, the ranks
+# A collective of objects, or of numbers on the host: what it is called on all ranks, what this one gives, the ranks.
+Exchange = Callable[[str, Any, Sequence[int]], list[Any]]
 
 KINDS = {
     "allreduce_": "all_reduce",
@@ -124,7 +125,7 @@ class Groups:
             )
         )
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            self._answer(name, args, len(ranks))
+            self._answer(name, args, ranks)
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) and name not in ("send", "barrier"):
                 setattr(tensor, TWIN, None)  # it holds what others sent
@@ -132,25 +133,45 @@ class Groups:
         self._works = [*self._works[-63:], work]
         return work.boxed() if name in WORK_ALONE else (args[0], work.boxed())
 
-    def _answer(self, name: str, args: Any, size: int) -> None:
-        """Fill in real tensors of the host what comes out where every rank gives the same."""
-        if name == "allreduce_" and self._op == dist.ReduceOp.SUM:
+    def _answer(self, name: str, args: Any, ranks: tuple[int, ...]) -> None:
+        """Fill in real tensors of the host what comes out of what all ranks give.
+
+        Raises:
+            NotImplementedError: the host does something else with its tensors than the project's code ever does.
+        """
+        if name == "allreduce_":
             for tensor in args[0]:
-                tensor.mul_(size)
+                given = torch.stack(self._ask(name, tensor, ranks))
+                tensor.copy_(_reduced(given, self._op).view_as(tensor))
         elif name == "_allgather_base_":
-            args[0].copy_(args[1].repeat(size, *[1] * (args[1].dim() - 1)).view_as(args[0]))
+            found = [each.flatten() for each in self._ask(name, args[1], ranks)]
+            args[0].copy_(torch.cat(found).view_as(args[0]))
         elif name == "allgather_":
             for outs, value in zip(args[0], args[1], strict=True):
-                for out in outs:
-                    out.copy_(value)
+                for out, each in zip(outs, self._ask(name, value, ranks), strict=True):
+                    out.copy_(each.view_as(out))
+        elif name == "broadcast_":
+            for tensor in args[0]:
+                tensor.copy_(self._ask(name, tensor, ranks)[args[2]].view_as(tensor))
+        elif name not in ("send", "barrier"):
+            raise NotImplementedError(f"{name} of tensors of the host is not rehearsed ({line_of_code(2)}).")
+
+    def _ask(self, kind: str, tensor: torch.Tensor, ranks: tuple[int, ...]) -> list[torch.Tensor]:
+        """What all ranks give."""
+        found = self._exchange(self._number(NUMBERS + kind, ranks), tensor.tolist(), ranks)
+        return [torch.as_tensor(each, dtype=tensor.dtype) for each in found]
+
+    def _number(self, kind: str, ranks: tuple[int, ...]) -> str:
+        """What this collective is called among those of the same ranks, on all of them."""
+        number = self._objects[ranks] = self._objects.get(ranks, 0) + 1
+        return f"{kind} {number}"
 
     # --- calls that torch's dispatcher does not see -----------------------------------------------------------------
 
     def objects(self, kind: str, mine: Any, ranks: Sequence[int]) -> list[Any]:
         members = tuple(ranks)
         self._host_call(kind, members)
-        number = self._objects[members] = self._objects.get(members, -1) + 1
-        return self._exchange(number, mine, members)
+        return self._exchange(self._number(kind, members), mine, members)
 
     def barrier(self, ranks: Sequence[int]) -> None:
         self._host_call("barrier", tuple(ranks))
@@ -175,6 +196,17 @@ class Groups:
             yield
         finally:
             self._op = before
+
+
+def _reduced(given: torch.Tensor, op: Any) -> torch.Tensor:
+    """What an all-reduce makes of ``[ranks, ...]``."""
+    if op == dist.ReduceOp.MAX:
+        return given.amax(0)
+    if op == dist.ReduceOp.MIN:
+        return given.amin(0)
+    if op == dist.ReduceOp.AVG:
+        return given.double().mean(0)
+    return given.sum(0)
 
 
 def _is_group(value: Any) -> bool:

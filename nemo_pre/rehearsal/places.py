@@ -41,16 +41,17 @@ def place_of(layout: ParallelConfig, rank: int) -> Place:
     return Place(stage, data, context, tensor)
 
 
-def places_for_memory(config: RunConfig, stages: Sequence[int] | None = None) -> list[Place]:
+def places_for_memory(config: RunConfig, stages: Sequence[int] | None = None, second: bool = True) -> list[Place]:
     """A rank of every stage that differs, and on the first and the last stage a second tensor-parallel rank.
 
     Args:
         stages: those instead, from 0.
+        second: whether the second ranks are wanted.
     """
     chosen = sorted(set(stages_that_differ(config) if stages is None else stages))
     places = [Place(stage) for stage in chosen]
     ends = {0, config.parallel.pipeline - 1} & set(chosen)
-    if config.parallel.tensor > 1:
+    if config.parallel.tensor > 1 and second:
         places += [Place(stage, tensor=config.parallel.tensor - 1) for stage in sorted(ends)]
     return places
 
@@ -123,7 +124,7 @@ def said_by(layout: ParallelConfig, rank: int, speaker: int, said: Any) -> Any:
 
     They give the same, but for the ranks of a group of theirs: those of the same group at the rank's own place.
     """
-    if rank == speaker or not _is_group_of(said, speaker):
+    if rank == speaker or not _is_group_of(said, speaker, world_size(layout)):
         return said
     own, other = place_of(layout, rank), place_of(layout, speaker)
     members = [place_of(layout, member) for member in said]
@@ -136,17 +137,23 @@ def said_by(layout: ParallelConfig, rank: int, speaker: int, said: Any) -> Any:
     return type(said)(rank_of(layout, replace(member, **fixed)) for member in members)
 
 
-def _is_group_of(said: Any, rank: int) -> bool:
-    is_list = isinstance(said, (list, tuple)) and all(type(member) is int for member in said)
-    return is_list and rank in said and len(set(said)) == len(said)
+def _is_group_of(said: Any, rank: int, world: int) -> bool:
+    if not isinstance(said, (list, tuple)) or not all(type(member) is int for member in said):
+        return False
+    return rank in said and len(set(said)) == len(said) and all(0 <= member < world for member in said)
 
 
 def answers(
-    layout: ParallelConfig, ranks: Sequence[int], speakers: Mapping[int, int], said: Mapping[int, Any]
+    layout: ParallelConfig,
+    ranks: Sequence[int],
+    speakers: Mapping[int, int],
+    said: Mapping[int, Any],
+    numbers: bool = False,
 ) -> list[Any]:
     """What all ``ranks`` of a group gave to a collective of objects.
 
     Args:
+        numbers: they are no objects, hence never the ranks of a group.
         speakers: see :func:`representatives`.
         said: by rehearsed rank. A representative outside of the group, or that was not asked, is replaced by another
             that was.
@@ -156,5 +163,5 @@ def answers(
         speaker = rank if rank in said else speakers[rank]
         if speaker not in said:
             speaker = min(said)
-        found.append(said_by(layout, rank, speaker, said[speaker]))
+        found.append(said[speaker] if numbers else said_by(layout, rank, speaker, said[speaker]))
     return found

@@ -13,7 +13,7 @@ from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.rehearsal.found import Found, Order
 
-Exchange = Callable[[int, Any, Any], list[Any]]
+Exchange = Callable[[str, Any, Any], list[Any]]
 
 
 def rehearse(order: Order, exchange: Exchange, progress: Callable[[str], None]) -> Found:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.rehearsal.compare import gib
 from nemo_pre.rehearsal.found import Found
@@ -132,11 +133,12 @@ def differences(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
     return found
 
 
-def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int) -> str | None:
+def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int, messages: bool = True) -> str | None:
     """Why a recipe is rehearsed again, without rehearsing it; None: it need not be.
 
     Args:
         layers: decoder layers that are asked for.
+        messages: whether calls are to be matched.
     """
     if recorded is None:
         return "not recorded"
@@ -144,6 +146,8 @@ def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int
         return "its configuration is another"
     if recorded["layers"] < layers:
         return f"recorded with {recorded['layers']} layers"
+    if messages and recorded["messages"] is None and world_size(config.parallel) > 1:
+        return "recorded without messages"
     return None
 
 
@@ -183,7 +187,7 @@ def table(entries: Mapping[str, Any]) -> str:
     """The Markdown page of the record."""
     rows = []
     for name, each in entries.items():
-        met = "alone" if each["messages"] is None else f"{each['messages']} + {each['collectives']}"
+        met = "" if each["messages"] is None else f"{each['messages']} + {each['collectives']}"
         verified = each["verified_on_a_gpu"] or "never"
         for number, rank in enumerate(each["ranks"]):
             first = number == 0

@@ -139,7 +139,7 @@ wrong.
 Beside the options of nemo-pre train:
   layers=N             cut the decoder and the tower to about N layers
   stages=1,3           of which pipeline stages; default: one of each kind
-  messages=false       do not match the ranks' calls
+  messages=false       do not match the ranks' calls, and leave out second tensor-parallel ranks
   jobs=N               ranks at a time; default: as many as cores
   json=FILE            write everything there too
 

@@ -28,7 +28,8 @@ class Wishes:
     Attributes:
         layers: decoder layers that are left; None: all.
         stages: from 0, whose memory is measured; None: those that differ.
-        messages: match all stages' calls, of two replicas and a second tensor-parallel rank, at a layer a chunk.
+        messages: match all stages' calls, of two replicas and a second tensor-parallel rank, at a layer a chunk; without
+            it no second tensor-parallel rank is rehearsed.
         jobs: ranks that compute at a time.
         entry: what a rank's process calls.
     """
@@ -132,7 +133,7 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
     whole = config.model.language.num_layers
     measured = as_rehearsed(config, wishes.layers)
     matched = as_rehearsed(config, num_chunks(config.parallel))
-    for_memory = places_for_memory(measured, wishes.stages)
+    for_memory = places_for_memory(measured, wishes.stages, second=wishes.messages)
     for_messages = places_for_messages(matched) if wishes.messages else []
     together = measured.model.language.num_layers == matched.model.language.num_layers
     crews = [(measured, sorted({*for_memory, *(for_messages if together else [])}))]
@@ -160,8 +161,8 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
     for beside, each in zip(rehearsed.besides, found, strict=True):
         rehearsed.problems += missed(beside, each)
         rehearsed.remarks += remarks(beside, each)
-    if for_messages:
-        rehearsed.cut = [each for each in results[-1] if each.place in for_messages]
+    if for_messages or together:
+        rehearsed.cut = results[-1]
     if len(for_messages) > 1:
         logs = {each.rank: each.log for each in results[-1] if each.place in for_messages}
         rehearsed.met, rehearsed.met_ranks = meet(logs), len(logs)

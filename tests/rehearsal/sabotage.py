@@ -99,9 +99,10 @@ def objects_without_answer(order: Any, *others: Any) -> Any:
     install = AnchorExchange.install.__func__  # type: ignore[attr-defined]
 
     def lonely(cls: Any, taps: int, device: Any) -> Any:
+        exchange = install(cls, taps, device)
         if dist.get_rank():
             dist.all_gather_object([None] * dist.get_world_size(), "here")
-        return install(cls, taps, device)
+        return exchange
 
     AnchorExchange.install = classmethod(lonely)  # type: ignore[method-assign]
     return rehearse(order, *others)

@@ -37,6 +37,12 @@ def test_what_is_no_group_is_said_alike_by_all():
         assert said_by(LAYOUT, 30, 0, said) == said
 
 
+def test_counts_are_never_taken_for_ranks():
+    config = compose_run(["experiment=digits_tiny", "parallel=dp2"])
+    speakers = representatives(config, [Place(0)])
+    assert answers(config.parallel, [0, 1], speakers, {0: [1, 0]}, numbers=True) == [[1, 0], [1, 0]]
+
+
 def test_the_ranks_of_a_group_are_those_of_the_same_group_at_the_ranks_own_place():
     for rank in range(48):
         assert said_by(LAYOUT, rank, 13, pipeline_of(13)) == pipeline_of(rank)

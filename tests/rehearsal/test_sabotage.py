@@ -10,7 +10,6 @@ from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.rehearsal.run import Wishes, run_rehearsal
 from nemo_pre.rehearsal.tables import describe
 
-SMALL = ["data.sequence_length=256", "trainer.micro_batch_size=2"]
 TWO_STAGES = ["experiment=digits_tiny_pre", "parallel=pp2"]
 ONE = ["experiment=digits_tiny_pre", "parallel=single"]
 
@@ -32,9 +31,8 @@ def test_a_sound_run_comes_to_its_end_and_says_what_it_did(sound):
     assert sound.met.messages > 0 and sound.met.collectives > 0
     assert all(len(found.peaks) == 2 and found.growth < 4096 for found in sound.found)
     for beside, found in zip(sound.besides, sound.found, strict=True):
-        assert {kind: beside.measured[kind] for kind in ("weights", "gradients", "optimizer")} == {
-            kind: beside.planned[kind] for kind in ("weights", "gradients", "optimizer")
-        }
+        for kind in ("weights", "gradients", "optimizer"):
+            assert beside.measured[kind] == pytest.approx(beside.planned[kind], rel=0.01)  # Megatron pads its buffers
         assert found.kernels > 0 and found.flops > 0
         assert found.forward_flops[0] == pytest.approx(beside.forward[0][1], rel=0.01)
     first, second = sound.calls
@@ -62,7 +60,7 @@ def test_swapped_calls_of_two_stages_are_found_and_named():
 
 
 def test_a_collective_of_objects_that_one_rank_leaves_out_is_named():
-    with pytest.raises(RankFailure, match="waits in collective .* of objects over 2 ranks"):
+    with pytest.raises(RankFailure, match="waits in all_gather_object number .* of 2 ranks"):
         rehearsed(TWO_STAGES, "objects_without_answer", messages=True)
 
 
