@@ -28,7 +28,7 @@ class Wishes:
     Attributes:
         layers: decoder layers that are left; None: all.
         stages: from 0, whose memory is measured; None: those that differ.
-        messages: match all stages' calls, of two replicas and a second tensor-parallel rank, at a layer a chunk; without
+        messages: match the calls of all stages, of two replicas and a second tensor-parallel rank; without
             it no second tensor-parallel rank is rehearsed.
         jobs: ranks that compute at a time.
         entry: what a rank's process calls.
