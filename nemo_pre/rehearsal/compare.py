@@ -48,7 +48,7 @@ class Beside:
 
     @property
     def over(self) -> float:
-        """By which part of the measured peak the plan is above it."""
+        """The part of the measured peak by which the plan is above it."""
         return self.plan / self.peak - 1
 
 

@@ -86,7 +86,7 @@ class Memory:
         return found.most_common()
 
     def lines_of(self, keys: Iterable[int]) -> list[tuple[str, int]]:
-        """The same of storages that are alive."""
+        """What holds the most among storages that are alive, as :meth:`lines_at_peak` tells it."""
         found: Counter[str] = Counter()
         for key in keys:
             if key in self._alive:

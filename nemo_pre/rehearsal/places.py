@@ -73,7 +73,7 @@ def places_for_messages(config: RunConfig) -> list[Place]:
 
 
 def representatives(config: RunConfig, rehearsed: Sequence[Place]) -> dict[int, int]:
-    """For every rank of the run the rehearsed one that speaks for it: of the same stage, or of one with the same
+    """The rehearsed rank that speaks for each rank of the run: one of the same stage, or of a stage with the same
     parts, and as near in the other coordinates as there is."""
     layout = config.parallel
     alike = _stages_alike(config)
@@ -96,7 +96,7 @@ def representatives(config: RunConfig, rehearsed: Sequence[Place]) -> dict[int, 
 
 
 def _stages_alike(config: RunConfig) -> list[int]:
-    """For every stage the first one with the same parts."""
+    """The first stage with the same parts as each, stage by stage."""
     firsts = stages_that_differ(config)
     if len(firsts) == config.parallel.pipeline:
         return firsts

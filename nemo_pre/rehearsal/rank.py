@@ -78,7 +78,7 @@ def _become(order: Order) -> None:
 
 
 def _patches_of_the_run(config: RunConfig) -> Iterator[Any]:
-    """Those that a run on GPUs has, and those of CPU ranks that stand for kernels of Transformer Engine."""
+    """The patches of a run on GPUs, and those of CPU ranks that stand for kernels of Transformer Engine."""
     from nemo_pre.compat import checkpoints, cpu_megatron, distributed_setup, learning_rates, progress, telemetry
 
     for patches in (checkpoints, learning_rates, progress, telemetry):

@@ -274,7 +274,7 @@ class _Simulation:
         return "The ranks wait for each other: " + "; ".join(told) + "."
 
     def _waits_for(self, rank: _Rank) -> tuple[str, int] | None:
-        """At what the rank stands, and for which other rank."""
+        """What the rank stands at, and which other rank it waits for."""
         for communicator, stream in self._waited(rank):
             operation = stream[0]
             first = operation.calls[0]

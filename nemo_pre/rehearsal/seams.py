@@ -122,7 +122,7 @@ def like_fused_layers(language: Any, count: Callable[[float], None]) -> None:
     from megatron.core.transformer.module import MegatronModule
 
     class FlashAttention(MegatronModule):
-        """In the place of Megatron's unfused attention, and of Transformer Engine's ring over context ranks."""
+        """Attention in the place of Megatron's unfused one, and of Transformer Engine's ring over context ranks."""
 
         def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
             super().__init__(config=config)
