@@ -34,18 +34,15 @@ def rehearse_all(
     if unknown:
         raise ValueError(f"{unknown[0]} is no recipe: choose of {', '.join(names)}.")
     entries = {name: each for name, each in record.read(out).items() if name in names}
-    todo = []
-    for name in only or names:
-        config = compose_run([f"experiment={name}"])
-        asked = min(layers or config.model.language.num_layers, config.model.language.num_layers)
-        why = "asked for" if again else record.why_again(entries.get(name), config, asked, messages)
-        if why is not None:
-            todo.append((name, why))
-    tell(f"{len(todo)} of {len(only or names)} recipes to rehearse")
-    started, failed = time.monotonic(), []
-    for number, (name, why) in enumerate(todo):
-        tell(f"{name} ({number + 1} of {len(todo)}): {why}")
-        config = compose_run([f"experiment={name}"])
+    names_asked = list(only or names)
+    started, done, failed = time.monotonic(), 0, []
+    for number, name in enumerate(names_asked):
+        config = compose_run([f"experiment={name}"])  # a second each
+        whole = config.model.language.num_layers
+        why = record.why_again(entries.get(name), config, min(layers or whole, whole), messages)
+        if why is None and not again:
+            continue
+        tell(f"{name} ({number + 1} of {len(names_asked)}): {why or 'asked for'}")
         try:
             rehearsed = run_rehearsal(
                 config, Wishes(layers=layers, messages=messages, jobs=jobs or default_jobs()), tell
@@ -60,11 +57,12 @@ def rehearse_all(
         record.write(out, entries)
         for sentence in rehearsed.problems:
             tell(f"  problem: {sentence}")
-        left = (time.monotonic() - started) / (number + 1) * (len(todo) - number - 1)
-        tell(f"  {rehearsed.seconds:.0f} s; about {left / 60:.0f} minutes left")
+        done += 1
+        left = (time.monotonic() - started) / done * (len(names_asked) - number - 1)
+        tell(f"  {rehearsed.seconds:.0f} s; about {left / 60:.0f} minutes left, if none of them is passed over")
     record.write(out, entries)
     missing = [name for name in names if name not in entries]
-    with_problems = [name for name in only or names if name in entries and entries[name]["problems"]]
+    with_problems = [name for name in names_asked if name in entries and entries[name]["problems"]]
     if failed:
         raise RankFailure(f"{len(failed)} recipes could not be rehearsed: {', '.join(failed)}.")
     if with_problems:
