@@ -1,7 +1,7 @@
 # make demo | make test: everything else is installed on the way. Needs python3 (3.10 to 3.12) and make.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help install demo check test lint format lock clean
+.PHONY: help install demo check test rehearse lint format lock clean
 
 unexport PYTHONDONTWRITEBYTECODE # byte code halves the time NeMo takes to import
 unexport PYTHONPATH
@@ -21,7 +21,7 @@ DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus
 DEMO_RUN := runs/digits_tiny_pre
 
 help:
-	@echo "make install | demo | check | test | lint | format | lock | clean"
+	@echo "make install | demo | check | test | rehearse | lint | format | lock | clean"
 	@echo "check: lint, types, pure tests and one parity case in under two minutes; test: the whole suite"
 
 install: $(INSTALLED)
@@ -63,6 +63,10 @@ PARITY_CASE := tests/parity/test_parity.py::test_losses_and_gradients_of_one_mic
 
 check: lint
 	$(BIN)/python -m pytest -n 2 -q $(PURE) "$(PARITY_CASE)"
+
+# Every recipe with a layer a chunk, compared with what docs/rehearsals.json records; hours on two cores.
+rehearse: $(INSTALLED)
+	NEMO_PRE_REHEARSE_EVERY_RECIPE=1 $(BIN)/python -m pytest -q tests/rehearsal/test_recorded.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

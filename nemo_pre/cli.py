@@ -50,6 +50,12 @@ VERBS = {
         "nemo_pre.verbs.plan:plan",
         usage="nemo_pre.verbs.plan:plan_help",
     ),
+    "rehearse all": Verb("rehearse every recipe, and record it", "nemo_pre.rehearsal.everything:rehearse_all"),
+    "rehearse": Verb(
+        "a run's real steps at their true size, on fake tensors, before any GPU sees it",
+        "nemo_pre.rehearsal.rehearse:rehearse",
+        usage="nemo_pre.rehearsal.rehearse:rehearse_help",
+    ),
     "scale": Verb(
         "a grid of runs: simulated, submitted or collected, and drawn",
         "nemo_pre.scaling.scale:scale",
@@ -208,6 +214,8 @@ def train(arguments: Arguments) -> None:
         for warning in report.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         print(report.summary(), file=sys.stderr, flush=True)
+    if config.dry_run and not complete and is_first_rank():
+        print("not started: dry_run=true. nemo-pre rehearse runs its steps on fake tensors.", file=sys.stderr)
     if config.dry_run or complete:
         return
     run = config if goes_on is None else goes_on.config

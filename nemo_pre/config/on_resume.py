@@ -178,8 +178,14 @@ RULES: dict[str, OnResume] = {
     **dict.fromkeys(
         (
             *(f"cluster.{each}" for each in ("name", "nodes", "devices_per_node", "partition", "account", "qos")),
-            *(f"cluster.{each}" for each in ("time_limit", "warning_seconds", "cpus_per_task", "memory_per_node")),
-            *(f"cluster.{each}" for each in ("exclude", "sbatch_options", "container_image", "container_mounts")),
+            *(
+                f"cluster.{each}"
+                for each in ("time_limit", "warning_seconds", "cpus_per_task", "memory_per_node", "gpu")
+            ),
+            *(
+                f"cluster.{each}"
+                for each in ("gpu_memory_gb", "exclude", "sbatch_options", "container_image", "container_mounts")
+            ),
             *(f"cluster.{each}" for each in ("python", "environment", "setup", "ft_restarts", "max_failures")),
             *(f"cluster.{each}" for each in ("health_check", "all_reduce_check", "min_free_gb", "min_write_mb_s")),
         ),

@@ -19,6 +19,7 @@ from nemo_pre.slurm.render import Job, command_job, sweep_job, training_job
 TIME_LIMIT = re.compile(r"\d+-\d+(:\d+){0,2}|\d+:\d+(:\d+)?|infinite", re.IGNORECASE)
 SUBMITTED = "slurm/submitted"  # in a run's folder: the number of the job that trains it
 COMMANDS = ("export", "evaluate")  # what may follow the runs of a chain
+REHEARSE = "rehearse"
 
 
 def submit(words: Sequence[str]) -> None:
@@ -26,9 +27,12 @@ def submit(words: Sequence[str]) -> None:
 
     Raises:
         ValueError: an option is unknown or does not fit, or sbatch refuses a job.
+        RankFailure: a rehearsal finds a problem; nothing is submitted then.
     """
     request = parse(words)
     jobs = render(request)
+    if request.rehearse:
+        rehearse_runs(request)
     if request.dry_run:
         for job in jobs:
             print(f"# {job.path}\n{job.script}")
@@ -47,6 +51,8 @@ cluster=SITE is a file of recipes/cluster: partition, account, time limit, conta
   nemo-pre submit experiment=NAME cluster=SITE --dry-run            print the script
   nemo-pre submit chain=[NAME,NAME,export,evaluate] cluster=SITE    each starts when the former has succeeded;
                                                                     export.X=Y, evaluate.X=Y: options of those
+  nemo-pre submit experiment=NAME cluster=SITE rehearse=true        nemo-pre rehearse first, here; nothing is submitted
+                                                                    where it finds a problem. rehearse.X=Y: its options
   nemo-pre submit experiment=NAME cluster=SITE sweep=optim.lr=1e-4,3e-4    an array; several sweeps: every combination
 
 A job that is preempted, reaches its time limit, or loses a rank or node goes back into the queue and continues from
@@ -55,13 +61,16 @@ its newest checkpoint. Logs: OUTPUT_DIR/slurm/JOB.RESTART.log. More: docs/cluste
 
 @dataclass
 class Request:
-    """What the words say. ``overrides`` go to every run; ``commands`` holds the options of export and evaluate."""
+    """What the words say. ``overrides`` go to every run; ``commands`` holds the options of export and evaluate,
+    ``rehearsal`` those of the rehearsal before."""
 
     overrides: list[str] = field(default_factory=list)
     chain: list[str] = field(default_factory=list)
     sweeps: list[tuple[str, list[str]]] = field(default_factory=list)
     commands: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in COMMANDS})
     dry_run: bool = False
+    rehearse: bool = False
+    rehearsal: list[str] = field(default_factory=list)
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -80,6 +89,12 @@ def parse(words: Sequence[str]) -> Request:
             raise ValueError(f"'{word}' is not an option of nemo-pre submit: see nemo-pre submit --help.")
         elif name == "chain":
             request.chain = [link.strip() for link in value.strip("[]").split(",") if link.strip()]
+        elif name == REHEARSE:
+            if value not in ("true", "false"):
+                raise ValueError(f"{word} is neither rehearse=true nor rehearse=false.")
+            request.rehearse = value == "true"
+        elif verb == REHEARSE and option:
+            request.rehearsal.append(f"{option}={value}")
         elif name == "sweep":
             request.sweeps.append(_sweep(value))
         elif verb in COMMANDS and option:
@@ -109,6 +124,8 @@ def _check_request(request: Request) -> None:
     tail = request.chain[len(runs) :]
     if tail not in ([], ["export"], ["export", "evaluate"]):
         raise ValueError(f"chain={','.join(request.chain)} must end with export, or export,evaluate, or a run.")
+    if request.rehearsal and not request.rehearse:
+        raise ValueError(f"rehearse.{request.rehearsal[0]} has no effect: add rehearse=true.")
     for verb, options in request.commands.items():
         if options and verb not in tail:
             raise ValueError(f"{verb}.{options[0]} has no effect: put {verb} into chain=.")
@@ -151,6 +168,20 @@ def with_nodes(words: Sequence[str]) -> list[str]:
             f"or set cluster.devices_per_node=null and cluster.nodes=N."
         )
     return [*words, f"cluster.nodes={ranks // per_node}"]
+
+
+def rehearse_runs(request: Request) -> None:
+    """Rehearse every run of the request here; of a sweep its first, since all have one layout.
+
+    Raises:
+        RankFailure: a rehearsal finds a problem.
+    """
+    from nemo_pre.rehearsal.rehearse import rehearse
+
+    point = [f"{name}={values[0]}" for name, values in request.sweeps]
+    runs = [link for link in request.chain if link not in COMMANDS]
+    for first in [[f"experiment={link}"] for link in runs] or [[]]:
+        rehearse([*with_nodes([*first, *request.overrides]), *point, *request.rehearsal])
 
 
 def _render_sweep(request: Request) -> Job:

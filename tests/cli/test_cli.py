@@ -115,7 +115,8 @@ def test_dry_run_on_prepared_data_prints_the_summary_and_starts_nothing(tmp_path
     assert cli.main(["data", "demo", "out=digits", "num_scenes=12", "workers=1"]) == 0
     capsys.readouterr()
     assert cli.main(["train", "experiment=digits_tiny_pre", "data.path=digits", "dry_run=true"]) == 0
-    assert "PRe at layer 5" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "PRe at layer 5" in printed and "nemo-pre rehearse" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 

@@ -1,0 +1,72 @@
+"""``nemo-pre rehearse all``: every recipe, into the record and its table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import recipes
+from nemo_pre.config.compose import compose_run
+from nemo_pre.launch.ranks import RankFailure
+from nemo_pre.rehearsal import record
+from nemo_pre.rehearsal.rehearse import default_jobs, tell
+from nemo_pre.rehearsal.run import Wishes, run_rehearsal
+
+TOLD_OF_A_TRACEBACK = 1500  # characters, its end
+
+
+def rehearse_all(
+    only: Sequence[str] = (),
+    out: str = "docs",
+    layers: int | None = None,
+    messages: bool = True,
+    jobs: int = 0,
+    again: bool = False,
+) -> None:
+    """Rehearse every recipe, and write out/rehearsals.json and out/rehearsals.md after each.
+
+    What is recorded already, of the same configuration and as many layers, is passed over, so that a rehearsal that
+    was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth,
+    messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
+    """
+    names = recipes.choices("experiment")
+    unknown = sorted(set(only) - set(names))
+    if unknown:
+        raise ValueError(f"{unknown[0]} is no recipe: choose of {', '.join(names)}.")
+    entries = {name: each for name, each in record.read(out).items() if name in names}
+    names_asked = list(only or names)
+    started, done, failed = time.monotonic(), 0, []
+    for number, name in enumerate(names_asked):
+        config = compose_run([f"experiment={name}"])  # a second each
+        whole = config.model.language.num_layers
+        why = record.why_again(entries.get(name), config, min(layers or whole, whole), messages)
+        if why is None and not again:
+            continue
+        tell(f"{name} ({number + 1} of {len(names_asked)}): {why or 'asked for'}")
+        try:
+            rehearsed = run_rehearsal(
+                config, Wishes(layers=layers, messages=messages, jobs=jobs or default_jobs()), tell
+            )
+        except (RankFailure, ValueError) as error:
+            failed.append(name)
+            tell(f"  {error}")
+            if isinstance(error, RankFailure) and error.traceback:
+                tell(error.traceback[-TOLD_OF_A_TRACEBACK:])
+            continue
+        entries[name] = record.entry(config, rehearsed)
+        record.write(out, entries)
+        for sentence in rehearsed.problems:
+            tell(f"  problem: {sentence}")
+        done += 1
+        left = (time.monotonic() - started) / done * (len(names_asked) - number - 1)
+        tell(f"  {rehearsed.seconds:.0f} s; about {left / 60:.0f} minutes left, if none of them is passed over")
+    record.write(out, entries)
+    missing = [name for name in names if name not in entries]
+    with_problems = [name for name in names_asked if name in entries and entries[name]["problems"]]
+    if failed:
+        raise RankFailure(f"{len(failed)} recipes could not be rehearsed: {', '.join(failed)}.")
+    if with_problems:
+        raise RankFailure(
+            f"{len(with_problems)} of the rehearsed recipes have problems, which {out}/{record.TABLE} lists."
+        )
+    print(f"{len(entries)} recipes in {out}/{record.TABLE}" + (f", {len(missing)} missing" if missing else ""))

@@ -1,0 +1,214 @@
+"""The record of all recipes' rehearsals: a JSON file, and the table that is made of it.
+
+An entry is as old as the code while two things are as they were: the recipe's configuration (its digest), and what its
+rehearsal at a layer a chunk finds. The second is compared with what a rehearsal finds now, so a commit that changes
+nothing that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_pre.config.derived import world_size
+from nemo_pre.config.run import RunConfig
+from nemo_pre.rehearsal.compare import gib
+from nemo_pre.rehearsal.found import Found
+from nemo_pre.rehearsal.run import Rehearsed
+
+FILE, TABLE = "rehearsals.json", "rehearsals.md"
+FORMAT = 1
+APART = 0.002  # by which bytes of two rehearsals of the same code may differ: garbage is collected when it is
+AGAIN = "run nemo-pre rehearse all, which rehearses what is missing or old"
+
+
+def read(directory: str | Path) -> dict[str, Any]:
+    """The entries by recipe; none where there is no record yet.
+
+    Raises:
+        ValueError: the file is not a record.
+    """
+    path = Path(directory) / FILE
+    if not path.exists():
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+        if raw["format"] != FORMAT:
+            raise ValueError(f"it states format {raw['format']!r}")
+        return dict(raw["recipes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of rehearsals ({error!r}): remove it and {AGAIN}.") from error
+
+
+def write(directory: str | Path, entries: Mapping[str, Any]) -> None:
+    """Write the record and its table, each whole or not at all."""
+    ordered = {name: entries[name] for name in sorted(entries)}
+    text = json.dumps({"format": FORMAT, "recipes": ordered}, indent=1) + "\n"
+    for name, content in ((FILE, text), (TABLE, table(ordered))):
+        path = Path(directory) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{name}.{os.getpid()}")
+        fresh.write_text(content)
+        fresh.replace(path)
+
+
+# --- entries --------------------------------------------------------------------------------------------------------
+
+
+def digest(config: RunConfig) -> str:
+    """The first 16 hex digits of the SHA-256 of the run's options, but for where it lies and what it is called."""
+    values = asdict(config)
+    for name in ("name", "output_dir", "experiment", "init_from", "dry_run", "resume", "platform"):
+        values.pop(name)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def entry(config: RunConfig, rehearsed: Rehearsed) -> dict[str, Any]:
+    """What is recorded of a recipe's rehearsal."""
+    met = rehearsed.met
+    return {
+        "commit": commit(),
+        "config": digest(config),
+        "layers": rehearsed.layers,
+        "of_layers": rehearsed.all_layers,
+        "micro_batches": rehearsed.micro_batches,
+        "ranks": [
+            {
+                "place": str(beside.place),
+                "stage": beside.place.stage + 1,
+                "peak": beside.peak,
+                "planned": beside.plan,
+                "over": round(beside.over, 5),
+                "state": found.state_bytes,
+                "held_more_after_a_step": found.growth,
+                "host_waits": sum(number for _, number in found.waits),
+                "kernels": found.kernels,
+                "tflop": round(found.flops / 1e12, 3),
+            }
+            for beside, found in zip(rehearsed.besides, rehearsed.found, strict=True)
+        ],
+        "messages": None if met is None else met.messages,
+        "collectives": None if met is None else met.collectives,
+        "met_ranks": rehearsed.met_ranks,
+        "at_a_layer_a_chunk": [facts(found) for found in rehearsed.cut],
+        "problems": rehearsed.problems,
+        "not_covered": rehearsed.not_covered,
+        "verified_on_a_gpu": None,
+    }
+
+
+def facts(found: Found) -> dict[str, Any]:
+    """What a rank's rehearsal at a layer a chunk is recognised by."""
+    steps = [call for call in found.log.calls if call.phase == "2" and len(call.ranks) > 1]
+    return {
+        "rank": found.rank,
+        "peak": found.peak,
+        "state": found.state_bytes,
+        "kernels": found.kernels,
+        "flops": found.flops,
+        "host_waits": sum(number for _, number in found.waits),
+        "calls": len(steps),
+        "call_bytes": sum(call.bytes for call in steps),
+    }
+
+
+def differences(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where two rehearsals at a layer a chunk differ, rank by rank of those that both have; one sentence each."""
+    found, before = [], {each["rank"]: each for each in recorded}
+    for each in now:
+        old = before.get(each["rank"])
+        if old is None:
+            found.append(f"rank {each['rank']} is not recorded")
+            continue
+        for name, value in each.items():
+            apart = APART * max(abs(value), abs(old.get(name, 0))) if name in ("peak", "state") else 0
+            if abs(value - old.get(name, 0)) > apart:
+                found.append(f"rank {each['rank']}: {name} was {old.get(name)} and is {value}")
+    return found
+
+
+def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int, messages: bool = True) -> str | None:
+    """Why a recipe is rehearsed again, without rehearsing it; None: it need not be.
+
+    Args:
+        layers: decoder layers that are asked for.
+        messages: whether calls are to be matched.
+    """
+    if recorded is None:
+        return "not recorded"
+    if recorded["config"] != digest(config):
+        return "its configuration is another"
+    if recorded["layers"] < layers:
+        return f"recorded with {recorded['layers']} layers"
+    if messages and recorded["messages"] is None and world_size(config.parallel) > 1:
+        return "recorded without messages"
+    return None
+
+
+def commit() -> str:
+    """The commit of the code, with a plus where files differ from it; ``unknown`` outside of a clone."""
+    where = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(where), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "--short=10", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "nemo_pre", "recipes")
+    except OSError:
+        return "unknown"
+    return (head + "+" * bool(changed)) if head else "unknown"
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+HEADER = """# Rehearsals of all recipes
+
+Generated by `nemo-pre rehearse all` from [rehearsals.json](rehearsals.json); [rehearsing.md](rehearsing.md) says what
+the figures are and what a rehearsal cannot see. Peaks are GiB of a rank, with Adam's moments, without the libraries'
+buffers; *plan* is what `nemo-pre plan` says without them, and by how much it is above (+) or under (-) the rehearsed
+peak. *Layers* are the decoder layers that were rehearsed: with fewer than all of them the peak is not the run's.
+*Met* are the messages and collectives of all stages, two replicas and a second tensor-parallel rank that found each
+other, at a layer a chunk. Nothing here was measured on a GPU.
+
+| recipe | layers | rank | peak | plan | | host waits a step | met | problems | commit | verified on a GPU |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def table(entries: Mapping[str, Any]) -> str:
+    """The Markdown page of the record."""
+    rows = []
+    for name, each in entries.items():
+        met = "" if each["messages"] is None else f"{each['messages']} + {each['collectives']}"
+        verified = each["verified_on_a_gpu"] or "never"
+        for number, rank in enumerate(each["ranks"]):
+            first = number == 0
+            cells = [
+                name if first else "",
+                f"{each['layers']} of {each['of_layers']}" if first else "",
+                rank["place"],
+                gib(rank["peak"]),
+                gib(rank["planned"]),
+                f"{rank['over']:+.1%}",
+                str(rank["host_waits"]),
+                met if first else "",
+                str(len(each["problems"])) if first else "",
+                each["commit"] if first else "",
+                verified if first else "",
+            ]
+            rows.append("| " + " | ".join(cells) + " |")
+    problems = [f"- {name}: {sentence}" for name, each in entries.items() for sentence in each["problems"]]
+    not_covered = sorted({sentence for each in entries.values() for sentence in each["not_covered"]})
+    sections = [HEADER + "\n".join(rows)]
+    if problems:
+        sections.append("## Problems\n\n" + "\n".join(problems))
+    sections.append("## Not covered\n\n" + "\n".join(f"- {sentence}" for sentence in not_covered))
+    return "\n\n".join(sections) + "\n"

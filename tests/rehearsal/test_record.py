@@ -1,0 +1,84 @@
+"""How the record of all recipes' rehearsals is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nemo_pre.config.compose import compose_run
+from nemo_pre.rehearsal import everything, record
+from nemo_pre.rehearsal.compare import Beside
+from nemo_pre.rehearsal.found import Found
+from nemo_pre.rehearsal.places import Place
+from nemo_pre.rehearsal.rendezvous import Met
+from nemo_pre.rehearsal.run import Rehearsed
+
+
+@pytest.fixture
+def rehearsed():
+    """What a rehearsal that needs no process would have found."""
+    config = compose_run(["experiment=digits_tiny", "parallel=pp2"])
+    found = Found(Place(0), 0, state={"weights": 60}, peaks=[90, 100], held=[60, 60], waits=[("a.py:1", 2)], kernels=7)
+    beside = Beside(Place(0), {"weights": 60, "a step": 40}, {"weights": 60, "a step": 42})
+    met = Met(messages=3, collectives=4)
+    return Rehearsed("digits_tiny", config, 2, 8, 3, [beside], [found], [[]], [found], met, 2, [], [], ["speed"])
+
+
+def test_an_entry_is_old_when_the_recipe_changes_or_more_layers_are_asked_for(rehearsed):
+    config = rehearsed.config
+    entry = record.entry(config, rehearsed)
+    assert record.why_again(None, config, 2) == "not recorded"
+    assert record.why_again(entry, config, 2) is None
+    without = {**entry, "messages": None}
+    assert record.why_again(without, config, 2) == "recorded without messages"
+    assert record.why_again(without, config, 2, messages=False) is None
+    assert record.why_again(entry, config, 8) == "recorded with 2 layers"
+    moved = replace(config, output_dir="elsewhere", name="other", init_from="before")
+    assert record.why_again(entry, moved, 2) is None
+    longer = replace(config, data=replace(config.data, sequence_length=config.data.sequence_length * 2))
+    assert record.why_again(entry, longer, 2) == "its configuration is another"
+
+
+def test_an_entry_is_old_when_the_code_finds_something_else(rehearsed):
+    facts = record.facts(rehearsed.found[0])
+    assert record.differences([facts], [facts]) == []
+    assert record.differences([facts], [{**facts, "kernels": 8}]) == ["rank 0: kernels was 7 and is 8"]
+    assert record.differences([facts], [{**facts, "peak": 110}]) == ["rank 0: peak was 100 and is 110"]
+    assert record.differences([{**facts, "peak": 10_000}], [{**facts, "peak": 10_001}]) == []
+    assert record.differences([facts], [{**facts, "rank": 1}]) == ["rank 1 is not recorded"]
+
+
+def test_it_is_read_as_it_was_written_and_says_never_and_how_deep(rehearsed, tmp_path):
+    entry = record.entry(rehearsed.config, rehearsed)
+    record.write(tmp_path, {"b": entry, "a": {**entry, "problems": ["too much."]}})
+    assert record.read(tmp_path) == json.loads(json.dumps({"a": {**entry, "problems": ["too much."]}, "b": entry}))
+    rows = [line for line in (tmp_path / record.TABLE).read_text().splitlines() if line.startswith("| a ")]
+    assert len(rows) == 1 and "| 2 of 8 |" in rows[0] and "| 3 + 4 |" in rows[0] and rows[0].endswith("| never |")
+    assert "- a: too much." in (tmp_path / record.TABLE).read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [record.FILE, record.TABLE]
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path):
+    (tmp_path / record.FILE).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="is not a record of rehearsals"):
+        record.read(tmp_path)
+
+
+def test_all_goes_on_where_it_was_stopped_and_counts_what_has_problems(rehearsed, tmp_path, monkeypatch, capsys):
+    done = []
+
+    def run(config, wishes, tell):
+        done.append(config.experiment)
+        return replace(rehearsed, layers=wishes.layers, problems=[])
+
+    monkeypatch.setattr(everything, "run_rehearsal", run)
+    names = ["digits_tiny", "digits_tiny_pre"]
+    everything.rehearse_all(names[:1], out=str(tmp_path), layers=2)
+    everything.rehearse_all(names, out=str(tmp_path), layers=2)
+    assert done == names
+    everything.rehearse_all(names[:1], out=str(tmp_path), layers=2, again=True)
+    assert done == [*names, names[0]]
+    with pytest.raises(ValueError, match="nothing is no recipe"):
+        everything.rehearse_all(["nothing"], out=str(tmp_path))
