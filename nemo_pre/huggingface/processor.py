@@ -82,7 +82,7 @@ def _keep_pixels(directory: Path, model: ModelConfig, data: Any) -> None:
         if not (directory / FILES_OF_PARTS[name]).is_file():
             (directory / FILES_OF_PARTS[name]).write_text(json.dumps(content, indent=2) + "\n")
     if not keeps:
-        make = _native_image_processor if is_native(model.vision) else _image_processor
+        make = _native_image_processor if is_native(model.vision) else image_processor
         make(model, data).save_pretrained(directory)
 
 
@@ -127,7 +127,7 @@ def _processor(tokenizer: Any, model: ModelConfig, data: Any, chat_template: str
 
     vision = model.vision
     return LlavaProcessor(
-        image_processor=_image_processor(model, data),
+        image_processor=image_processor(model, data),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default" if vision.drop_class_token else "full",
@@ -181,7 +181,7 @@ def _as_qwen2(tokenizer: Any) -> Any:
     return Qwen2TokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special, **names)
 
 
-def _image_processor(model: ModelConfig, data: Any) -> Any:
+def image_processor(model: ModelConfig, data: Any) -> Any:
     """The processor whose pixels are those of :mod:`nemo_pre.data.images`."""
     from transformers import CLIPImageProcessor, LlavaImageProcessor, SiglipImageProcessor
 

@@ -180,9 +180,9 @@ def damage_of(checkpoint: Path) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, RecursionError):
-        return f"{SIZES} cannot be read"
+        sizes = None
     if not isinstance(sizes, dict):
-        return f"{SIZES} holds no sizes"
+        return f"{SIZES} cannot be read"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():

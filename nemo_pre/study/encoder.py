@@ -86,6 +86,7 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
     from torch import nn
 
     from nemo_pre.diagnostics.patches import NOTHING
+    from nemo_pre.huggingface.processor import image_processor
     from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
 
     (pixels, classes), (val_pixels, val_classes) = _pictures(run, data)
@@ -109,6 +110,7 @@ def _train(run: RunConfig, data: str, out: Path, steps: int, device: str) -> flo
             right += int((found == truth)[truth > 0].sum())
             shown += int((truth > 0).sum())
     tower.cpu().save_pretrained(out)
+    image_processor(run.model, run.data).save_pretrained(out)
     return right / shown
 
 

@@ -91,7 +91,7 @@ def jobs(bed: TestBed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Jo
     unfit = script("unfit").replace(f"HEALTH=({folder / 'unfit'} 0 ", f"HEALTH=({folder / 'unfit'} 1 ")
     unfit = unfit.replace("\nWORDS=(", f"\nexport PATH={nvidia_smi.parent}:$PATH{wrong}")
     two_nodes = ["parallel=dp2", "cluster.nodes=2", "cluster.all_reduce_check=true"]
-    time_limit = ["cluster.time_limit='00:01:00'", "cluster.warning_seconds=50", unchecked]
+    time_limit = ["cluster.time_limit=00:01:00", "cluster.warning_seconds=50", unchecked]
     return {
         "unfit": submit("unfit", unfit),
         "adding up": with_rank("adding_up", "exit(0)", *two_nodes),

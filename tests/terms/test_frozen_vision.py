@@ -222,7 +222,7 @@ def test_floating_point_operations_are_those_of_the_matrices_by_hand(tmp_path):
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="objective.viral.target_path=.*nowhere is neither"):
+    with pytest.raises(ValueError, match="objective.viral.target_path=.*nowhere does not exist"):
         vision_facts(target(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="objective.viral.target_path=DIR"):
         vision_facts(replace(target(tmp_path), path=None))
