@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import recipes
 from nemo_pre.config.compose import compose_run
 from nemo_pre.launch.ranks import RankFailure
+from nemo_pre.options import Count, PathText
 from nemo_pre.rehearsal import record
 from nemo_pre.rehearsal.rehearse import default_jobs, tell
 from nemo_pre.rehearsal.run import Wishes, run_rehearsal
@@ -17,10 +18,10 @@ TOLD_OF_A_TRACEBACK = 1500  # characters, its end
 
 def rehearse_all(
     only: Sequence[str] = (),
-    out: str = "docs",
-    layers: int | None = None,
+    out: PathText = "docs",
+    layers: Count | None = None,
     messages: bool = True,
-    jobs: int = 0,
+    jobs: Count | None = None,
     again: bool = False,
 ) -> None:
     """Rehearse every recipe, and write out/rehearsals.json and out/rehearsals.md after each.
@@ -44,9 +45,8 @@ def rehearse_all(
             continue
         tell(f"{name} ({number + 1} of {len(names_asked)}): {why or 'asked for'}")
         try:
-            rehearsed = run_rehearsal(
-                config, Wishes(layers=layers, messages=messages, jobs=jobs or default_jobs()), tell
-            )
+            wishes = Wishes(layers=layers, messages=messages, jobs=jobs or default_jobs())
+            rehearsed = run_rehearsal(config, wishes, tell)
         except (RankFailure, ValueError) as error:
             failed.append(name)
             tell(f"  {error}")

@@ -33,6 +33,7 @@ def prepare_language(run: RunConfig, runs: Path, seed: int, steps: int, device: 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from nemo_pre.data.tokenizer import load_tokenizer, tokenizer_path
     from nemo_pre.huggingface.architecture import hf_config
     from nemo_pre.huggingface.atomic import appearing
 
@@ -49,6 +50,7 @@ def prepare_language(run: RunConfig, runs: Path, seed: int, steps: int, device: 
         if steps:
             _train(model.to(device), _texts(run), steps, f"language, seed {seed}")
         model.cpu().save_pretrained(unfinished)
+        load_tokenizer(tokenizer_path(run)).save_pretrained(unfinished)
         (unfinished / DESCRIPTION).write_text(json.dumps(made_with, indent=1) + "\n")
     return directory
 

@@ -177,7 +177,8 @@ def test_ranks_refuse_what_would_count_anew_beside_the_runs_checkpoints(straight
     config = yaml.safe_load((saved / "config.yaml").read_text())
     config["objective"]["viral"] |= {"enabled": True, "target": "encoder", "head_hidden_width": 8}
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
-    (saved / "sizes.json").unlink()
+    for name in ("sizes.json", "checksums.json"):
+        (saved / name).unlink()
     viral = ["objective.viral.enabled=true", "objective.viral.target=encoder", "objective.viral.head_hidden_width=8"]
     with pytest.raises(
         RankError, match=r"since .*step=6 has no viral_head: set the options of objective.viral as they"
