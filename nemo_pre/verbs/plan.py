@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.checks.presence import check_init_from
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
@@ -61,6 +62,8 @@ def plan(arguments: Sequence[str]) -> None:
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(overrides)
+    if any(word.startswith("init_from=") for word in overrides):  # which may bring the model
+        check_init_from(config)
     if options.json is not None:
         check_output_file("json", options.json)
     device = device_of_cluster(config.cluster) or DEVICES[DEFAULT_GPU]
