@@ -35,7 +35,9 @@ def submit(words: Sequence[str]) -> None:
         return
     if shutil.which("sbatch") is None:
         raise ValueError("There is no sbatch on this machine: submit on a login node, or look at it with --dry-run.")
-    submit_chain(jobs)
+    numbers = submit_chain(jobs)
+    logs = jobs[0].path.parent
+    print(f"{len(numbers)} job(s) in the queue; next: squeue -j {','.join(numbers)}, and tail -f {logs}/*.log")
 
 
 def submit_help() -> str:

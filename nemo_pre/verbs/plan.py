@@ -81,9 +81,11 @@ def plan(arguments: Sequence[str]) -> None:
     if found is not None and options.gpus is not None:
         text += "\n\n" + describe_search(found, options.gpus, device, config.trainer.max_steps, options.price)
     print(text)
+    made = f"the plan of {config.name}"
     if options.json is not None:
         Path(options.json).write_text(json.dumps(as_json(own, found, device, efficiency), indent=1) + "\n")
-        print(f"written to {options.json}")
+        made = f"written to {options.json}"
+    print(f"\n{made}; next: nemo-pre train ... dry_run=true, then nemo-pre submit ... cluster=SITE")
 
 
 def _on(config: RunConfig, gpus: int | None) -> RunConfig:

@@ -123,7 +123,9 @@ def test_train_saves_the_resolved_config_and_launches_the_ranks(tmp_path, monkey
     started = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
-    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry: started.append((config.name, entry)))
+    monkeypatch.setattr(
+        "nemo_pre.launch.ranks.launch", lambda config, entry, **_: started.append((config.name, entry))
+    )
     assert cli.main(["train", "experiment=digits_tiny_pre", "output_dir=out"]) == 0
     assert started == [("digits_tiny_pre", "nemo_pre.train:run_rank")]
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["output_dir"] == "out"
