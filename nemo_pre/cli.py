@@ -10,6 +10,7 @@ import collections.abc
 import importlib
 import inspect
 import os
+import string
 import sys
 import traceback
 import types
@@ -18,9 +19,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_pre.options import Rule, nearest
+
+if TYPE_CHECKING:
+    from nemo_pre.config.run import RunConfig
 
 Arguments = Sequence[str]
 
@@ -29,13 +33,16 @@ Arguments = Sequence[str]
 class Verb:
     """``function`` is "module:function": its parameters are the verb's options, its docstring the help. Of ``train``,
     whose options are a whole configuration, it takes the words of the command line, and ``usage`` returns the help;
-    ``topics`` explains the part of the configuration that a word beside ``--help`` names."""
+    ``topics`` explains the part of the configuration that a word beside ``--help`` names. ``last`` is the last line
+    of a verb that made something, with its options' values: what that is, and the next command; a verb without it
+    writes that line itself."""
 
     summary: str
     function: str
     defaults: dict[str, Any] = field(default_factory=dict)
     usage: str | None = None
     topics: str | None = None
+    last: str | None = None
 
 
 VERBS = {
@@ -67,11 +74,26 @@ VERBS = {
         usage="nemo_pre.slurm.submit:submit_help",
     ),
     "data demo": Verb(
-        "prepare the demo's data: scenes of handwritten digits", "data_prep.digits:prepare", {"out": "data/digits"}
+        "prepare the demo's data: scenes of handwritten digits",
+        "data_prep.digits:prepare",
+        {"out": "data/digits"},
+        last="{out}; next: nemo-pre train experiment=digits_tiny_pre data.path={out}",
     ),
-    "data prepare": Verb("turn a public dataset into shards", "data_prep.prepare:prepare"),
-    "data validate": Verb("read prepared data again and report what is wrong", "data_prep.validate:validate"),
-    "data stats": Verb("lengths, resolutions and turns of prepared data", "data_prep.stats:stats"),
+    "data prepare": Verb(
+        "turn a public dataset into shards",
+        "data_prep.prepare:prepare",
+        last="{out}; next: nemo-pre data validate {out}",
+    ),
+    "data validate": Verb(
+        "read prepared data again and report what is wrong",
+        "data_prep.validate:validate",
+        last="{path} is sound; next: nemo-pre train experiment=NAME data.path={path} dry_run=true",
+    ),
+    "data stats": Verb(
+        "lengths, resolutions and turns of prepared data",
+        "data_prep.stats:stats",
+        last="statistics of {path}; next: nemo-pre train experiment=NAME data.path={path} dry_run=true",
+    ),
     "data lengths": Verb(
         "measure what data.packing is planned from: the options of a run",
         f"{__name__}:data_lengths",
@@ -83,13 +105,36 @@ VERBS = {
         usage="nemo_pre.verbs.features:features_help",
     ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
-    "export": Verb("make a Hugging Face directory of a checkpoint", "nemo_pre.huggingface.exporter:export_checkpoint"),
-    "generate": Verb("ask a checkpoint's model about a picture", "nemo_pre.inference:generate"),
-    "evaluate": Verb("run lmms-eval on an exported directory", "nemo_pre.evaluation.evaluate:evaluate"),
-    "diagnose": Verb("measure what becomes of a model's visual tokens", "nemo_pre.verbs.diagnose:diagnose"),
+    "export": Verb(
+        "make a Hugging Face directory of a checkpoint",
+        "nemo_pre.huggingface.exporter:export_checkpoint",
+        last="{out}; next: nemo-pre evaluate {out}, or nemo-pre report RUN report.html model={out}",
+    ),
+    "generate": Verb(
+        "ask a checkpoint's model about a picture",
+        "nemo_pre.inference:generate",
+        last="{out}; next: nemo-pre export {checkpoint} HF_DIR",
+    ),
+    "evaluate": Verb(
+        "run lmms-eval on an exported directory",
+        "nemo_pre.evaluation.evaluate:evaluate",
+    ),
+    "diagnose": Verb(
+        "measure what becomes of a model's visual tokens",
+        "nemo_pre.verbs.diagnose:diagnose",
+        last="{out}; next: nemo-pre diagnose OTHER_MODEL {data} OTHER_OUT compare={out}",
+    ),
     "study digits": Verb("train and diagnose every arm of the digits study", "nemo_pre.study.digits:study"),
-    "watch": Verb("evaluate a run's checkpoints while it trains", "nemo_pre.evaluation.watch:evaluate_run"),
-    "compare": Verb("put runs side by side: table and plot", "nemo_pre.report.compare:compare"),
+    "watch": Verb(
+        "evaluate a run's checkpoints while it trains",
+        "nemo_pre.evaluation.watch:evaluate_run",
+        last="{run}/evaluations.jsonl; next: nemo-pre report {run} report.html",
+    ),
+    "compare": Verb(
+        "put runs side by side: table and plot",
+        "nemo_pre.report.compare:compare",
+        last="{out}; next: nemo-pre report RUN report.html, of one of them",
+    ),
     "report": Verb("write a run's HTML report", "nemo_pre.report.page:report"),
 }
 
@@ -172,8 +217,19 @@ def _dispatch(words: list[str]) -> int:
     elif verb.usage:
         function(rest)
     else:
-        function(**options(function, rest, name, verb.defaults))
+        values = options(function, rest, name, verb.defaults)
+        function(**values)
+        _say_last(verb, function, values)
     return 0
+
+
+def _say_last(verb: Verb, function: Callable[..., Any], given: dict[str, Any]) -> None:
+    """The last line of a verb that has one; where it names an option that was left empty, nothing was made."""
+    parameters = inspect.signature(function).parameters.items()
+    values = {name: given.get(name, parameter.default) for name, parameter in parameters}
+    wanted = [name for _, name, _, _ in string.Formatter().parse(verb.last or "") if name]
+    if verb.last and all(values.get(name) is not None for name in wanted):
+        print(verb.last.format_map(values), flush=True)
 
 
 def general_help() -> str:
@@ -220,14 +276,25 @@ def train(arguments: Arguments) -> None:
         return
     run = config if goes_on is None else goes_on.config
     if not is_first_rank():
-        launch(run, "nemo_pre.train:run_rank")
+        launch(run, "nemo_pre.train:run_rank", own_words=True)
         return
     with writing(config.output_dir, keeps=(REQUEUE, ROLL_BACK)):
-        launch(run, "nemo_pre.train:run_rank")
+        launch(run, "nemo_pre.train:run_rank", own_words=True)
+    _tell_what_was_trained(config)
+
+
+def _tell_what_was_trained(config: RunConfig) -> None:
+    from nemo_pre.run_files.checkpoints import checkpoint_dir, newest_checkpoint
+
+    newest = newest_checkpoint(checkpoint_dir(config))
+    if newest is not None:
+        print(f"{newest}; next: nemo-pre export {config.output_dir} {config.output_dir}/hf", flush=True)
 
 
 def _train_options(arguments: Arguments) -> tuple[list[str], bool]:
-    """The overrides, and whether ``--cfg job`` was among them."""
+    """The overrides, and whether ``--cfg job`` was among them; ``--verbose`` is for this process and its ranks."""
+    from nemo_pre.launch.words import VERBOSE
+
     overrides, print_config = [], False
     words = iter(arguments)
     for word in words:
@@ -236,6 +303,8 @@ def _train_options(arguments: Arguments) -> tuple[list[str], bool]:
             if value != "job":
                 raise ValueError("--cfg prints the composed config and takes one value: --cfg job.")
             print_config = True
+        elif word == "--verbose":
+            os.environ[VERBOSE] = "1"
         elif word.startswith("-"):
             raise ValueError(f"'{word}' is not an option of nemo-pre train: see nemo-pre train --help.")
         else:
@@ -266,7 +335,7 @@ Every option of a part, with its default and what it may hold:
 
   nemo-pre train --help trainer                                 or model.vision, objective.laver, run, ...
 
-Results go to output_dir (runs/NAME)."""
+What libraries say goes to rank0.log in output_dir; --verbose shows it. Results go to output_dir (runs/NAME)."""
 
 
 # --- data lengths ---------------------------------------------------------------------------------------------------
@@ -286,7 +355,7 @@ def data_lengths(arguments: Arguments) -> None:
     how = build_preprocessing(config)
     sources = [source.path for source in config.data.blend or []] or [config.data.path]
     for path in sources:
-        print(measure_lengths(read_manifest(path), how))
+        print(f"{measure_lengths(read_manifest(path), how)}; next: nemo-pre train ... data.packing=true")
 
 
 def data_lengths_help() -> str:

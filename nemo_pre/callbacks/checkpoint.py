@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 
+from nemo_pre.callbacks.progress import progress_of
 from nemo_pre.config.compose import save_resolved
 from nemo_pre.config.run import RunConfig
 from nemo_pre.run_files.checkpoints import (
@@ -142,6 +143,8 @@ class RunCheckpoint(ModelCheckpoint):
                 record_checksums(directory)
                 record_sizes(directory)
             finalize()  # removes the mark of an unfinished checkpoint
+            if (progress := progress_of(trainer)) is not None:
+                progress.say(f"saved {checkpoint_dir(self._config) / Path(filepath).stem}")
 
         return describe_and_finalize
 

@@ -8,11 +8,17 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.data.hub import find_hf_file
 from nemo_pre.data.tokenizer import tokenizer_path
 from nemo_pre.objectives.registry import enabled
+from nemo_pre.run_files.checkpoints import checkpoint_dir, former_stage, numbered_checkpoints
+from nemo_pre.run_files.saved_config import check_same_model, check_same_weights
 
 
-def check_presence(config: RunConfig) -> str:
+def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
     """Check every file a run starts from; returns one line on the data. Where the tokenizer is that of ``init_from``,
     the configuration names it from now on.
+
+    Args:
+        config: the run.
+        former: the run, checked already, whose checkpoint ``init_from`` is going to be.
 
     Raises:
         ValueError: one sentence on what is missing or does not fit, and what to do.
@@ -30,11 +36,43 @@ def check_presence(config: RunConfig) -> str:
     for objective in enabled(config):
         for option, source, name in objective.files():
             find_hf_file(option, source, name)
-    if config.init_from and not Path(config.init_from).expanduser().is_dir():
+    if former is not None:
+        check_same_model(config.model, former.model, f"{former.name}, the stage before it,")
+    else:
+        check_init_from(config)
+    if not named and manifest.tokenizer is None:
+        # so that the run's checkpoints say which it was
+        config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
+        _check_tokenizer_of_weights(config)
+    sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
+    return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
+
+
+def check_init_from(config: RunConfig) -> None:
+    """Check that the weights a run starts from are there and of its model, by the checkpoint's ``config.yaml`` alone.
+    A run that has checkpoints of its own continues from those, wherever the former stage's are now.
+
+    Raises:
+        ValueError: one sentence on what is missing or differs.
+    """
+    if config.init_from is None or (config.resume and numbered_checkpoints(checkpoint_dir(config))):
+        return
+    if not Path(config.init_from).expanduser().is_dir():
         raise ValueError(
             f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."
         )
-    if not named and manifest.tokenizer is None:
-        config.model.tokenizer = tokenizer_path(config)  # so that the run's checkpoints say which it was
-    sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
-    return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
+    check_same_weights(config.model, former_stage(config.init_from))
+
+
+def _check_tokenizer_of_weights(config: RunConfig) -> None:
+    """Refuse a tokenizer that the weights of ``init_from`` came with and that is not where it was."""
+    from nemo_pre.data.tokenizer import SETTINGS, tokenizer_problem
+
+    found = str(config.model.tokenizer)
+    problem = tokenizer_problem(found)
+    if problem is not None:
+        raise ValueError(
+            f"The tokenizer {found}, which the weights of init_from={config.init_from} came with, cannot be loaded: "
+            f"{problem}; or set model.tokenizer."
+        )
+    find_hf_file("model.tokenizer", found, SETTINGS)

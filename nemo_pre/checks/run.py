@@ -69,8 +69,12 @@ class Report:
         )
 
 
-def check_run(config: RunConfig) -> Report:
+def check_run(config: RunConfig, former: RunConfig | None = None) -> Report:
     """Check a composed run: its options, layout, batch and objective, then what must lie on disk.
+
+    Args:
+        config: the run.
+        former: the run that is queued before it, whose checkpoint ``init_from`` is going to be.
 
     Raises:
         ValueError: one sentence that says what to change.
@@ -78,7 +82,7 @@ def check_run(config: RunConfig) -> Report:
     warnings = check_options(config)
     memory, too_little = check_memory(config)
     continues = continuation(config)
-    data = check_presence(config)
+    data = check_presence(config, former) if former is not None else check_presence(config)
     warnings += check_pixels(config)
     _check_blend(config)
     if continues is not None:
@@ -368,6 +372,11 @@ def _ignored_options(config: RunConfig) -> Iterator[str]:
     for module in ("vision", "projector", "language"):
         if getattr(optim, f"freeze_{module}") and getattr(optim, f"lr_{module}") is not None:
             yield f"optim.lr_{module} has no effect with optim.freeze_{module}=true."
+    if config.data.chat_template == "plain" and config.data.name != "digits":
+        yield (
+            "data.chat_template=plain sets no marks between turns: set the language model's own, such as chatml "
+            "(Qwen2.5), llama3 or vicuna_v1."
+        )
     if not config.data.packing and config.data.packing_window != DataConfig().packing_window:
         yield "data.packing_window has no effect with data.packing=false."
     if config.data.name != "digits" and config.data.num_workers == 0:

@@ -14,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import recipes
+from nemo_pre.config import of_init_from
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.words import as_override, unknown_option
 from nemo_pre.options import nearest, value_problems, with_homes
 
 SCHEMA = "run_schema"  # the name by which recipes/config.yaml inherits the dataclasses
 
 
-def compose_config(overrides: Sequence[str]) -> Any:
+def compose_config(overrides: Sequence[str], held: ModelConfig | None = None) -> Any:
     """The composed OmegaConf config, in which values may still be missing (``???``).
+
+    Args:
+        overrides: words of the command line.
+        held: the model that ``init_from`` will hold, where its checkpoint is not there yet.
 
     Raises:
         ValueError: one sentence on an override that names no option, or a value that does not fit.
@@ -35,7 +41,15 @@ def compose_config(overrides: Sequence[str]) -> Any:
     _search_own_recipes_too()
     _refuse_search_path(overrides)
     with _one_sentence(), initialize_config_dir(config_dir=str(recipes.DIRECTORY), version_base="1.3"):
-        composed = compose("config", overrides=list(map(as_override, overrides)), return_hydra_config=True)
+        words = list(map(as_override, overrides))
+        of_init_from.offer(None if held is None else of_init_from.as_held(held))
+        composed = compose("config", overrides=words, return_hydra_config=True)
+        choice = composed.hydra.runtime.choices.get("model")
+        if held is None and choice in (of_init_from.OF_INIT_FROM, of_init_from.UNNAMED):
+            found = of_init_from.held_by(composed, choice)
+            if found is not None:
+                of_init_from.offer(found)
+                composed = compose("config", overrides=words, return_hydra_config=True)
         values = OmegaConf.to_container(composed, resolve=False)
         assert isinstance(values, dict)
         values["experiment"] = _with_origin(values.pop("hydra")["runtime"]["choices"].get("experiment"))
@@ -71,8 +85,9 @@ def _with_origin(experiment: str | None) -> str | None:
     return f"{experiment}, from {file}" if file is not None and file.is_file() else experiment
 
 
-def compose_run(overrides: Sequence[str]) -> RunConfig:
+def compose_run(overrides: Sequence[str], held: ModelConfig | None = None) -> RunConfig:
     """The run that ``nemo-pre train OVERRIDES`` describes, complete and typed; ``~`` in its paths is the user's home.
+    Arguments: see :func:`compose_config`.
 
     Raises:
         ValueError: one sentence: an unknown option, a value of the wrong type or off its option's range, or a value
@@ -80,7 +95,7 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
     """
     from omegaconf import OmegaConf
 
-    config = compose_config(overrides)
+    config = compose_config(overrides, held)
     missing = missing_values(config)
     if missing:
         hint = "choose an experiment, e.g. experiment=digits_tiny" if config.experiment is None else "set them"

@@ -82,6 +82,7 @@ def evaluate(
     ordered = [results[name] for name in names]
     table = _write_table(ordered, directory, fingerprint, lmms_eval, None if tasks else suite, row, index, target)
     print(table, end="", flush=True)
+    print(f"\n{target}; next: nemo-pre report RUN report.html model={model}", flush=True)
     failed = [result for result in ordered if result.note.startswith("failed")]
     if failed:
         raise ValueError(f"{len(failed)} of {len(names)} tasks failed: {failed[0].note.removeprefix('failed: ')}")

@@ -62,7 +62,10 @@ def compute(config: RunConfig, options: Options, wanted: Wanted, work: list[Work
         print(f"{unreadable:,} sample(s) have unreadable images; data.on_error decides about them", file=sys.stderr)
     if elsewhere:
         print(f"{elsewhere:,} shard(s) are being done by other processes", file=sys.stderr)
-    print(f"{directory} ({encoder.source}, {len(mine) - elsewhere:,} shards written)")
+    print(
+        f"{directory} ({encoder.source}, {len(mine) - elsewhere:,} shards written); "
+        f"next: nemo-pre train ... with the option that names it"
+    )
 
 
 def own_device(config: RunConfig) -> torch.device:

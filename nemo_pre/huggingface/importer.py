@@ -117,7 +117,10 @@ def import_checkpoint(
         model.tokenizer = str(target / ORIGINAL)
         _describe(model, pixels, unfinished / "config.yaml", seed)
         record_checksums(unfinished, WEIGHTS)  # config.yaml is the user's to change
-    print(f"{target}: {model.name}, {total / 1e9:.3g} GB; start a run from it with init_from={target}")
+    print(
+        f"{target}: {model.name}, {total / 1e9:.3g} GB; next: "
+        f"nemo-pre train experiment=NAME init_from={target} (model=of_init_from takes its model too)"
+    )
     return target
 
 

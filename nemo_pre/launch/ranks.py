@@ -28,6 +28,7 @@ from nemo_pre.launch.environment import external_job, prepare_environment, uses_
 from nemo_pre.launch.failures import RankFailure, os_sentence
 from nemo_pre.launch.leash import LAUNCHER
 from nemo_pre.launch.stopping import ROLL_BACK
+from nemo_pre.launch.words import LIBRARIES, VERBOSE, is_verbose, separate_words, speak_on
 from nemo_pre.orphans import forked_processes_die_with_their_parent
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.S
 MESSAGE_LIMIT, TRACEBACK_LIMIT = 2_000, 20_000  # characters a rank reports; a pipe holds them without a reader
 
 
-def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch.preload") -> None:
+def launch(
+    config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch.preload", own_words: bool = False
+) -> None:
     """Run ``entry`` (``"module:function"``, called with ``config``) on every rank of the run's layout.
 
     ``preload`` names the module that CPU ranks find already imported, and others import first. Ranks other than 0
-    that are started here write their output to ``output_dir/rank<N>.log``.
+    that are started here write their output to ``output_dir/rank<N>.log``; the log of a start before it is kept as
+    ``rank<N>.former.log``. With ``own_words`` what libraries say on rank 0 goes to such a file too
+    (:mod:`nemo_pre.launch.words`), unless ``--verbose`` wants it seen.
 
     Raises:
         RankFailure: a rank raised, or was ended by a signal.
@@ -64,6 +69,8 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
         prepare_environment(config.platform, ranks // config.cluster.nodes)
         if preload:
             importlib.import_module(preload)  # without the libraries' warnings, times the number of ranks
+        if own_words:
+            _use_own_words(Path(config.output_dir) / LIBRARIES, started_here=False)
         _resolve(entry)(config)
         return
     if config.cluster.nodes > 1:
@@ -79,7 +86,7 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
     imported = [preload] if preload and not uses_gpu(config.platform) else []
     context.set_forkserver_preload([LEASH, *imported])
     with _sigterm_interrupts(), _named_as_launcher():
-        while not _run_local_ranks(context, config, entry, ranks):
+        while not _run_local_ranks(context, config, entry, ranks, preload if own_words else None):
             pass  # they ask to be started again
 
 
@@ -89,12 +96,17 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
 class _Rank:
     """One rank's process, and the pipe through which it reports an exception."""
 
-    def __init__(self, context: Any, config: RunConfig, entry: str, variables: dict[str, str]) -> None:
+    def __init__(
+        self, context: Any, config: RunConfig, entry: str, variables: dict[str, str], libraries: str | None
+    ) -> None:
         self.number = int(variables["RANK"])
-        self.log = Path(config.output_dir) / f"rank{self.number}.log" if self.number else None
+        has_log = self.number or (libraries and not is_verbose())
+        self.log = Path(config.output_dir) / f"rank{self.number}.log" if has_log else None
+        if self.log is not None and self.log.exists():
+            self.log.replace(self.log.with_suffix(".former.log"))
         self._reports, sender = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=_rank_main, args=(entry, config, variables, self.log, sender), name=f"rank {self.number}"
+            target=_rank_main, args=(entry, config, variables, self.log, sender, libraries), name=f"rank {self.number}"
         )
         self.process.start()
         sender.close()
@@ -115,15 +127,18 @@ class _Rank:
         return RankFailure(f"Rank {self.number} of {ranks} {how}{where}.")
 
 
-def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int) -> bool:
-    """Whether the ranks came to their end; if not, they rolled back and want to go on from there."""
+def _run_local_ranks(context: Any, config: RunConfig, entry: str, count: int, libraries: str | None) -> bool:
+    """Whether the ranks came to their end; if not, they rolled back and want to go on from there. ``libraries`` names
+    the module that imports those whose words rank 0 keeps apart."""
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {VERBOSE: os.environ.get(VERBOSE, "")}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks: list[_Rank] = []
     try:
         for number in range(count):
-            ranks.append(_Rank(context, config, entry, {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}))
+            place = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)}
+            ranks.append(_Rank(context, config, entry, place, libraries))
         return _watch(ranks)
     finally:
         _end(ranks)
@@ -165,16 +180,21 @@ def _end(ranks: list[_Rank]) -> None:
             process.join()
 
 
-def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Path | None, reports: Any) -> None:
+def _rank_main(
+    entry: str, config: RunConfig, variables: dict[str, str], log: Path | None, reports: Any, libraries: str | None
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends the ranks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.pop(LAUNCHER, None)  # of what this rank may launch itself
     threading.Thread(target=_die_with_launcher, args=(reports,), daemon=True).start()
     forked_processes_die_with_their_parent()
     os.environ.update(variables)
-    if log is not None:
+    if log is not None and variables["RANK"] != "0":
         _write_output_to(log)
     try:
+        if libraries and variables["RANK"] == "0":
+            importlib.import_module(libraries)
+            _use_own_words(log, started_here=True)
         if "torch" in sys.modules:  # imported by the server, before this rank's environment was known
             sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         _resolve(entry)(config)
@@ -189,6 +209,13 @@ def _rank_main(entry: str, config: RunConfig, variables: dict[str, str], log: Pa
         explained = known is not None or isinstance(error, ValueError)
         reports.send((sentence[:MESSAGE_LIMIT], trace[-TRACEBACK_LIMIT:], explained))
         _leave(1)
+
+
+def _use_own_words(log: Path | None, started_here: bool) -> None:
+    if log is None or is_verbose():
+        speak_on(sys.stderr)
+    else:
+        separate_words(log, started_here)
 
 
 def _leave(code: int) -> NoReturn:

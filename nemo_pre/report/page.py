@@ -53,7 +53,7 @@ def report(
     path.write_text(render(read, samples, provenance(read, where, model)), encoding="utf-8")
     for sample in (samples or [])[:1]:
         print(f"asked: {sample.question} | answered: {sample.answer} | expected: {sample.expected}")
-    print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB, needs no other file")
+    print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB, needs no other file; next: open it in a browser")
     return path
 
 

@@ -94,12 +94,26 @@ def check_same_weights(model: ModelConfig, checkpoint: str | Path) -> None:
     Raises:
         ValueError: one sentence on the first field that differs.
     """
-    wanted, found = flat(model), flat(saved_model(checkpoint))
+    check_same_model(model, saved_model(checkpoint), str(checkpoint))
+
+
+def check_same_model(model: ModelConfig, other: ModelConfig, owner: str) -> None:
+    """Refuse to start from weights of another model.
+
+    Args:
+        model: of the run.
+        other: whose weights it is to start with.
+        owner: what has those, as it stands in the sentence.
+
+    Raises:
+        ValueError: one sentence on the first field that differs.
+    """
+    wanted, found = flat(model), flat(other)
     for name, value in wanted.items():
         if name not in NOT_WEIGHTS and found[name] != value:
             raise ValueError(
-                f"model.{name}={value} but {checkpoint} was made with {found[name]}: choose the model it holds "
-                f"({FILE} in it says which)."
+                f"model.{name}={value} but {owner} was made with {found[name]}: choose the model it holds, which "
+                f"model=of_init_from takes from it."
             )
 
 

@@ -119,7 +119,14 @@ def _write(results: Sequence[Result], options: Options) -> None:
     (options.out / TABLE).write_text(text + "\n")
     (options.out / RESULTS).write_text(json.dumps(as_json(results, options), indent=1) + "\n")
     figures = draw(results, options.out, options.price)
-    print(f"\nwritten: {', '.join(str(path) for path in (options.out / TABLE, options.out / RESULTS, *figures))}")
+    made = ", ".join(str(path) for path in (options.out / TABLE, options.out / RESULTS, *figures))
+    print(f"\nwritten: {made}; next: {_next(options)}")
+
+
+def _next(options: Options) -> str:
+    if options.action == "simulate":
+        return "nemo-pre scale ... action=submit cluster=SITE"
+    return "nemo-pre compare RUNS" if options.action == "collect" else "nemo-pre scale ... action=collect"
 
 
 def as_json(results: Sequence[Result], options: Options) -> dict[str, Any]:

@@ -39,7 +39,9 @@ def submit(words: Sequence[str]) -> None:
         return
     if shutil.which("sbatch") is None:
         raise ValueError("There is no sbatch on this machine: submit on a login node, or look at it with --dry-run.")
-    submit_chain(jobs)
+    numbers = submit_chain(jobs)
+    logs = jobs[0].path.parent
+    print(f"{len(numbers)} job(s) in the queue; next: squeue -j {','.join(numbers)}, and tail -f {logs}/*.log")
 
 
 def submit_help() -> str:
@@ -144,7 +146,7 @@ def render(request: Request) -> list[Job]:
     return [training_job(_checked_run(words, request.dry_run), words)]
 
 
-def with_nodes(words: Sequence[str]) -> list[str]:
+def with_nodes(words: Sequence[str], former: RunConfig | None = None) -> list[str]:
     """``cluster.nodes`` follows from the layout where the site says how many devices a node has; a layout of fewer
     ranks takes a part of one.
 
@@ -156,7 +158,7 @@ def with_nodes(words: Sequence[str]) -> list[str]:
 
     if any(word.startswith("cluster.nodes=") for word in words):
         return list(words)
-    config = compose_run(words)
+    config = compose_run(words, None if former is None else former.model)
     ranks, per_node = world_size(config.parallel), config.cluster.devices_per_node
     if per_node is None:
         return list(words)
@@ -219,24 +221,34 @@ def _render_chain(request: Request) -> list[Job]:
             cli.options(cli._resolve(verb.function), words, link, verb.defaults)  # refuses what the verb does not know
             jobs.append(command_job(former, link, words))
             continue
-        words = with_nodes([f"experiment={link}", *request.overrides])
-        config = _checked_run(words, request.dry_run)
+        words = [f"experiment={link}", *request.overrides]
         if former is not None:
-            if config.output_dir == former.output_dir:
-                raise ValueError("The runs of a chain need directories of their own: have ${name} in output_dir.")
+            words = [word for word in words if not word.startswith("init_from=")]
             words.append(f"init_from={Path(former.output_dir) / 'checkpoints'}")
+        words = with_nodes(words, former)
+        config = _checked_run(words, request.dry_run, former)
+        if former is not None and config.output_dir == former.output_dir:
+            raise ValueError("The runs of a chain need directories of their own: have ${name} in output_dir.")
         jobs.append(training_job(config, words))
         former = config
     return jobs
 
 
-def _checked_run(words: Sequence[str], options_only: bool) -> RunConfig:
-    """Composed and checked as ``nemo-pre train`` would; without a look at files where they need not be."""
+def _checked_run(words: Sequence[str], options_only: bool, former: RunConfig | None = None) -> RunConfig:
+    """Composed and checked as ``nemo-pre train`` would; without a look at files where they need not be.
+
+    Args:
+        words: of the command line.
+        options_only: nothing is submitted from here. Weights to start from are looked at even so where they lie here.
+        former: the run that is queued before, whose checkpoint ``init_from`` is going to be.
+    """
     from nemo_pre.checks.memory import missing_gpu
+    from nemo_pre.checks.presence import check_init_from
     from nemo_pre.checks.run import check_memory, check_options, check_run
     from nemo_pre.config.compose import compose_run
+    from nemo_pre.run_files.saved_config import check_same_model
 
-    config = compose_run(words)
+    config = compose_run(words, None if former is None else former.model)
     if config.cluster.name == "local":
         raise ValueError(
             "cluster=local is this machine: choose cluster=SITE, a file recipes/cluster/SITE.yaml of yours, or for a "
@@ -249,8 +261,12 @@ def _checked_run(words: Sequence[str], options_only: bool) -> RunConfig:
     if options_only:
         check_options(elsewhere)
         check_memory(elsewhere)
+        if former is not None:
+            check_same_model(config.model, former.model, f"{former.name}, the stage before it,")
+        elif config.init_from and Path(config.init_from).expanduser().exists():
+            check_init_from(elsewhere)
     else:
-        check_run(elsewhere)
+        check_run(elsewhere, former)
     check_site(config)
     return config
 

@@ -128,7 +128,7 @@ def study(
         write_summary(summary, Path(out))
         draw(summary, Path(out))
         write_page(summary, Path(out), Path(page))
-        print(f"{len(finished)} runs: {Path(out) / 'summary.json'}, {page}")
+        print(f"{len(finished)} runs: {Path(out) / 'summary.json'}, {page}; next: open the page")
     if failures:
         raise RankFailure(f"{len(failures)} of {len(ordered)} runs failed: {' '.join(failures)}")
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_pre.checks.presence import check_init_from
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
@@ -61,6 +62,8 @@ def plan(arguments: Sequence[str]) -> None:
     from nemo_pre.config.compose import compose_run
 
     config = compose_run(overrides)
+    if any(word.startswith("init_from=") for word in overrides):  # which may bring the model
+        check_init_from(config)
     if options.json is not None:
         check_output_file("json", options.json)
     device = device_of_cluster(config.cluster) or DEVICES[DEFAULT_GPU]
@@ -78,9 +81,11 @@ def plan(arguments: Sequence[str]) -> None:
     if found is not None and options.gpus is not None:
         text += "\n\n" + describe_search(found, options.gpus, device, config.trainer.max_steps, options.price)
     print(text)
+    made = f"the plan of {config.name}"
     if options.json is not None:
         Path(options.json).write_text(json.dumps(as_json(own, found, device, efficiency), indent=1) + "\n")
-        print(f"written to {options.json}")
+        made = f"written to {options.json}"
+    print(f"\n{made}; next: nemo-pre train ... dry_run=true, then nemo-pre submit ... cluster=SITE")
 
 
 def _on(config: RunConfig, gpus: int | None) -> RunConfig:

@@ -124,7 +124,9 @@ def test_train_launches_the_ranks_and_writes_nothing_beside_the_lock(tmp_path, m
     started = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
-    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry: started.append((config.name, entry)))
+    monkeypatch.setattr(
+        "nemo_pre.launch.ranks.launch", lambda config, entry, **_: started.append((config.name, entry))
+    )
     assert cli.main(["train", "experiment=digits_tiny_pre", "output_dir=out"]) == 0
     assert started == [("digits_tiny_pre", "nemo_pre.train:run_rank")]
     assert list((tmp_path / "out").iterdir()) == [], "the lock is left"

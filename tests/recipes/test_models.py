@@ -37,7 +37,7 @@ TOWERS = {
     "siglip2_so400m_384": (428_225_600, 14, 378),  # SigLIP's first version, whose shape SigLIP2 kept
     "dinov2_l14_336": (304_368_640, 14, 518),
 }
-MODELS = [name for name in recipes.choices("model") if name != "digits_tiny"]
+MODELS = [name for name in recipes.choices("model") if name not in ("digits_tiny", "of_init_from")]
 
 
 @cache

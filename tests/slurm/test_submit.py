@@ -269,7 +269,9 @@ def test_a_folder_whose_job_waits_or_runs_gets_no_second_one(fake_slurm, digits,
     (fake_slurm / "queue").write_text("COMPLETED\n")
     submit(one)
     assert (fake_slurm / "n").read_text() == "4\n"
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3", "4"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "next" not in line] == ["1", "2", "3", "4"]
+    assert lines[-1] == "1 job(s) in the queue; next: squeue -j 4, and tail -f runs/digits_tiny_pre/slurm/*.log"
     (fake_slurm / "queue").unlink()
     with pytest.raises(ValueError, match="has job 4 already"):
         submit(one)
