@@ -233,8 +233,9 @@ def _type_with_device(right: Callable[..., Any]) -> Callable[..., Any]:
 @patch(
     "fake-data",
     why="Assigning to the data of a fake tensor leaves the device it says it is on as it was, and NeMo and Megatron"
-    " move parameters by assigning to their data; a list of one asks for its elements one by one.",
-    until="FakeTensor.data's setter takes over the fake device, and its tolist copies once.",
+    " move parameters by assigning to their data; a list of one asks for its elements one by one; and all of them say"
+    " that they lie at one address, by which masks of different micro-batches are told apart.",
+    until="FakeTensor's data takes over the fake device, its tolist copies once, its data_ptr tells storages apart.",
 )
 def fake_data():
     import torch._subclasses.fake_tensor as fake_tensor
@@ -246,6 +247,11 @@ def fake_data():
 
     getter = property(lambda tensor: torch.Tensor.data.__get__(tensor), set_data)  # type: ignore[attr-defined]
     yield Change(fake_tensor.FakeTensor, "data", getter)
+
+    def address(tensor: Any) -> int:
+        return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+    yield Change(fake_tensor.FakeTensor, "data_ptr", address)
     yield Change(fake_tensor.FakeTensor, "tolist", _in_one_copy(fake_tensor.FakeTensor.tolist))
     yield Change(fake_tensor, "init_gpu_context", _quiet())
 

@@ -10,15 +10,16 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.flops import stage_flops
-from nemo_pre.planner.load import Load, largest_load
+from nemo_pre.planner.load import FLOAT, Load, activation_bytes, largest_load
 from nemo_pre.planner.memory import rank_memory
-from nemo_pre.planner.parameters import costs
+from nemo_pre.planner.parameters import costs, rank_parameters, trainable_parameters
 from nemo_pre.rehearsal.calls import Call
 from nemo_pre.rehearsal.found import Found
 from nemo_pre.rehearsal.places import Place
 
 OVER = 0.03  # by which a plan may be above what was measured; it may never be under
 STATE_APART = 1e-3  # by which the state from step to step may differ from its plan
+SMALL = 1 << 20  # bytes beside that: counters, frequencies, and what pads buffers
 LEAK = 4096  # bytes that may be held after a step more than after the one before: counters of what is logged
 FLOPS_APART = 0.01  # by which FLOPs of matrix products and attention may differ
 STATE_KINDS = ("weights", "gradients", "optimizer")
@@ -93,7 +94,7 @@ def missed(beside: Beside, found: Found) -> list[str]:
         )
     for kind in (*STATE_KINDS, "others that stay"):
         measured, planned = beside.measured.get(kind, 0), beside.planned[kind]
-        if abs(measured - planned) > STATE_APART * max(measured, planned) + LEAK:
+        if abs(measured - planned) > STATE_APART * max(measured, planned) + SMALL:
             sentences.append(f"{where}: {kind} take {gib(measured)} GiB and are planned as {gib(planned)}.")
     if found.growth > LEAK:
         lines = "; ".join(f"{size} bytes of {line}" for line, size in found.grown[:3])
@@ -151,12 +152,9 @@ def traffic(config: RunConfig, found: Found, step: str = "2") -> list[Traffic]:
             key = (call.kind, kind_of_group(config, call), len(call.ranks), call.device)
             numbers[key] += 1
             sizes[key] += call.bytes
-    planned = planned_sends(config, found)
+    planned = planned_bytes(config, found)
     return [
-        Traffic(
-            *key, number=numbers[key], bytes=sizes[key], planned=planned if key[:2] == ("send", "pipeline") else None
-        )
-        for key in sorted(numbers)
+        Traffic(*key, number=numbers[key], bytes=sizes[key], planned=planned.get(key[:2])) for key in sorted(numbers)
     ]
 
 
@@ -168,6 +166,21 @@ def kind_of_group(config: RunConfig, call: Call) -> str:
     axes = {"tensor": "tensor", "context": "context", "data": "data", "stage": "pipeline"}
     differ = [name for axis, name in axes.items() if len({getattr(place, axis) for place in places}) > 1]
     return " x ".join(differ) or "alone"
+
+
+def planned_bytes(config: RunConfig, found: Found) -> dict[tuple[str, str], int]:
+    """Bytes that the plan has this rank give in a step, by kind of call and of group, where the plan counts them by
+    themselves: messages between stages, gradients to replicas, and weights from them."""
+    layout, stage = config.parallel, found.place.stage
+    axes = [name for name, size in (("context", layout.context), ("data", layout.data)) if size > 1]
+    trained = sum(trainable_parameters(config, rank_parameters(config, stage)).values())
+    sharded = layout.distributed_optimizer
+    planned = {("send", "pipeline"): planned_sends(config, found)}
+    planned["reduce_scatter" if sharded else "all_reduce", " x ".join(axes)] = trained * FLOAT
+    if sharded:
+        share = trained * activation_bytes(config) // (layout.data * layout.context)
+        planned["all_gather", " x ".join(axes)] = share
+    return planned
 
 
 def planned_sends(config: RunConfig, found: Found) -> int:

@@ -49,7 +49,7 @@ def rehearse(order: Order, exchange: Exchange, progress: Callable[[str], None]) 
         rehearsed_kernels.fused_kernels,
         cpu_device.no_compilation,
         *_patches_of_the_run(config),
-        *seams(device),
+        *seams(device, order.micro_batches * (layout.virtual_pipeline or 1)),
     ):
         each.apply()
     found = _train(order, device, progress)

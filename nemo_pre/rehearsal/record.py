@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import recipes
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.rehearsal.compare import gib
@@ -210,5 +211,8 @@ def table(entries: Mapping[str, Any]) -> str:
     sections = [HEADER + "\n".join(rows)]
     if problems:
         sections.append("## Problems\n\n" + "\n".join(problems))
+    missing = [name for name in recipes.choices("experiment") if name not in entries]
+    if missing:
+        sections.append("## Not rehearsed yet\n\n" + "\n".join(f"- {name}" for name in missing))
     sections.append("## Not covered\n\n" + "\n".join(f"- {sentence}" for sentence in not_covered))
     return "\n\n".join(sections) + "\n"

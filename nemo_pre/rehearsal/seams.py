@@ -17,10 +17,15 @@ from nemo_pre.compat.rehearsed_kernels import LowerRight, attention, pairs_of
 from nemo_pre.rehearsal.device import MOST_INTEGERS, Rehearsed
 
 
-def seams(device: Rehearsed) -> Iterator[Patch]:
-    """The changes in the order in which they are made."""
+def seams(device: Rehearsed, structures: int) -> Iterator[Patch]:
+    """The changes in the order in which they are made.
+
+    Args:
+        structures: token structures that a step has on this rank, of all micro-batches and chunks.
+    """
     yield _building(device)
     yield _flex_attention(device)
+    yield _remembered_masks(structures)
     yield _eager(device)
 
 
@@ -78,6 +83,22 @@ def _flex_attention(device: Rehearsed) -> Patch:
 
         yield Change(mixed_attention, "_compiled_flex", lambda: (attend, create))
         yield Change(split_attention, "causal_lower_right", LowerRight)
+
+    return effects
+
+
+def _remembered_masks(structures: int) -> Patch:
+    @patch(
+        "a-step-fills-the-masks-memory",
+        why="The latest masks are remembered, more than a rehearsed step has: what the second step adds to them would"
+        " look like a leak.",
+        until="a rehearsal runs as many steps as fill it.",
+    )
+    def effects() -> Iterator[Change]:
+        from nemo_pre.neva import mixed_attention
+
+        number = min(structures, mixed_attention.REMEMBERED_MASKS)
+        yield Change(mixed_attention, "REMEMBERED_MASKS", number)
 
     return effects
 

@@ -78,8 +78,7 @@ def describe(rehearsed: Rehearsed) -> str:
         parts.append("\n".join(["remarks:", *(f"  {sentence}" for sentence in rehearsed.remarks)]))
     if rehearsed.problems:
         parts.append("\n".join(["problems:", *(f"  {sentence}" for sentence in rehearsed.problems)]))
-    else:
-        parts.append("no problem found; never verified on a GPU")
+    parts.append("verified on a GPU: never" + ("" if rehearsed.problems else "; no problem found"))
     return "\n\n".join(parts)
 
 

@@ -93,6 +93,12 @@ def test_memory_is_what_lives_and_its_peak(device):
     assert torch.cuda.memory_allocated() == start
 
 
+def test_tensors_tell_their_storages_apart_by_address(device):
+    first, second = torch.zeros(4, device="cuda"), torch.zeros(4, device="cuda")
+    assert first.data_ptr() != second.data_ptr()
+    assert first[1:].data_ptr() == first.data_ptr() + 4 and first.view(2, 2).data_ptr() == first.data_ptr()
+
+
 def test_attention_allocates_what_a_kernel_keeps_and_refuses_what_does_not_fit(device):
     counted = []
     query, key = torch.zeros(2, 8, 16, 4, device="cuda"), torch.zeros(2, 2, 32, 4, device="cuda")
