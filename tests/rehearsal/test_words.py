@@ -99,7 +99,7 @@ def test_a_plan_may_be_3_percent_over_and_never_under_and_state_is_as_planned():
 
 # --- before a run ---------------------------------------------------------------------------------------------------
 
-SITE = ["experiment=llava15_7b_stage2_full", "cluster=slurm_site", "--dry-run"]
+SITE = ["experiment=llava15_7b_stage2_full", "cluster=slurm_site", "cluster.gpu=h100", "--dry-run"]
 
 
 def test_submit_rehearses_first_and_submits_nothing_where_something_is_wrong(found, capsys):

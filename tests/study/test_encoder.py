@@ -16,8 +16,8 @@ SMALL = ("experiment=digits_tiny", "model.vision.num_layers=1", "model.language.
 
 
 @pytest.fixture
-def run() -> RunConfig:
-    return compose_run(list(SMALL))
+def run(digits) -> RunConfig:
+    return compose_run([*SMALL, f"data.path={digits}"])
 
 
 def test_a_patch_is_named_by_the_digit_that_the_scene_says_is_there(run, digits):
