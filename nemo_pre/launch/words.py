@@ -43,7 +43,10 @@ def separate_words(log: Path, started_here: bool) -> None:
     if started_here:
         sys.stderr = file
     for handler in _stream_handlers():
-        handler.setStream(file)
+        if isinstance(handler, type(logging.lastResort)):  # it finds standard error whenever it is asked
+            handler.setLevel(logging.ERROR)
+        else:
+            handler.setStream(file)
     logging.captureWarnings(True)
     root = logging.getLogger()
     if not root.handlers:
