@@ -62,7 +62,7 @@ def held_by(composed: Any, choice: str) -> dict[str, Any] | None:
 
 
 def as_held(model: ModelConfig) -> dict[str, Any]:
-    """The same of a model whose checkpoint is not there yet."""
+    """What a checkpoint will hold that is not there yet, by its model."""
     return {"model": {name: value for name, value in asdict(model).items() if name not in NOT_BROUGHT}}
 
 

@@ -25,7 +25,7 @@ def is_verbose() -> bool:
 
 
 def separate_words(log: Path, started_here: bool) -> None:
-    """From now on what libraries say goes to the end of ``log``, and what nemo-pre says stays on the output of this
+    """Send what libraries say from now on to the end of ``log``; what nemo-pre says stays on the output of this
     process. Libraries that write by handlers of their own must have been imported.
 
     Args:
@@ -43,7 +43,10 @@ def separate_words(log: Path, started_here: bool) -> None:
     if started_here:
         sys.stderr = file
     for handler in _stream_handlers():
-        handler.setStream(file)
+        if isinstance(handler, type(logging.lastResort)):  # it finds standard error whenever it is asked
+            handler.setLevel(logging.ERROR)
+        else:
+            handler.setStream(file)
     logging.captureWarnings(True)
     root = logging.getLogger()
     if not root.handlers:

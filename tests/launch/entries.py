@@ -21,6 +21,24 @@ def report(config: RunConfig) -> None:
     print(f"rank {values['RANK']} speaks", flush=True)
 
 
+def libraries_speak(config: RunConfig) -> None:
+    """Every rank says something of its own, and what libraries say in all the ways they have."""
+    import logging
+    import warnings
+
+    print("step 1/2", flush=True)
+    ours = logging.getLogger("nemo_pre.somewhere")
+    ours.info("resuming")
+    ours.warning("a damaged checkpoint")
+    ours.debug("library: a detail")
+    logging.getLogger("library").warning("library: by a logger")
+    logging.getLogger("library.loud").error("a fault of theirs")
+    warnings.warn("library: a warning", stacklevel=1)
+    os.write(1, b"library: compiled code\n")
+    os.write(2, b"library: compiled code's error\n")
+    raise RuntimeError("the reactor is cold")
+
+
 def rank_1_raises(config: RunConfig) -> None:
     _started(config)
     if _rank() == 1:
@@ -99,7 +117,8 @@ def main(function: str, output_dir: str, *overrides: str) -> int:
 
     config = compose_run(["experiment=digits_tiny", "platform=cpu", f"output_dir={output_dir}", *overrides])
     try:
-        launch(config, f"tests.launch.entries:{function}", preload=os.environ.get("PRELOAD"))
+        preload, own_words = os.environ.get("PRELOAD"), "OWN_WORDS" in os.environ
+        launch(config, f"tests.launch.entries:{function}", preload=preload, own_words=own_words)
     except RankFailure as failure:
         print(f"{failure}\n{failure.traceback}", file=sys.stderr)
         return 1

@@ -78,6 +78,39 @@ def test_every_rank_runs_in_a_process_of_its_own_and_knows_its_place(tmp_path):
     assert (tmp_path / "rank3.log").read_text() == "rank 3 speaks\n"
 
 
+OWN = {"OWN_WORDS": "1", "PRELOAD": "tests.launch.chatty"}
+EXTERNAL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+ALL_KINDS = ("by a logger", "a warning", "compiled code\n", "compiled code's error")
+
+
+def test_what_libraries_say_is_in_a_file_and_a_failing_rank_s_whole_log_is_kept(tmp_path):
+    for _ in range(2):
+        code, output, errors, _ = run("libraries_speak", tmp_path, **OWN)
+    assert code == 1 and output == "step 1/2\n"
+    seen, _, failure = errors.partition("Rank 0 of 1 ended with RuntimeError: the reactor is cold; its output is in ")
+    assert seen.splitlines()[:2] == ["resuming", "warning: a damaged checkpoint"] and "a fault of theirs" in seen
+    assert "library:" not in seen and failure.startswith(f"{tmp_path}/rank0.log.")
+    for log in ("rank0.log", "rank0.former.log"):
+        kept = (tmp_path / log).read_text()
+        assert all(f"library: {kind}" in kept for kind in ALL_KINDS), kept
+        assert "RuntimeError: the reactor is cold" in kept and "a detail" not in kept
+
+
+def test_verbose_brings_the_libraries_words_back(tmp_path):
+    _, output, errors, _ = run("libraries_speak", tmp_path, NEMO_PRE_VERBOSE="1", **OWN)
+    assert all(f"library: {kind}" in output + errors for kind in ALL_KINDS), output + errors
+    assert "warning: a damaged checkpoint\n" in errors and not list(tmp_path.glob("*.log"))
+
+
+def test_under_a_launcher_compiled_errors_and_tracebacks_stay_in_its_record(tmp_path):
+    _, output, errors, _ = run("libraries_speak", tmp_path, **OWN, **EXTERNAL)
+    assert output == "step 1/2\n" and "resuming\nwarning: a damaged checkpoint\n" in errors
+    assert "RuntimeError: the reactor is cold" in errors and "library: compiled code's error" in errors
+    kept = (tmp_path / "libraries.log").read_text()
+    for kind in ALL_KINDS[:3]:
+        assert f"library: {kind}" in kept and f"library: {kind}" not in output + errors.partition("Traceback")[0]
+
+
 def test_one_rank_is_started_the_same_way(tmp_path):
     code, output, _, _ = run("report", tmp_path)
     assert (code, output) == (0, "rank 0 speaks\n")
