@@ -63,6 +63,11 @@ VERBS = {
     "data demo": Verb(
         "prepare the demo's data: scenes of handwritten digits", "data_prep.digits:prepare", {"out": "data/digits"}
     ),
+    "data emoji": Verb(
+        "compose scenes of named pictures from fetched packages of emoji",
+        "data_prep.emoji:prepare",
+        {"out": "data/emoji"},
+    ),
     "data prepare": Verb("turn a public dataset into shards", "data_prep.prepare:prepare"),
     "data validate": Verb("read prepared data again and report what is wrong", "data_prep.validate:validate"),
     "data stats": Verb("lengths, resolutions and turns of prepared data", "data_prep.stats:stats"),
