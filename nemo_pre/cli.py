@@ -94,6 +94,12 @@ VERBS = {
         "data_prep.stats:stats",
         last="statistics of {path}; next: nemo-pre train experiment=NAME data.path={path} dry_run=true",
     ),
+    "data emoji": Verb(
+        "compose scenes of named pictures from fetched packages of emoji",
+        "data_prep.emoji:prepare",
+        {"out": "data/emoji"},
+        last="{out}; next: nemo-pre data validate {out}",
+    ),
     "data lengths": Verb(
         "measure what data.packing is planned from: the options of a run",
         f"{__name__}:data_lengths",

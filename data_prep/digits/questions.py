@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.digits.scans import Scans
 from data_prep.digits.scene import MAX_DIGITS, MAX_ROW, PlacedDigit, Scene, draw_scene
+from data_prep.generated import Turn
 from nemo_pre.data.conversation import TEMPLATES
 
 SHARES = {"count": 0.15, "place": 0.3, "exists": 0.15, "read": 0.25, "larger": 0.1, "text": 0.05}
@@ -35,8 +36,6 @@ WORDING = {
     "greater": ("which number is greater, {a} or {b}?",),
 }
 CLEARLY_LARGER = 3  # pixels of height by which two digits must differ to be compared
-
-Turn = tuple[str, str, str]  # question type, question, answer
 
 
 def draw_sample(rng: np.random.Generator, scans: Scans, split: str) -> tuple[Scene | None, list[Turn]]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 MAX_VOCABULARY = 256
+TOKENIZER = "tokenizer"  # its folder beside the shards
 
 
-def write_tokenizer(directory: Path, sentences: Iterable[str]) -> int:
-    """Trains on ``sentences``, saves a directory that ``AutoTokenizer.from_pretrained`` reads; returns its size."""
+def write_tokenizer(directory: Path, sentences: Iterable[str]) -> None:
+    """Trains on ``sentences`` and saves a directory that ``AutoTokenizer.from_pretrained`` reads."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.WordLevel(unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -32,4 +33,10 @@ def write_tokenizer(directory: Path, sentences: Iterable[str]) -> int:
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (directory / "special_tokens_map.json").write_text(json.dumps(SPECIAL_TOKENS, indent=2) + "\n")
-    return int(tokenizer.get_vocab_size())
+
+
+def vocabulary_size(directory: Path) -> int:
+    """The number of tokens of the tokenizer in ``directory``."""
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab_size())

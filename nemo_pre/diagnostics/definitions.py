@@ -79,7 +79,7 @@ MEASURES = (
 )
 PROBES = {
     "presence": ("Linear probe for classes", "which classes the mask holds, the mean over classes of right decisions"),
-    "count": ("Linear probe for the number of digits", "how many digits the scene shows"),
+    "count": ("Linear probe for the number of objects", "how many objects the scene shows"),
     "label": ("Linear probe for the label", "the class in the records"),
 }
 

@@ -5,11 +5,12 @@ tested on the val split. Their tasks:
 
 - ``presence``: which classes the mask holds, of those that 5% to 95% of the fit images hold, at most 20, the most
   frequent first; the mean over the classes of right decisions;
-- ``count``: how many digits a scene of the digits data shows;
+- ``count``: how many objects a composed scene shows, digits or emoji;
 - ``label``: the class in a field of the records, as in data made for image classification.
 
-Masks: in the digits data a digit's class is its value, whichever scan it is of, and what is no digit is background. In
-other data (COCO-Stuff) the grey value is the class, 255 is unlabelled, and there is no background.
+Masks: in a composed scene the grey value is an object's number. A digit's class is its value, whichever scan it is of,
+and an emoji's its category; the rest is background. In other data (COCO-Stuff) the grey value is the class, 255 is
+unlabelled, and there is no background.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class DiagnosticData:
                 held = _classes(mask)
                 parts.append(torch.tensor([float(number in held) for number in self.presence]))
             elif task.name == "count":
-                parts.append(_one_of(min(len(raw.record["scene"]["digits"]), LARGEST_COUNT), task.size))
+                parts.append(_one_of(min(len(_classes_by_instance(raw)), LARGEST_COUNT), task.size))
             else:
                 # A class that the fit set lacks has no indicator, and no answer to it is right.
                 parts.append(_one_of(self.labels.get(str(raw.record.get(str(self.label))), task.size - 1), task.size))
@@ -129,10 +130,10 @@ def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None =
     fit = _with_one_image(train, num_fit) if train is not None else []
     first = val.read(test[0])
     has_masks = _has_mask(val, test[0])
-    is_digits = "scene" in first.record
+    is_composed = "scene" in first.record
     presence = _frequent_classes(train, fit) if has_masks and train is not None else []
     tasks = [ProbeTask("presence", len(presence), several=True)] if presence else []
-    if is_digits and fit:
+    if is_composed and fit:
         tasks.append(ProbeTask("count", LARGEST_COUNT + 1))
     labels: dict[str, int] = {}
     if label is not None:
@@ -143,9 +144,10 @@ def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None =
             )
         labels = {value: number for number, value in enumerate(sorted(values))}
         tasks.append(ProbeTask("label", len(labels) + 1))  # and one for what the fit set lacks
-    names = {0: "background", **{digit + 1: f"digit {digit}" for digit in range(10)}} if is_digits else {}
+    classes = manifest.raw.get("classes") or [f"digit {digit}" for digit in range(10)]
+    names = dict(enumerate(["background", *classes])) if is_composed else {}
     return DiagnosticData(
-        train, val, fit, test, tasks, 0 if is_digits else None, names, presence, labels, label, has_masks
+        train, val, fit, test, tasks, 0 if is_composed else None, names, presence, labels, label, has_masks
     )
 
 
@@ -175,10 +177,18 @@ def _mask(samples: ShardedSamples, position: int, raw: RawSample) -> Image:
         values = np.array(decode_labels(samples.read_member(position, MASK)))
     if "scene" in raw.record:
         of_instance = np.zeros(256, np.uint8)
-        for placed in raw.record["scene"]["digits"]:
-            of_instance[placed["instance"]] = placed["digit"] + 1
+        for instance, number in _classes_by_instance(raw).items():
+            of_instance[instance] = number
         values = of_instance[values]
     return Image.fromarray(values)
+
+
+def _classes_by_instance(raw: RawSample) -> dict[int, int]:
+    """The class of each object of a composed scene, by its value in the mask."""
+    scene = raw.record["scene"]
+    if "digits" in scene:
+        return {placed["instance"]: placed["digit"] + 1 for placed in scene["digits"]}
+    return {placed["instance"]: placed["class"] for placed in scene["pictures"]}
 
 
 def _classes(mask: Image | None) -> set[int]:

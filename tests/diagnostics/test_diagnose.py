@@ -105,7 +105,7 @@ def test_the_report_is_one_page_with_the_curves_of_the_compared_runs(diagnosed, 
     for chart in ("Cohesion", "Effective dimension", "Redundancy", "Attention of text to visual tokens"):
         assert chart in page.charts()
     assert (
-        "Linear probe for the number of digits, accuracy" in page.charts()
+        "Linear probe for the number of objects, accuracy" in page.charts()
     )  # of the compared runs: this one has no probes
     assert "eq. 3" in page.text and "eq. 7" in page.text
 
