@@ -57,7 +57,8 @@ class TestBed:
             env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return [line.split()[0] for line in done.stdout.splitlines()]
+        jobs = (line for line in done.stdout.splitlines() if "job(s) in the queue" not in line)  # and what comes next
+        return [line.split()[0] for line in jobs]
 
     def submit_by_hand(self, log: Path, node: str, *words: str) -> str:
         """``sbatch slurm/train.sbatch`` with one task; the job's number."""
