@@ -1,0 +1,55 @@
+"""Options that no recipe takes, rehearsed: attention backends, packing, features, external anchors, recomputation,
+context and interleaved pipelines."""
+
+import json
+
+import pytest
+
+from nemo_pre.config.compose import compose_run
+from nemo_pre.rehearsal.compare import LEAK
+from nemo_pre.rehearsal.run import Wishes, run_rehearsal
+from nemo_pre.rehearsal.targets import PROCESSOR
+
+PRE, LAVER = "experiment=digits_tiny_pre", "experiment=digits-laver"
+EXTERNAL = {
+    "model_type": "dinov2",
+    "architectures": ["Dinov2Model"],
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_ratio": 2,
+    "patch_size": 14,
+    "image_size": 56,
+}
+CASES = {
+    "split attention": [LAVER, "model.attention_backend=split", "parallel=single"],
+    "dense attention, tensor parallelism": [LAVER, "model.attention_backend=dense", "parallel=tp2_sp"],
+    "packed rows over context ranks": [PRE, "data.packing=true", "data.sequence_length=256", "parallel=cp2"],
+    "features and an external anchor": [
+        PRE,
+        "data.features=somewhere",
+        "optim.freeze_vision=true",
+        "objective.pre.anchor=external",
+        "objective.pre.external_path=EXTERNAL",
+        "parallel=single",
+    ],
+    "recomputation, a moving anchor, whole images": [
+        PRE,
+        "parallel.recompute=full",
+        "objective.pre.variant=global",
+        "objective.pre.ema_momentum=0.9",
+        "parallel=single",
+    ],
+    "an interleaved pipeline": [PRE, "parallel=pp2_vpp2"],
+}
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+def test_an_option_that_no_recipe_takes_is_rehearsed(words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EXTERNAL))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    config = compose_run([word.replace("EXTERNAL", str(tmp_path)) for word in words])
+    found = run_rehearsal(config, Wishes(layers=1, jobs=2))
+    assert found.met is None or found.met.problem is None
+    for rank in found.found:
+        assert len(rank.peaks) == 2 and rank.growth < LEAK and rank.kernels > 0 and all(rank.forward_flops)
