@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_pre.launch.environment import external_job, prepare_environment, uses_gpu
 from nemo_pre.launch.failures import RankFailure, os_sentence
+from nemo_pre.launch.gpu_settings import set_gpu_environment
 from nemo_pre.launch.leash import LAUNCHER
 from nemo_pre.launch.stopping import ROLL_BACK
 from nemo_pre.orphans import forked_processes_die_with_their_parent
@@ -62,6 +63,8 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
             )
         os.environ.update(job)
         prepare_environment(config.platform, ranks // config.cluster.nodes)
+        if uses_gpu(config.platform):
+            set_gpu_environment(config.parallel)
         if preload:
             importlib.import_module(preload)  # without the libraries' warnings, times the number of ranks
         _resolve(entry)(config)
@@ -72,6 +75,8 @@ def launch(config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch
             f"such as srun or torchrun."
         )
     prepare_environment(config.platform, ranks)
+    if uses_gpu(config.platform):
+        set_gpu_environment(config.parallel)
     if ranks > 1 or not uses_gpu(config.platform):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")
