@@ -112,7 +112,7 @@ def build_strategy(config: RunConfig, on_gpu: bool, weights_from: str | None = N
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=layout.distributed_optimizer,
             overlap_grad_reduce=overlaps_grad_reduce(layout),
-            check_for_nan_in_grad=config.trainer.nan_action == "stop",  # on one rank; a roll-back needs them all
+            check_for_nan_in_grad=False,  # nemo_pre.optim.finite looks, once a step
         ),
         process_group_backend="nccl" if on_gpu else "gloo",
         ckpt_async_save=config.trainer.async_checkpoint,

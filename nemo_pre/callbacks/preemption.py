@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from nemo_pre.callbacks.checkpoint import RunCheckpoint
 from nemo_pre.launch import stopping
+from nemo_pre.parallel.finite import NotFiniteError
 
 STDERR = 2  # the file descriptor, whatever sys.stderr is by then
 DUMP_TIME = 10  # seconds every rank has for printing its stacks before the first one ends
@@ -88,15 +89,15 @@ class HangWatchdog(Callback):
 
 
 class NotANumberGuard(Callback):
-    """Turns Megatron's error about gradients that are not finite into one for the user: a restart would meet the same
-    numbers again.
+    """Turns the optimizer's error about gradients that are not finite into one for the user: a restart would meet the
+    same numbers again.
 
     Raises:
         ValueError: there is a NaN or Inf in a gradient.
     """
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if isinstance(exception, RuntimeError) and ("found NaN" in str(exception) or "found Inf" in str(exception)):
+        if isinstance(exception, NotFiniteError):
             raise ValueError(
                 f"The gradients of step {trainer.global_step + 1} are not finite: lower optim.lr, raise the warm-up, "
                 f"or continue from an earlier checkpoint with another seed."

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_pre.callbacks.metrics import record_metrics
 from nemo_pre.losses.pairwise_cosine import pair_cosines
 from nemo_pre.neva.model import MCoreVisualNevaModel, VisualTokens, model_chunks
-from nemo_pre.parallel.image_pooling import mean_per_image
+from nemo_pre.parallel.image_pooling import sum_per_image
 from nemo_pre.parallel.micro_batch import MicroBatch
 from nemo_pre.parallel.sequence_cut import sequence_shard_groups
 from nemo_pre.terms.layer_tap import LayerTap
@@ -76,16 +76,15 @@ class VisualSimilarityCallback(Callback):
 
     def _visit_input(self, chunk: VisualChunk, micro_batch: MicroBatch, visual: VisualTokens) -> None:
         if self._active:  # every rank of the first stage has the whole sequence here
-            inside = micro_batch.layout.visual_source_BS >= 0
-            tokens = visual.tokens.detach()[micro_batch.layout.visual_source_BS[inside]]
-            self._note(0, micro_batch, tokens, micro_batch.layout.visual_image_BS[inside], [])
+            assert micro_batch.places is not None
+            tokens = visual.tokens.detach()[micro_batch.places.visual.source]
+            self._note(0, micro_batch, tokens, micro_batch.places.image, [])
 
     @torch.no_grad()
     def _note(self, layer: int, micro_batch: MicroBatch, tokens: Tensor, image: Tensor, groups: list[Any]) -> None:
-        images_BS = micro_batch.layout.visual_image_BS
-        sizes = torch.bincount(images_BS[images_BS >= 0]).double()
-        means, _ = mean_per_image(F.normalize(tokens.float(), dim=-1), image, len(sizes), groups)
-        cosines, pairs = pair_cosines(means.double() * sizes[:, None], sizes)
+        units = F.normalize(tokens.float(), dim=-1)
+        sums, sizes = sum_per_image(units, image, micro_batch.layout.num_images, groups)
+        cosines, pairs = pair_cosines(sums.double(), sizes.squeeze(1).double())
         self._sums[layer, micro_batch.index] = torch.stack([cosines.sum(), pairs.sum()])
 
     def on_megatron_step_end(self, step: Any, microbatch_outputs: Any, reduced: Any) -> None:

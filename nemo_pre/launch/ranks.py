@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_pre.launch.environment import external_job, prepare_environment, uses_gpu
 from nemo_pre.launch.failures import RankFailure, os_sentence
+from nemo_pre.launch.gpu_settings import set_gpu_environment
 from nemo_pre.launch.leash import LAUNCHER
 from nemo_pre.launch.stopping import ROLL_BACK
 from nemo_pre.launch.words import LIBRARIES, VERBOSE, is_verbose, separate_words, speak_on
@@ -67,6 +68,8 @@ def launch(
             )
         os.environ.update(job)
         prepare_environment(config.platform, ranks // config.cluster.nodes)
+        if uses_gpu(config.platform):
+            set_gpu_environment(config.parallel)
         if preload:
             importlib.import_module(preload)  # without the libraries' warnings, times the number of ranks
         if own_words:
@@ -79,6 +82,8 @@ def launch(
             f"such as srun or torchrun."
         )
     prepare_environment(config.platform, ranks)
+    if uses_gpu(config.platform):
+        set_gpu_environment(config.parallel)
     if ranks > 1 or not uses_gpu(config.platform):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     context = multiprocessing.get_context("forkserver")

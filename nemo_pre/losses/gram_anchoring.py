@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_pre.device_copies import to_device
+
 
 def gram_anchoring_loss(
     student: Tensor, teacher: Tensor, image_ids: Tensor, clipped: bool = True
@@ -45,7 +47,7 @@ def gram_anchoring_loss(
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     by_image = image_ids.argsort(stable=True)
     sizes = image_ids.unique(return_counts=True)[1].tolist()
-    order = by_image.to(student.device)
+    order = to_device(by_image, student.device)
     unit_student = F.normalize(student.to(dtype), dim=-1)[order]
     unit_teacher = F.normalize(teacher.detach().to(dtype), dim=-1)[order]
     loss_sum: Tensor = _SquaredGramDifference.apply(unit_student, unit_teacher, sizes, clipped)

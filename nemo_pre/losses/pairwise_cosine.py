@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nemo_pre.device_copies import to_device
 
 Size = TypeVar("Size", Tensor, int)
 
@@ -40,6 +41,6 @@ def pair_cosines_within_images(tokens: Tensor, image: Tensor) -> tuple[Tensor, i
     """
     which, sizes = image.unique(return_inverse=True, return_counts=True)[1:]
     units = F.normalize(tokens.float(), dim=-1)
-    unit_sums = units.new_zeros(len(sizes), tokens.shape[1]).index_add(0, which.to(units.device), units)
-    cosines, pairs = pair_cosines(unit_sums, sizes.to(units.device, torch.float32))
+    unit_sums = units.new_zeros(len(sizes), tokens.shape[1]).index_add(0, to_device(which, units.device), units)
+    cosines, _ = pair_cosines(unit_sums, to_device(sizes.float(), units.device))
     return cosines.sum(), int((sizes * (sizes - 1)).sum())

@@ -31,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from nemo_pre.config.schema import ModelConfig
-from nemo_pre.neva.split_attention import attend_runs, runs_of_rows
+from nemo_pre.neva.split_attention import RowRuns, attend_runs, runs_of_rows
 from nemo_pre.options import alternatives
 from nemo_pre.parallel.gather import gather_first_dimension
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE, may_attend
@@ -87,7 +87,8 @@ class MixedAttention(MegatronModule):
         """Attend with this rank's queries ``[Q, B, N, D]`` to all keys and values ``[Q, B, G, D]``.
 
         Args:
-            attention_mask: the structure int32 ``[B, K, 3]`` of all context ranks' tokens.
+            attention_mask: the structure int32 ``[B, K, 3]`` of all context ranks' tokens; on the device, or on the
+                CPU for ``split``.
 
         Returns:
             ``[Q, B, N * D]``.
@@ -179,9 +180,13 @@ def _attend_flex(
 def attend_split(
     query: Tensor, key: Tensor, value: Tensor, structure_BK3: Tensor, first_query: int, scale: float
 ) -> Tensor:
-    """Attention without a mask, run by run; arguments and result are those of :func:`attend_dense`."""
-    rows = _MASKS.get("split", structure_BK3, lambda: runs_of_rows(structure_BK3, first_query, query.shape[2]))
-    return attend_runs(query, key, value, rows, scale)
+    """Attention without a mask, run by run; arguments and result are those of :func:`attend_dense`, but that the
+    structure lies on the CPU, where the runs are worked out."""
+
+    def build() -> list[RowRuns]:
+        return runs_of_rows(structure_BK3, first_query, query.shape[2], query.device)
+
+    return attend_runs(query, key, value, _MASKS.get("split", structure_BK3, build), scale)
 
 
 def mask_rule(structure_BK3: Tensor, first_query: int) -> Callable[..., Tensor]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from nemo_pre.config.derived import fp8_multiple
 from nemo_pre.config.schema import RopeScalingConfig
-from nemo_pre.neva.mixed_attention import MixedAttention
+from nemo_pre.device_copies import to_device
+from nemo_pre.neva.mixed_attention import MixedAttention, SplitMixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
 from nemo_pre.neva.stored_tower import StoredTower
 from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
@@ -34,8 +35,8 @@ from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch, VisualTokens
 from nemo_pre.parallel.sequence_layout import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
+    CombinedPlaces,
     Grid,
-    SequenceLayout,
     combined_lengths,
     expand_labels,
     local_positions,
@@ -149,6 +150,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         self.observed = True
         if self.add_encoder:
             freeze_unused_layers(self.vision_model, config.vision_feature_layer)
+        self._splits_attention = False
         if config.mixed_attention or config.packed:
             self._refuse_other_attention()
         if config.explicit_positions:
@@ -170,6 +172,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
                     f"{type(attention).__name__}: put it into the layer spec with "
                     f"nemo_pre.neva.mixed_attention.with_mixed_attention."
                 )
+            self._splits_attention |= isinstance(attention, SplitMixedAttention)
 
     def _place_tokens(self, config: VisualNevaConfig) -> None:
         frequency = self.inverse_frequency()
@@ -274,12 +277,13 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             tp_size=ps.get_tensor_model_parallel_world_size() if self.sequence_parallel_lm else 1,
             cp_size=ps.get_context_parallel_world_size(),
             cp_rank=ps.get_context_parallel_rank(),
+            structure_on_host=self._splits_attention,
         )
 
     def _on_this_rank(self, micro_batch: MicroBatch) -> MicroBatch:
         tp_rank = ps.get_tensor_model_parallel_rank() if self.sequence_parallel_lm else 0
         plain = not (self.config.explicit_positions or self.config.mixed_attention)
-        return micro_batch.on_this_rank(self.stream_shape, tp_rank, plain, self.config.whole_images)
+        return micro_batch.on_this_rank(self.stream_shape, tp_rank, plain, self.pre_process, self.config.whole_images)
 
     def continue_text(self, tokens_B1: Tensor) -> Tensor:
         """Run this chunk on one more text token per row; :mod:`nemo_pre.neva.key_value_cache` holds those before.
@@ -347,7 +351,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
 
     def _context_shard(self, tokens_BS: Tensor) -> Tensor:
         positions = local_positions(tokens_BS.shape[1], 1, 0, self.context_parallel_lm, ps.get_context_parallel_rank())
-        return tokens_BS[:, positions.to(tokens_BS.device)]
+        return tokens_BS[:, to_device(positions, tokens_BS.device)]
 
     def _shard(self, hidden_states: Tensor) -> Tensor:
         """This rank's part of a whole sequence ``[S, B, d]``."""
@@ -399,13 +403,15 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         else:
             visual = self._no_visual_tokens(text_BTd.shape[2])
             text_BTd = text_BTd + self._zero_from_vision()
-        samples = _combine(micro_batch.layout, text_BTd, visual.tokens)
+        assert micro_batch.places is not None
+        length = micro_batch.layout.sequence_length
+        samples = _combine(micro_batch.places, length, text_BTd, visual.tokens)
         masked = unmasked = None
         if micro_batch.branch is not None:
-            branch = micro_batch.branch.layout.to(text_BTd.device)
-            whole = _combine(branch, text_BTd, visual.tokens)
-            hidden_BS = micro_batch.branch.masked_BS.to(whole.device, non_blocking=True)
-            assert self.branch is not None
+            assert self.branch is not None and micro_batch.branch_places is not None
+            length = micro_batch.branch.layout.sequence_length
+            whole = _combine(micro_batch.branch_places, length, text_BTd, visual.tokens)
+            hidden_BS = to_device(micro_batch.branch.masked_BS, whole.device)
             mask_token = self.branch.mask_token()
             masked = torch.where(hidden_BS[..., None], mask_token, whole).transpose(0, 1).contiguous()
             unmasked = whole.detach().transpose(0, 1).contiguous()
@@ -452,13 +458,12 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         return tokens.sum() * 0
 
 
-def _combine(layout: SequenceLayout, text_BTd: Tensor, visual_tokens: Tensor) -> Tensor:
-    """Text and visual tokens at their places ``[B, S, d]``, zeros at padding."""
-    combined = text_BTd.new_zeros(len(text_BTd), layout.sequence_length, text_BTd.shape[2])
-    row, column = torch.where(layout.text_source_BS >= 0)
-    combined[row, column] = text_BTd[row, layout.text_source_BS[row, column]]
-    row, column = torch.where(layout.visual_source_BS >= 0)
-    combined[row, column] = visual_tokens[layout.visual_source_BS[row, column]].to(combined.dtype)
+def _combine(places: CombinedPlaces, length: int, text_BTd: Tensor, visual_tokens: Tensor) -> Tensor:
+    """Text and visual tokens at their places ``[B, length, d]``, zeros at padding."""
+    combined = text_BTd.new_zeros(len(text_BTd), length, text_BTd.shape[2])
+    text, visual = places.text, places.visual
+    combined[text.row, text.column] = text_BTd[text.row, text.source]
+    combined[visual.row, visual.column] = visual_tokens[visual.source].to(combined.dtype)
     return combined
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_pre.config.schema import RopeScalingConfig
+from nemo_pre.device_copies import to_device
 
 
 def inverse_frequency(head_dim: int, base: float, scaling: RopeScalingConfig) -> Tensor:
@@ -51,8 +52,8 @@ class VisualRotaryEmbedding(nn.Module):
     def forward(self, positions_3BQ: Tensor, mrope_section: object = None) -> Tensor:
         """Angles float32 ``[Q, B, 1, head_dim]`` of this rank's tokens. ``mrope_section`` is Megatron's and unused."""
         if self.inverse_frequency.device != positions_3BQ.device:
-            self.inverse_frequency = self.inverse_frequency.to(positions_3BQ.device)
-            self.axes = self.axes.to(positions_3BQ.device)
+            self.inverse_frequency = to_device(self.inverse_frequency, positions_3BQ.device)
+            self.axes = to_device(self.axes, positions_3BQ.device)
         # [frequencies, B, Q] -> [Q, B, frequencies]
         position = positions_3BQ[self.axes].permute(2, 1, 0).to(torch.float32)
         angles = position * self.inverse_frequency

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from nemo_pre.device_copies import to_device
 from nemo_pre.parallel.token_streams import IMAGE, ORDER, SEQUENCE
 
 
@@ -68,16 +69,22 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, run: Run, scale: float) -
     )
 
 
-def runs_of_rows(structure_BK3: Tensor, first_query: int, num_queries: int) -> list[RowRuns]:
-    """The runs of every row, of the queries from ``first_query`` on. On a GPU it waits for the structure.
+def runs_of_rows(
+    structure_BK3: Tensor, first_query: int, num_queries: int, device: torch.device | str | int
+) -> list[RowRuns]:
+    """The runs of every row, of the queries from ``first_query`` on.
+
+    Args:
+        structure_BK3: on the CPU; for one on a GPU it waits.
+        device: of the queries.
 
     Raises:
         ValueError: the tokens of an image do not lie together.
     """
-    return [_runs(row, first_query, num_queries, structure_BK3.device) for row in structure_BK3.cpu().long()]
+    return [_runs(row, first_query, num_queries, device) for row in structure_BK3.cpu().long()]
 
 
-def _runs(structure_K3: Tensor, first_query: int, num_queries: int, device: torch.device) -> RowRuns:
+def _runs(structure_K3: Tensor, first_query: int, num_queries: int, device: torch.device | str | int) -> RowRuns:
     order = structure_K3[:, ORDER].argsort(stable=True)
     order = order[structure_K3[order, SEQUENCE].argsort(stable=True)]
     sequence, image = structure_K3[order, SEQUENCE], structure_K3[order, IMAGE]
@@ -104,9 +111,9 @@ def _runs(structure_K3: Tensor, first_query: int, num_queries: int, device: torc
     as_they_are = torch.equal(query_order, torch.arange(num_queries))
     return RowRuns(
         runs,
-        query_order=None if as_they_are else query_order.to(device),
-        key_order=None if torch.equal(order, torch.arange(len(order))) else order.to(device),
-        back=None if as_they_are else query_order.argsort().to(device),
+        query_order=None if as_they_are else to_device(query_order, device),
+        key_order=None if torch.equal(order, torch.arange(len(order))) else to_device(order, device),
+        back=None if as_they_are else to_device(query_order.argsort(), device),
     )
 
 

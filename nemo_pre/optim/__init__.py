@@ -35,10 +35,14 @@ def build_optimizer(config: RunConfig) -> Any:
     from nemo import lightning as nl
 
     from nemo_pre.compat import learning_rates
+    from nemo_pre.optim.finite import FiniteOptimizerModule
 
     optim = config.optim
     min_lr = optim.lr * optim.min_lr_ratio
-    return nl.MegatronOptimizerModule(
+    # A roll-back judges the step when it is done.
+    stops = config.trainer.nan_action == "stop"
+    module = FiniteOptimizerModule if stops else nl.MegatronOptimizerModule
+    return module(
         config=OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,

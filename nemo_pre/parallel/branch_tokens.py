@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,10 +19,13 @@ class BranchTokens(ImageTokens):
     Attributes:
         masked: ``[m]`` which of this rank's tokens are masked, as indices into ``position``.
         own_masked: ``[j]`` which tokens of the images that this rank compares are, as indices into ``own_place``.
+        own_masked_image: ``[j]`` image of each, on the CPU.
     """
 
     masked: Tensor
     own_masked: Tensor
+    own_masked_image: Tensor
+    on_host: ClassVar[tuple[str, ...]] = ("own_image", "own_masked_image")
 
 
 def branch_tokens(branch: VisualBranch, shape: StreamShape, tp_rank: int) -> BranchTokens:
@@ -33,10 +37,12 @@ def branch_tokens(branch: VisualBranch, shape: StreamShape, tp_rank: int) -> Bra
     layout, cut = branch.layout, (shape.tp_size, tp_rank, shape.cp_size, shape.cp_rank)
     local = local_visual_tokens(layout, local_positions(layout.sequence_length, *cut))
     own = own_tokens(layout, *cut, together=branch.images_together)
+    own_masked = branch.masked_N[layout.visual_source_BS[own.row, own.column]].nonzero().squeeze(1)
     return BranchTokens(
         position=local.position,
         own_place=own.place,
         own_image=own.image,
         masked=branch.masked_N[local.source].nonzero().squeeze(1),
-        own_masked=branch.masked_N[layout.visual_source_BS[own.row, own.column]].nonzero().squeeze(1),
+        own_masked=own_masked,
+        own_masked_image=own.image[own_masked],
     )

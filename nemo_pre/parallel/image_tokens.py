@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_pre.device_copies import to_device
 from nemo_pre.parallel.gather import gather_first_dimension
 from nemo_pre.parallel.sequence_layout import SequenceLayout, local_positions, local_visual_tokens
 from nemo_pre.parallel.token_streams import gathered_order
@@ -24,7 +25,7 @@ Tokens = TypeVar("Tokens", bound="ImageTokens")
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Index tensors; all but ``own_image`` lie on the device.
+    """Index tensors; all but those that ``on_host`` names lie on the device.
 
     Attributes:
         position: ``[n]`` place of this rank's visual tokens in ``hidden_states.reshape(L * B, d)``.
@@ -36,10 +37,13 @@ class ImageTokens:
     position: Tensor
     own_place: Tensor
     own_image: Tensor
+    on_host: ClassVar[tuple[str, ...]] = ("own_image",)
 
     def to(self: Tokens, device: torch.device | str | int) -> Tokens:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return type(self)(**{**moved, "own_image": self.own_image})
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self)(
+            **{name: value if name in self.on_host else to_device(value, device) for name, value in values.items()}
+        )
 
 
 @dataclass(frozen=True)

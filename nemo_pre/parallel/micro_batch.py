@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.branch_tokens import BranchTokens, branch_tokens
 from nemo_pre.parallel.image_tokens import ImageTokens, image_tokens
-from nemo_pre.parallel.sequence_layout import LocalVisualTokens, SequenceLayout, local_positions, local_visual_tokens
+from nemo_pre.parallel.sequence_layout import (
+    CombinedPlaces,
+    LocalVisualTokens,
+    SequenceLayout,
+    combined_places,
+    local_positions,
+    local_visual_tokens,
+)
 from nemo_pre.parallel.token_streams import DecoderStreams, StreamShape, VisualBranch, decoder_streams
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ class MicroBatch:
 
     Attributes:
         local: the visual tokens in this rank's shard of the combined sequence.
+        places, branch_places: on the first stage, where the samples' and the branch's tokens go.
         image_tokens: how images that ranks cut are brought together, where somebody asks for whole images.
         branch_tokens: the visual tokens of the branch, here and of the images this rank compares.
         streams: what the decoder is told of the tokens of both sequences; None for plain NeVA.
@@ -46,19 +54,23 @@ class MicroBatch:
     pixels: Tensor | None = None
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     local: LocalVisualTokens | None = None
+    places: CombinedPlaces | None = None
+    branch_places: CombinedPlaces | None = None
     image_tokens: ImageTokens | None = None
     branch_tokens: BranchTokens | None = None
     streams: DecoderStreams | None = None
     teacher_streams: DecoderStreams | None = None
 
-    def on_this_rank(self, shape: StreamShape, tp_rank: int, plain: bool, whole_images: bool = False) -> MicroBatch:
-        """The micro-batch with everything worked out on the CPU, where it costs no synchronisation, and moved to the
-        device.
+    def on_this_rank(
+        self, shape: StreamShape, tp_rank: int, plain: bool, first_stage: bool, whole_images: bool = False
+    ) -> MicroBatch:
+        """The micro-batch with everything worked out on the CPU, and moved to the device without a wait.
 
         Args:
             shape: how tokens attend and are cut.
             tp_rank: this rank's place in sequence parallelism, 0 without it.
             plain: the decoder works its own causal mask and positions out.
+            first_stage: embeddings are put together here.
             whole_images: work out how images that ranks cut are brought together.
         """
         import torch
@@ -73,9 +85,9 @@ class MicroBatch:
         return replace(
             self,
             layout=self.layout.to(device),
-            local=LocalVisualTokens(
-                *(tensor.to(device, non_blocking=True) for tensor in (local.position, local.source, local.image))
-            ),
+            local=local.to(device),
+            places=combined_places(self.layout).to(device) if first_stage else None,
+            branch_places=combined_places(branch.layout).to(device) if first_stage and branch else None,
             image_tokens=(
                 image_tokens(self.layout, shape.tp_size, tp_rank, shape.cp_size, shape.cp_rank).to(device)
                 if whole_images

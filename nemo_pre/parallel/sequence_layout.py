@@ -16,6 +16,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from nemo_pre.device_copies import to_device
+
 IMAGE_TOKEN_INDEX = -200  # NeVA's token id of an image
 IGNORE_INDEX = -100  # NeVA's label of a token that is not predicted
 
@@ -50,15 +52,12 @@ class SequenceLayout:
     def sequence_length(self) -> int:
         return self.text_source_BS.shape[1]
 
-    def to(self, device: torch.device | str) -> SequenceLayout:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
+    def to(self, device: torch.device | str | int) -> SequenceLayout:
         return SequenceLayout(
-            move(self.text_source_BS),
-            move(self.visual_source_BS),
-            move(self.visual_image_BS),
-            move(self.segment_BS),
+            to_device(self.text_source_BS, device),
+            to_device(self.visual_source_BS, device),
+            to_device(self.visual_image_BS, device),
+            to_device(self.segment_BS, device),
             self.num_visual_tokens,
             self.num_images,
             self.image_tiles,
@@ -164,18 +163,70 @@ def expand_labels(
 
 
 @dataclass(frozen=True)
+class TokenPlaces:
+    """Where tokens go in the combined sequence.
+
+    Attributes:
+        row, column: ``[n]`` the place of each in ``[B, S]``.
+        source: ``[n]`` its index: of a text token along T, of a visual token in the micro-batch.
+    """
+
+    row: Tensor
+    column: Tensor
+    source: Tensor
+
+    @classmethod
+    def of(cls, source_BS: Tensor) -> TokenPlaces:
+        """Of the tokens that a layout names, row by row; -1 where there is none."""
+        row, column = torch.where(source_BS >= 0)
+        return cls(row, column, source_BS[row, column])
+
+    def to(self, device: torch.device | str | int) -> TokenPlaces:
+        return TokenPlaces(*(to_device(tensor, device) for tensor in (self.row, self.column, self.source)))
+
+
+@dataclass(frozen=True)
+class CombinedPlaces:
+    """Where every token of a micro-batch goes in its whole combined sequence, as numbers.
+
+    The layout says it too, as masks; but how many tokens a mask chooses is not known before it is counted, and what is
+    counted on a device the host waits for.
+
+    Attributes:
+        image: ``[n]`` image of each visual token, as in :class:`LocalVisualTokens`.
+    """
+
+    text: TokenPlaces
+    visual: TokenPlaces
+    image: Tensor
+
+    def to(self, device: torch.device | str | int) -> CombinedPlaces:
+        return CombinedPlaces(self.text.to(device), self.visual.to(device), to_device(self.image, device))
+
+
+def combined_places(layout: SequenceLayout) -> CombinedPlaces:
+    """The places of a layout's tokens; on the CPU."""
+    visual = TokenPlaces.of(layout.visual_source_BS)
+    image = _images_that_are_left(layout)[layout.visual_image_BS[visual.row, visual.column]]
+    return CombinedPlaces(TokenPlaces.of(layout.text_source_BS), visual, image)
+
+
+@dataclass(frozen=True)
 class LocalVisualTokens:
     """The visual tokens that lie in this rank's shard of the sequence.
 
     Attributes:
         position: ``[n]`` index into ``hidden_states.reshape(L * B, hidden)``.
         source: ``[n]`` index of the visual token in the micro-batch.
-        image: ``[n]`` index of its image in the micro-batch.
+        image: ``[n]`` number of its image, below the layout's ``num_images``: only images with a token left count.
     """
 
     position: Tensor
     source: Tensor
     image: Tensor
+
+    def to(self, device: torch.device | str | int) -> LocalVisualTokens:
+        return LocalVisualTokens(*(to_device(tensor, device) for tensor in (self.position, self.source, self.image)))
 
 
 def local_positions(sequence_length: int, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int) -> Tensor:
@@ -205,7 +256,14 @@ def local_visual_tokens(layout: SequenceLayout, positions_L: Tensor) -> LocalVis
     source_LB = layout.visual_source_BS[:, positions_L].transpose(0, 1)
     image_LB = layout.visual_image_BS[:, positions_L].transpose(0, 1)
     position = (source_LB.reshape(-1) >= 0).nonzero().squeeze(1)
-    return LocalVisualTokens(position, source_LB.reshape(-1)[position], image_LB.reshape(-1)[position])
+    image = _images_that_are_left(layout)[image_LB.reshape(-1)[position]]
+    return LocalVisualTokens(position, source_LB.reshape(-1)[position], image)
+
+
+def _images_that_are_left(layout: SequenceLayout) -> Tensor:
+    """Number of each image among those with a token left after truncation; of no meaning for the others."""
+    image = layout.visual_image_BS[layout.visual_image_BS >= 0]
+    return torch.bincount(image).clamp(max=1).cumsum(0) - 1
 
 
 def _tokens_per_image(image_tiles: ImageTiles) -> list[int]:

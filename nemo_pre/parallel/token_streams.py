@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nemo_pre.device_copies import to_device
 from nemo_pre.parallel.rotary_positions import rotary_positions
 from nemo_pre.parallel.sequence_layout import SequenceLayout, local_positions
 
@@ -67,6 +68,7 @@ class StreamShape:
         rope: see :func:`nemo_pre.parallel.rotary_positions.rotary_positions`.
         tp_size: ranks of sequence parallelism, 1 without it.
         packed: rows may hold several samples.
+        structure_on_host: attention works out from the structure what it calls, so that it stays on the CPU.
     """
 
     mixed_attention: bool
@@ -75,6 +77,7 @@ class StreamShape:
     cp_size: int = 1
     cp_rank: int = 0
     packed: bool = False
+    structure_on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,19 @@ class DecoderStreams:
         lengths: tokens per row of each sequence on this rank.
         structure_BK3: int32, of all context ranks' tokens in gathered order; None for plain causal attention.
         positions_3BQ: rotary positions of this context rank's tokens in gathered order.
+        structure_on_host: see :class:`StreamShape`.
     """
 
     lengths: tuple[int, ...]
     structure_BK3: Tensor | None
     positions_3BQ: Tensor
+    structure_on_host: bool = False
 
     def to(self, device: torch.device | str | int) -> DecoderStreams:
         structure = self.structure_BK3
-        return DecoderStreams(
-            self.lengths,
-            None if structure is None else structure.to(device, non_blocking=True),
-            self.positions_3BQ.to(device, non_blocking=True),
-        )
+        if structure is not None and not self.structure_on_host:
+            structure = to_device(structure, device)
+        return replace(self, structure_BK3=structure, positions_3BQ=to_device(self.positions_3BQ, device))
 
 
 def decoder_streams(samples: SequenceLayout | None, branch: VisualBranch | None, shape: StreamShape) -> DecoderStreams:
@@ -119,6 +122,7 @@ def decoder_streams(samples: SequenceLayout | None, branch: VisualBranch | None,
         lengths=tuple(length // (shape.tp_size * shape.cp_size) for length in lengths),
         structure_BK3=torch.cat(structures, dim=1)[:, order_K].contiguous() if needed else None,
         positions_3BQ=torch.cat(positions, dim=2)[:, :, here_Q].contiguous(),
+        structure_on_host=shape.structure_on_host,
     )
 
 

@@ -181,15 +181,19 @@ def _in_bf16(config: RunConfig, parts: Mapping[str, Flops], device: Device) -> F
 def _layer_traffic(config: RunConfig, load: Load, device: Device) -> tuple[float, float]:
     """Seconds, at the links' full speed, that a layer's forward and backward pass wait for communication.
 
-    Two all-reduces over tensor-parallel ranks (a gather and a scatter each under sequence parallelism, as many bytes),
-    the teacher's tokens forward only; and other context ranks' keys and values, backward with their gradients.
+    Two all-reduces over tensor-parallel ranks each way, the teacher's tokens forward only; and other context ranks'
+    keys and values, backward with their gradients. Under sequence parallelism an all-reduce is a gather and a scatter,
+    of as many bytes; but of a column-parallel matrix's input a rank keeps its own part alone, and gathers it once more
+    for the weights' gradient: six operations backward, where forward are four. Megatron lets those two and the
+    scatters run beside matrix products; what that hides has not been measured, so all are counted.
     """
     layer, layout = LayerActivations(config, load, fused=True), config.parallel
-    reduced = 2 * 2 * layer.whole_input * (layout.tensor - 1) / layout.tensor / device.nvlink
+    operation = layer.whole_input * (layout.tensor - 1) / layout.tensor / device.nvlink
+    forward, backward = 4 * operation, (6 if layout.sequence else 4) * operation
     near = layout.tensor * layout.context <= device.per_node
     exchanged = 2 * layer.key * (layout.context - 1) / (device.nvlink if near else device.network)
     with_teacher = 1 + load.branch / load.keys
-    return (reduced + exchanged) * with_teacher, reduced + 2 * exchanged
+    return (forward + exchanged) * with_teacher, backward + 2 * exchanged
 
 
 def _transfer(config: RunConfig, load: Load, device: Device, efficiency: Efficiency) -> float:

@@ -37,7 +37,16 @@ class FrozenVision:
         self.target, self.facts = target, vision_facts(target)
         self.statistics = read_statistics(target)
         self.model = load_model(target).to(device)
-        self.image_mean, self.image_std = image_mean, image_std
+        # On the device from the start: numbers that go there for every micro-batch would be waited for.
+        self._columns = {
+            name: torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1, 1)
+            for name, values in (
+                ("seen mean", image_mean),
+                ("seen std", image_std),
+                ("own mean", self.statistics.mean),
+                ("own std", self.statistics.std),
+            )
+        }
 
     @torch.no_grad()
     def __call__(self, images: Tensor, tile_tokens: int) -> Tensor:
@@ -54,11 +63,9 @@ class FrozenVision:
     def pixels(self, images: Tensor) -> Tensor:
         """The picture as the frozen model's own processor would normalise it, in the size it is shown."""
 
-        def column(values: tuple[float, ...] | list[float]) -> Tensor:
-            return images.new_tensor(values).view(1, 3, 1, 1)
-
-        pictures = images * column(self.image_std) + column(self.image_mean)
-        pictures = (pictures * self.statistics.scale - column(self.statistics.mean)) / column(self.statistics.std)
+        column = {name: values.to(images.dtype) for name, values in self._columns.items()}
+        pictures = images * column["seen std"] + column["seen mean"]
+        pictures = (pictures * self.statistics.scale - column["own mean"]) / column["own std"]
         size = (self.facts.image_size, self.facts.image_size)
         return F.interpolate(pictures, size=size, mode=self.target.image_filter, align_corners=False, antialias=True)
 

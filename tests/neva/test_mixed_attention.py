@@ -96,7 +96,7 @@ def test_flexattentions_rule_is_the_same_rule(first_query):
 def test_runs_see_what_the_rule_allows_also_where_a_rank_has_a_part_of_the_queries(first_query):
     tokens, queries = structure(packed(), tp_size=2), 24 - 2 * first_query or 4
     rule = may_attend(tokens[:, first_query : first_query + queries], tokens)
-    for allowed, row in zip(rule, runs_of_rows(tokens, first_query, queries), strict=True):
+    for allowed, row in zip(rule, runs_of_rows(tokens, first_query, queries, "cpu"), strict=True):
         seen = torch.zeros_like(allowed)
         query_order = torch.arange(queries) if row.query_order is None else row.query_order
         key_order = torch.arange(24) if row.key_order is None else row.key_order
@@ -111,7 +111,7 @@ def test_runs_want_the_tokens_of_an_image_together():
     tokens = structure()
     tokens[0, :, 2] = torch.tensor([0, -1] * 8)
     with pytest.raises(ValueError, match="do not lie together"):
-        runs_of_rows(tokens, 0, 16)
+        runs_of_rows(tokens, 0, 16, "cpu")
 
 
 def test_changing_one_image_changes_no_other_and_no_earlier_text():

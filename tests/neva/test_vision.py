@@ -8,8 +8,10 @@ import torch
 from nemo_pre.config.schema import ModelConfig, VisionConfig
 from nemo_pre.config.vision_families import transformers_values
 from nemo_pre.neva.build import build_projector_config
+from nemo_pre.neva.native_qwen_vl import patch_places
 from nemo_pre.neva.vision import VisionTowerConfig, freeze_unused_layers
 from nemo_pre.objectives.pre.head import PredictionHeadSpec
+from tests.waits import DEVICE, no_waits
 
 SHAPE = dict(image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=2)
 CLASS_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "aimv2": 0, "patch_mlp": 0}
@@ -112,6 +114,50 @@ def test_tower_and_projector_are_transformers_tower_and_its_merger():
     torch.testing.assert_close(features[:6], first, atol=1e-6, rtol=1e-5, msg="images see each other")
 
 
+def test_the_towers_windows_attend_as_transformers_do_values_and_gradients():
+    """In float64, of pictures of many sizes, some less than a window; whole pictures in any layers or in none."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Theirs
+
+    grids = [(7, 5), (2, 2), (1, 9), (5, 7), (4, 4), (2, 2), (3, 1)]
+    for full_layers in ([1], [0, 3], [2, 3], []):
+        vision = replace(NATIVE, num_layers=4, full_attention_layers=full_layers)
+        tower = VisionTowerConfig(vision, 7).configure_model().double().eval()
+        theirs = Theirs(tower.config).double().eval()
+        theirs.merger.mlp = torch.nn.Identity()
+        theirs.load_state_dict(tower.state_dict())
+        theirs.rotary_pos_emb.float()  # angles are float32 whatever the weights are
+        patches = torch.randn(sum(rows * columns for rows, columns in grids), 4, 3 * 4**2, dtype=torch.float64)
+        frames = patches.view(-1, 3, 1, 16).expand(-1, 3, 2, 16).reshape(-1, 96)
+        features = tower(patches, grids)
+        expected = theirs(frames, torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids]))
+        torch.testing.assert_close(features, expected, atol=1e-12, rtol=1e-10)
+        weight = torch.randn_like(features)
+        for each in (features, expected):
+            (each * weight).sum().backward()
+        for (name, ours), other in zip(tower.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, other.grad, atol=1e-10, rtol=1e-9, msg=name)
+
+
+def test_a_layer_attends_once_for_every_size_of_window_and_the_host_never_waits(monkeypatch):
+    """Two pictures of 1120 x 896 pixels as the published tower sees them, forward and backward, without a value."""
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, key, value, **options):
+        calls.append(tuple(query.shape))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    vision = replace(NATIVE, patch_size=14, window_size=112, full_attention_layers=[2])
+    tower = VisionTowerConfig(vision, 7).configure_model().to(DEVICE)
+    for grids, sizes in (([(40, 32)] * 2, 1), ([(40, 32), (41, 30)], 4)):
+        calls.clear()
+        tokens = sum(rows * columns for rows, columns in grids)
+        with no_waits():
+            tower(torch.zeros(tokens, 4, 3 * 14**2, device=DEVICE), grids).sum().backward()
+        assert len(calls) == 2 * sizes + len(set(grids)), "two layers of windows, one of whole pictures"
+        assert sum(windows * patches for windows, _, patches, _ in calls) == 3 * 4 * tokens
+
+
 AIMV2 = VisionConfig(
     family="aimv2_native", image_size=0, patch_size=4, hidden_size=32, intermediate_size=48, num_layers=3,
     num_attention_heads=2, feature_layer=-2, drop_class_token=False, min_visual_tokens=1, max_visual_tokens=64,
@@ -183,6 +229,8 @@ def test_a_native_towers_positions_stay_exact_in_bf16_and_are_there_after_the_me
         built = VisionTowerConfig(NATIVE, 7).configure_model()
     built.to_empty(device="cpu").load_state_dict(tower.state_dict())
     assert torch.equal(built(patches, GRIDS[3:]), tower(patches, GRIDS[3:]))
-    angles = tower.rot_pos_emb(torch.tensor([[1, 8, 12]]))
-    assert torch.equal(tower.bfloat16().rot_pos_emb(torch.tensor([[1, 8, 12]])), angles)
+    places = patch_places(GRIDS[3:], merge=2).flatten(0, 1)
+    assert places[[0, 1, 2, -1]].tolist() == [[0, 0], [0, 1], [1, 0], [7, 11]]
+    angles = tower.rotary_pos_emb(places)
+    assert torch.equal(tower.bfloat16().rotary_pos_emb(places), angles)
     assert angles.dtype == torch.float32

@@ -3,6 +3,7 @@ import torch
 
 from nemo_pre.parallel.sequence_layout import (
     combined_lengths,
+    combined_places,
     expand_labels,
     local_positions,
     local_visual_tokens,
@@ -111,3 +112,25 @@ def test_local_tokens_index_the_flattened_sequence_first_hidden_states():
             s, b = divmod(int(shard.reshape(-1)[position]), 2)
             assert layout.visual_source_BS[b, s] == source
             assert layout.visual_image_BS[b, s] == image
+
+
+def test_an_image_that_truncation_took_whole_has_no_number():
+    """So that a mean over images is over as many rows as there are, and no rank has to ask which are empty."""
+    tokens = torch.tensor([[1, IMAGE, 2, IMAGE, IMAGE], [IMAGE, 1, 2, 3, 4]])
+    layout = sequence_layout(tokens, square_tiles([1, 1, 1, 1], 4), IMAGE, 8)
+    assert layout.num_images == 3 and layout.visual_image_BS.unique().tolist() == [-1, 0, 1, 3]
+    numbers = {0: 0, 1: 1, 3: 2}
+    places = combined_places(layout)
+    for index in range(len(places.visual.row)):
+        row, column = places.visual.row[index], places.visual.column[index]
+        assert places.visual.source[index] == layout.visual_source_BS[row, column]
+        assert places.image[index] == numbers[int(layout.visual_image_BS[row, column])]
+    assert len(places.visual.row) == layout.num_visual_tokens
+    texts = zip(places.text.row, places.text.column, places.text.source, strict=True)
+    assert {(int(b), int(s)): int(t) for b, s, t in texts} == {
+        (b, s): int(t) for b, row in enumerate(layout.text_source_BS) for s, t in enumerate(row) if t >= 0
+    }
+    local = local_visual_tokens(layout, torch.arange(8))
+    assert sorted(local.image.tolist()) == sorted(places.image.tolist())
+    text_alone = sequence_layout(torch.tensor([[1, 2]]), [], IMAGE, 4)
+    assert len(combined_places(text_alone).image) == len(local_visual_tokens(text_alone, torch.arange(4)).image) == 0

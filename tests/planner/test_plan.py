@@ -13,6 +13,7 @@ from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_run
 from nemo_pre.config.compose import compose_run
 from nemo_pre.objectives.laver import LaVer
+from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops
 from nemo_pre.planner.load import largest_load
@@ -153,6 +154,19 @@ def test_heads_run_at_tf32s_rate_in_bf16_runs_and_gram_matrices_at_float32s() ->
     assert backward == pytest.approx(2 * forward)
     config.precision.name = "fp32"
     assert pass_seconds(config, load, parts, range(0), no_links, alone)[0] == pytest.approx(4e15 / H100.fp32)
+
+
+def test_a_layers_backward_pass_gathers_its_inputs_again_under_sequence_parallelism() -> None:
+    """Six operations, four gathers and two scatters, where forward are four; all-reduces are four both ways."""
+    words = ["experiment=siglip2_qwen25_72b_stage2_full_pre", "parallel=tp8_pp4_sp", "parallel.recompute=none"]
+    config = compose_run(words)
+    load, layers = largest_load(config), range(10)
+    operation = LayerActivations(config, load, fused=True).whole_input * 7 / 8 / H100.nvlink / ASSUMED.bandwidth
+    for sequence, operations in ((True, 6), (False, 4)):
+        config.parallel.sequence = sequence
+        forward, backward = pass_seconds(config, load, {"decoder matrices": Flops()}, layers, H100, ASSUMED)
+        assert forward == pytest.approx(10 * 4 * operation)
+        assert backward == pytest.approx(10 * operations * operation)
 
 
 def test_fused_layers_keep_less_than_unfused_ones_and_recomputation_less_still() -> None:

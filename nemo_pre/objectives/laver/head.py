@@ -102,7 +102,7 @@ class MaskedBranch:
     def mask_token(self) -> Tensor:
         if self._mask_token_id is None:
             return self._chunk.laver_mask_token
-        row = torch.tensor([[self._mask_token_id]], device=torch.cuda.current_device())
+        row = torch.full((1, 1), self._mask_token_id, device=torch.cuda.current_device())
         return self._chunk.language_model.embedding(input_ids=row, position_ids=None)[0, 0]
 
     def run_teacher(self, branch: Tensor, structure: Tensor | None, rotary: Tensor | None) -> Tensor:

@@ -26,8 +26,9 @@ from nemo_pre.parallel.token_streams import VisualBranch, image_rows, image_size
 from nemo_pre.terms.term import Term, Weight
 from nemo_pre.terms.training import Training, VisualModelConfig
 
-SUMS = ("mim", "gram", "similarity", "pairs", "entropy")  # what a step adds up, over micro-batches and ranks
-MASKED_TOKENS, GRAM_ENTRIES = "masked_tokens", "gram_entries"  # counts of the global batch
+SUMS = ("mim", "gram", "similarity", "entropy")  # what a step adds up, over micro-batches and ranks
+# Counts of the global batch; pairs are of different tokens of an image.
+MASKED_TOKENS, GRAM_ENTRIES, PAIRS = "masked_tokens", "gram_entries", "laver_pairs"
 
 
 class LaVerTerm(Term):
@@ -138,7 +139,8 @@ class LaVerTerm(Term):
 
     def counts(self, layout: SequenceLayout, branch: VisualBranch | None) -> Mapping[str, int]:
         assert branch is not None
-        return {MASKED_TOKENS: branch.num_masked, GRAM_ENTRIES: self._gram_entries(branch)}
+        pairs = sum(size * (size - 1) for size in image_sizes(branch.layout).values())
+        return {MASKED_TOKENS: branch.num_masked, GRAM_ENTRIES: self._gram_entries(branch), PAIRS: pairs}
 
     def _gram_entries(self, branch: VisualBranch) -> int:
         """Entries of the Gram matrices that are compared."""
@@ -175,9 +177,9 @@ class LaVerTerm(Term):
         gram_sum = self._gram(micro_batch, whole_student, whole_images(teacher, tokens, places, self._image_groups))
 
         with torch.no_grad():
-            similarity, pairs = pair_cosines_within_images(whole_student.detach(), tokens.own_image)
+            similarity, _ = pair_cosines_within_images(whole_student.detach(), tokens.own_image)
             entropy = _entropy(teacher[tokens.masked], center, options.teacher_temperature)
-            sums = (mim_sum * self._share(micro_batch), gram_sum, similarity, gram_sum.new_tensor(pairs), entropy)
+            sums = (mim_sum * self._share(micro_batch), gram_sum, similarity, entropy)
             self._sums[micro_batch.index] = torch.stack([value.detach().double() for value in sums])
             if options.centring:
                 self._center_sums[micro_batch.index] = teacher.float().sum(0)
@@ -190,10 +192,12 @@ class LaVerTerm(Term):
         """The Gram term of the images this rank compares, from all their tokens ``[k, d]``."""
         tokens, branch = micro_batch.branch_tokens, micro_batch.branch
         assert tokens is not None and branch is not None
-        image = torch.zeros_like(tokens.own_image) if branch.images_together else tokens.own_image
+        image = tokens.own_image
         if self.options.gram_positions == "masked":
             student, teacher = student[tokens.own_masked], teacher[tokens.own_masked]
-            image = image[tokens.own_masked.to(image.device)]
+            image = tokens.own_masked_image
+        if branch.images_together:
+            image = torch.zeros_like(image)
         return gram_anchoring_loss(student, teacher, image, self.options.gram_clipped)[0]
 
     def _share(self, micro_batch: MicroBatch) -> float:
@@ -225,7 +229,7 @@ class LaVerTerm(Term):
         if self._sums and self._counts_here:
             sums += torch.stack(list(self._sums.values())).sum(0)
         dist.all_reduce(sums)
-        mim, gram, similarity, pairs, entropy = sums
+        mim, gram, similarity, entropy = sums
         self._move_center(plan)
         found: dict[str, Tensor | float] = {
             "laver/mask_ratio": self._mask_ratio,
@@ -237,7 +241,7 @@ class LaVerTerm(Term):
             found["laver/teacher_entropy"] = global_mean(entropy, masked)
         if entries := plan.counts[GRAM_ENTRIES]:
             found["laver/gram"] = global_mean(gram, entries)
-        if pairs > 0:
+        if pairs := plan.counts[PAIRS]:
             found["laver/similarity"] = similarity / pairs
         if self._momentum is not None:
             found["laver/momentum"] = self._momentum

@@ -115,10 +115,11 @@ class PReTerm(LayerTerm):
         if self.options.variant == "patch":
             return predictive_loss(self._heads[layer](visual_tokens), anchor)[0]
         assert micro_batch.local is not None
-        image, num_images = micro_batch.local.image, int(micro_batch.layout.visual_image_BS.max()) + 1
-        visual_tokens, present = mean_per_image(visual_tokens, image, num_images, self.image_groups)
-        anchor, _ = mean_per_image(anchor, image, num_images, self.image_groups)
-        loss_sum, _ = predictive_loss(self._heads[layer](visual_tokens[present]), anchor[present])
+        image, num_images = micro_batch.local.image, micro_batch.layout.num_images
+        tokens_of, anchor_of = (
+            mean_per_image(each, image, num_images, self.image_groups) for each in (visual_tokens, anchor)
+        )
+        loss_sum, _ = predictive_loss(self._heads[layer](tokens_of), anchor_of)
         return share_of_replicated_sum(loss_sum, self.image_groups)
 
     def count(self, plan: StepPlan) -> int:
