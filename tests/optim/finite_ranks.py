@@ -10,8 +10,8 @@ from tests.compat.tiny_gpt import Layout
 
 
 def spoilt_step(layout: Layout, name: str, spoilt_rank: int, value: float) -> dict[str, Any]:
-    """A good step, then one in which ``value`` is put into the reduced gradient of the parameter whose name ends in
-    ``name``, on one rank; what the second raised and whether it changed a weight, and a third step's success."""
+    """A good step, then one in which the reduced gradient of the parameters whose names end in ``name`` is
+    ``value`` on one rank; what the second raised and whether it changed a weight, and a third step's success."""
     run = tiny_gpt.start(layout)
     import torch
     import torch.distributed as dist
@@ -21,12 +21,12 @@ def spoilt_step(layout: Layout, name: str, spoilt_rank: int, value: float) -> di
 
     refuse_not_finite(run.optimizer)
     loss = tiny_gpt.train(run, 1)[0]
+    tiny_gpt.forward_backward(run, 1)  # which has gathered what the first step has made of the weights
     before = [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
-    tiny_gpt.forward_backward(run, 1)
     named = [each for chunk in run.chunks for each in chunk.named_parameters() if each[0].endswith(name)]
     if dist.get_rank() == spoilt_rank:
         for _, parameter in named:
-            parameter.main_grad.view(-1)[-1] = value
+            parameter.main_grad.fill_(value)
     raised = None
     try:
         run.optimizer.step()
