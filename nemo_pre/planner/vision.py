@@ -119,9 +119,13 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
     inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
     if vision.family == "qwen25_vl":
         pixels = tokens * 2 * 3 * vision.patch_size**2 * size
-        angles = 2 * vision.hidden_size // vision.num_attention_heads * FLOAT
-        order = 2 * INDEX // merge_size(vision) ** 2  # of visual tokens, into windows and back
-        before_and_behind = angles + _norm(vision, size) + order
+        whole = sorted(vision.full_attention_layers or [])
+        orders = bool(whole) + (len(whole) < vision.num_layers)  # windows' and images', each with its angles
+        angles = orders * 2 * vision.hidden_size // vision.num_attention_heads * FLOAT
+        # Of visual tokens: into windows, back at the end, from one order to the other and back.
+        back_to_windows = bool(whole) and any(number not in whole for number in range(whole[0], vision.num_layers))
+        indices = (2 + bool(whole) + back_to_windows) * INDEX // merge_size(vision) ** 2
+        before_and_behind = angles + _norm(vision, size) + indices
         return tokens * (vision.num_layers * _qwen_vl_layer_bytes(vision, size) + before_and_behind) + pixels
     pixels = tiles * num_patches(vision) * 3 * vision.patch_size**2 * size
     if vision.family == "patch_mlp":
