@@ -25,7 +25,7 @@ def place(item: pytest.Item) -> tuple[int, int, str]:
     layout = parity_layout(item.nodeid)
     if layout is not None:
         return 1, -world_size(EVERY_LAYOUT[layout]), layout
-    if "bed" in getattr(item, "fixturenames", ()):  # jobs of a real Slurm, which end where they wait for a core too long
+    if "bed" in getattr(item, "fixturenames", ()):  # jobs of a real Slurm: they end where they wait long for a core
         return 3, 0, ""
     starts_processes = any(hasattr(item.module, name) for name in STARTERS)
     return (0 if starts_processes else 2), 0, ""
