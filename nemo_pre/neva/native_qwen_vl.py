@@ -48,7 +48,7 @@ class Arrangement:
 
     @classmethod
     def of(cls, parts: list[Tensor]) -> Arrangement:
-        """Of the visual tokens of every window, or of every image."""
+        """The order for the visual tokens of every window, or of every image."""
         parts = sorted(parts, key=len)  # stable
         sizes = [(len(list(alike)), size) for size, alike in groupby(parts, key=len)]
         return cls(torch.cat(parts), sizes)

@@ -177,7 +177,7 @@ class TokenPlaces:
 
     @classmethod
     def of(cls, source_BS: Tensor) -> TokenPlaces:
-        """Of the tokens that a layout names, row by row; -1 where there is none."""
+        """The places of the tokens that a layout names, row by row; -1 where there is none."""
         row, column = torch.where(source_BS >= 0)
         return cls(row, column, source_BS[row, column])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def rehearse(arguments: Sequence[str]) -> None:
         Path(options.json).write_text(json.dumps(rehearsed.as_json(), indent=1) + "\n")
         print(f"written to {options.json}")
     refuse_problems(rehearsed)
+    print(f"{config.name} rehearses without a problem; next: nemo-pre submit {shlex.join(overrides)}")
 
 
 def refuse_problems(rehearsed: Rehearsed) -> None:

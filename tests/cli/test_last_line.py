@@ -12,6 +12,8 @@ OWN = {
     "train",
     "plan",
     "scale",
+    "rehearse",
+    "rehearse all",
     "submit",
     "data lengths",
     "data features",

@@ -198,7 +198,7 @@ def test_the_ranks_are_given_what_is_kept(tmp_path, monkeypatch, capsys) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
     started: list[RunConfig] = []
-    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry: started.append(config))
+    monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry, **_: started.append(config))
     options = [*RUN, "output_dir=run", "init_from=former"]
     saved(compose_run(options), 6)
     assert cli.main(["train", *options[:-1], "optim.lr=1e-4"]) == 0
