@@ -69,5 +69,5 @@ def rehearse_all(
         raise RankFailure(
             f"{len(with_problems)} of the rehearsed recipes have problems, which {out}/{record.TABLE} lists."
         )
-    left = f", {len(missing)} missing; next: nemo-pre rehearse all out={out}" if missing else "; next: nemo-pre submit"
-    print(f"{len(entries)} recipes in {out}/{record.TABLE}{left}")
+    then = f", {len(missing)} missing; next: nemo-pre rehearse all out={out}" if missing else "; next: nemo-pre submit"
+    print(f"{len(entries)} recipes in {out}/{record.TABLE}{then}")
