@@ -295,8 +295,9 @@ def _check_images(pieces: list[_Piece], num_images: int, where: str) -> None:
 def _tokenize(
     pieces: list[_Piece], template: ChatTemplate, tokenizer: Any, where: str
 ) -> tuple[list[int], list[bool]]:
-    """Ids and, per id, whether it belongs to an answer; bos first where the tokenizer has one."""
-    ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    """Ids and, per id, whether it belongs to an answer; bos first where the tokenizer has one, once."""
+    has_bos = tokenizer.bos_token_id is not None and not begins_with_bos(template, tokenizer)
+    ids = [tokenizer.bos_token_id] if has_bos else []
     targets = [False] * len(ids)
     begins = True  # whether a text at this place is tokenized as the beginning of a sequence
     for is_text, group in groupby(pieces, key=lambda piece: piece.token is None):
@@ -314,6 +315,12 @@ def _tokenize(
         ids += run_ids
         targets += run_targets
     return ids, targets
+
+
+def begins_with_bos(template: ChatTemplate, tokenizer: Any) -> bool:
+    """Whether the template's first words are the tokenizer's bos, as chatml's are for SmolLM2."""
+    begins = template.system or template.before_question
+    return bool(tokenizer.bos_token in template.control and begins.startswith(tokenizer.bos_token))
 
 
 def marks_first_text_only(tokenizer: Any) -> bool:

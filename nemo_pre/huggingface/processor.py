@@ -11,7 +11,14 @@ from typing import Any
 
 from nemo_pre.config.schema import ModelConfig
 from nemo_pre.config.vision_families import FAMILIES, class_tokens, is_native, merge_size, token_pixels
-from nemo_pre.data.conversation import IMAGE_TAG, TEMPLATES, ChatTemplate, end_of_answer, marks_first_text_only
+from nemo_pre.data.conversation import (
+    IMAGE_TAG,
+    TEMPLATES,
+    ChatTemplate,
+    begins_with_bos,
+    end_of_answer,
+    marks_first_text_only,
+)
 from nemo_pre.huggingface.architecture import ARCHITECTURES
 from nemo_pre.huggingface.importer import ORIGINAL
 from nemo_pre.huggingface.pixels import FILTERS, NESTED, NESTED_KEY, OWN, fit_tower, read_pixels
@@ -55,7 +62,8 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
     tag = QWEN_IMAGE_TAG if is_native(model.vision) else IMAGE_TAG
     tokenizer = _tokenizer(saved, model, tag)
     template = TEMPLATES[saved.data.chat_template]
-    chat_template = jinja_template(template, _adds_bos(tokenizer), tag, mark_behind_image(tokenizer, template))
+    has_bos = _adds_bos(tokenizer) or begins_with_bos(template, tokenizer)
+    chat_template = jinja_template(template, has_bos, tag, mark_behind_image(tokenizer, template))
     make = _native_processor if is_native(model.vision) else _processor
     make(tokenizer, model, saved.data, chat_template).save_pretrained(directory)
     image_token_id = int(tokenizer.convert_tokens_to_ids(tag))

@@ -112,6 +112,27 @@ def test_special_words_in_the_text_are_text(byte_tokenizer):
     assert byte_tokenizer.eos_token_id not in ids
 
 
+def test_a_bos_that_the_template_writes_itself_is_there_once():
+    """SmolLM2's is chatml's mark; prompts, samples and the exported template alike."""
+    from nemo_pre.data.conversation import TEMPLATES, begins_with_bos
+    from nemo_pre.huggingface.processor import jinja_template
+    from tests.huggingface.tiny import tiny_tokenizer
+
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    chat = [{"role": "user", "content": "What?"}]
+    for bos, times in (("<s>", 1), ("<|im_start|>", 0)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.bos_token = bos
+        mark = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        prompt = encode_prompt(talk[:1], tokenizer, "chatml", 0, "here")
+        assert prompt[: times + 2] == [tokenizer.bos_token_id] * times + [mark, *tokenizer("s").input_ids]
+        assert encode(talk, tokenizer, "chatml", 200, 0, "here").tokens[: len(prompt)] == prompt
+        template = TEMPLATES["chatml"]
+        jinja = jinja_template(template, begins_with_bos(template, tokenizer))
+        assert tokenizer.apply_chat_template(chat, chat_template=jinja, add_generation_prompt=True) == prompt
+        assert not begins_with_bos(TEMPLATES["plain"], tokenizer)
+
+
 def test_a_long_sample_is_cut_and_says_so(tokenizer):
     full = encode(TWO_TURNS, tokenizer, "plain", 40, num_images=1, where="s")
     cut = encode(TWO_TURNS, tokenizer, "plain", 10, num_images=1, where="s")
