@@ -26,7 +26,7 @@ from nemo_pre.config.untrained import untrained_run
 from nemo_pre.data.images import image_tensor
 from nemo_pre.data.native_images import NativeResolution
 from nemo_pre.huggingface.pixels import NESTED, OWN, Pixels, fit_tower, read_pixels
-from nemo_pre.huggingface.processor import _image_processor, _keep_pixels
+from nemo_pre.huggingface.processor import _keep_pixels, image_processor
 
 SIZE = 24
 SHAPES = [(24, 24), (61, 40), (40, 61), (9, 13), (100, 33)]
@@ -133,7 +133,7 @@ def test_an_exported_processor_makes_the_imported_ones_pixels(kind, tmp_path):
     values, _ = SAME[kind]
     model = ModelConfig(name="m", vision=tower("siglip" if "siglip" in kind else "clip"))
     pixels = fit_tower(read_pixels(write(tmp_path / "hf", values), model.vision), model.vision)
-    exported = _image_processor(model, pixels.data(128))
+    exported = image_processor(model, pixels.data(128))
     exported.save_pretrained(tmp_path / "out")
     assert replace(read_pixels(tmp_path / "out", model.vision), where="", size=None) == replace(
         pixels, where="", size=None
