@@ -39,24 +39,18 @@ class GeneratedSet(ABC):
     """How a set's samples are composed. Worker processes receive it, and the source that they are composed of, once.
 
     Attributes:
+        given: the set's parameters, ``seed`` and ``scenes_per_shard`` among them.
         dataset: its name in the manifest.
         tool_version: raised whenever the bytes for a seed change.
         what: its samples in words, for progress and messages.
         folders: below the set's directory that :meth:`write_beside` and :meth:`write_last` fill.
     """
 
+    given: Any
     dataset: ClassVar[str]
     tool_version: ClassVar[int]
     what: ClassVar[str]
     folders: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    @abstractmethod
-    def seed(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def samples_per_shard(self) -> int: ...
 
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
@@ -169,7 +163,7 @@ def _inspect(out: Path, made: GeneratedSet) -> dict[str, Any] | None:
 
 
 def _plan(out: Path, made: GeneratedSet) -> list[ShardJob]:
-    size = made.samples_per_shard
+    size = made.given.scenes_per_shard
     return [
         ShardJob(out, split, number, range(start, min(start + size, total)))
         for split, total in made.split_sizes().items()
@@ -216,7 +210,9 @@ def _write(job: ShardJob, made: GeneratedSet, source: Any) -> dict[str, Any]:
         split = list(made.split_sizes()).index(job.split)
         for index in job.indices:
             key = f"{job.split}-{index:06d}"
-            members, kinds = made.sample(np.random.default_rng([made.seed, split, index]), source, job.split, key)
+            members, kinds = made.sample(
+                np.random.default_rng([made.given.seed, split, index]), source, job.split, key
+            )
             types.update(kinds)
             yield key, members
 

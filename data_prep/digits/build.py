@@ -51,14 +51,6 @@ class Digits(GeneratedSet):
     what = "digit scenes"
     folders = (TOKENIZER,)
 
-    @property
-    def seed(self) -> int:
-        return self.given.seed
-
-    @property
-    def samples_per_shard(self) -> int:
-        return self.given.scenes_per_shard
-
     def parameters(self) -> dict[str, Any]:
         return asdict(self.given)
 

@@ -75,14 +75,6 @@ class Emoji(GeneratedSet):
     what = "scenes of emoji"
     folders = HELD_OUT_SPLITS
 
-    @property
-    def seed(self) -> int:
-        return self.given.seed
-
-    @property
-    def samples_per_shard(self) -> int:
-        return self.given.scenes_per_shard
-
     def parameters(self) -> dict[str, Any]:
         return {**asdict(self.given), "packages": self.packages}
 

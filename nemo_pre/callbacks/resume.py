@@ -96,12 +96,8 @@ def _damage_on_record(checkpoint: Path) -> str:
     return damage
 
 
-def training_only_parameters(checkpoint: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the training-only parameters in a checkpoint."""
-    return _training_only(CheckpointReader(checkpoint))
-
-
 def _training_only(checkpoint: CheckpointReader) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the training-only parameters in a checkpoint."""
     named = {key.removeprefix("module."): shape for key, (shape, _) in checkpoint.tensors().items()}
     compared = compared_on_resume()
     return {name: shape for name, shape in named.items() if name.startswith(compared)}

@@ -26,7 +26,7 @@ def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     Raises:
         ValueError: the checkpoint lacks a weight, or is of another model.
     """
-    _, source = start_checkpoint(config, _damage_of_tower, _damage_of_tower)
+    source = start_checkpoint(config, _damage_of_tower)
     if source is None:
         from nemo_pre.neva.vision import VisionTowerConfig
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nemo_pre.config.run import RunConfig
@@ -198,7 +197,3 @@ def planned_sends(config: RunConfig, found: Found) -> int:
 def _objectives_send(config: RunConfig, load: Load, stage: int) -> int:
     sent = [message for cost in costs(config) for message in cost.messages(load)]
     return sum(message.bytes for message in sent if message.source == stage)
-
-
-def total_bytes(calls: Sequence[Traffic]) -> int:
-    return sum(each.bytes for each in calls)

@@ -27,8 +27,3 @@ def _short(file: str) -> str:
         if package in file:
             return package[1:] + file.rpartition(package)[2]
     return file
-
-
-def is_megatrons(line: str) -> bool:
-    """Whether the innermost line is Megatron's, NeMo's or transformers' own, not the project's."""
-    return not line.startswith(OURS[1:])

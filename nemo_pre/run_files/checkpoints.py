@@ -55,19 +55,17 @@ def checkpoint_dir(config: RunConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def start_checkpoint(
-    config: RunConfig, damaged: Damaged | None = None, former_damaged: Damaged | None = None
-) -> tuple[str | None, str | None]:
-    """The run's own newest checkpoint, and the one whose weights it starts with: that, or ``init_from``'s.
+def start_checkpoint(config: RunConfig, damaged: Damaged | None = None) -> str | None:
+    """The checkpoint whose weights the run starts with: its own newest, or ``init_from``'s; None without either.
 
     Args:
-        damaged, former_damaged: say what is wrong with a checkpoint of the run's own, and with ``init_from``'s.
+        damaged: says what is wrong with a checkpoint; :func:`damage_of` if not given.
 
     Raises:
         ValueError: all of the run's checkpoints are damaged, or ``init_from`` names none.
     """
     newest = newest_checkpoint(checkpoint_dir(config), damaged) if config.resume else None
-    return newest, newest or (former_stage(config.init_from, damaged=former_damaged) if config.init_from else None)
+    return newest or (former_stage(config.init_from, damaged=damaged) if config.init_from else None)
 
 
 def former_stage(path: str, option: str = "init_from", damaged: Damaged | None = None) -> str:
