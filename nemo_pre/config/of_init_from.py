@@ -6,7 +6,7 @@ not be described again. Stages, objectives and options of the command line come 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ OF_INIT_FROM = "of_init_from"  # recipes/model/of_init_from.yaml
 UNNAMED = "held_by_init_from"  # what recipes/config.yaml has; the demo's model where nothing is held
 DEMO = "digits_tiny"
 FILE = "config.yaml"
+STEP = re.compile(r"step=(\d+)")  # "-v1" may follow
 # How and where a model is run is the run's own affair; the tokenizer is found as nemo_pre.data.tokenizer says.
 NOT_BROUGHT = ("tokenizer", "attention_backend")
 PIXELS = (
@@ -79,13 +80,9 @@ def _init_from(composed: Any) -> str | None:
 
 
 def _configuration(path: Path) -> Path | None:
-    """The file of a checkpoint, or of the newest of those in a folder."""
-    numbered = {
-        int(folder.name.removeprefix("step=")): folder
-        for folder in path.glob("step=*")
-        if folder.name.removeprefix("step=").isdigit()
-    }
-    folders: Sequence[Path] = [path, *(numbered[step] for step in sorted(numbered, reverse=True))]
+    """The file of a checkpoint, or of the furthest of those in a folder: the model is the same in all of a run's."""
+    numbered = [(int(found[1]), folder) for folder in path.glob("step=*") if (found := STEP.match(folder.name))]
+    folders = [path, *(folder for _, folder in sorted(numbered, reverse=True))]
     return next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
 
 
