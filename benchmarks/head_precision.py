@@ -118,7 +118,7 @@ def gradient(loss: Loss, made: nn.Module, seen: Tensor) -> Tensor:
 
 
 def errors(loss: Loss, widths: tuple[int, ...]) -> dict[str, float]:
-    """By row of the table."""
+    """The relative errors of the gradient, by row of the table."""
     whole, seen = head(nn.Linear, widths).double(), tokens(1)
     rounded = head(nn.Linear, widths).bfloat16().double()
     of_rounded = gradient(loss, rounded, seen.bfloat16().double())
