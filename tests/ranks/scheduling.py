@@ -25,10 +25,10 @@ def place(item: pytest.Item) -> tuple[int, int, str]:
     layout = parity_layout(item.nodeid)
     if layout is not None:
         return 1, -world_size(EVERY_LAYOUT[layout]), layout
-    if "bed" in getattr(item, "fixturenames", ()):  # jobs of a real Slurm: they end where they wait long for a core
-        return 3, 0, ""
+    if "bed" in getattr(item, "fixturenames", ()):  # jobs of a real Slurm wait for a core: beside tests that use one
+        return 2, 0, ""
     starts_processes = any(hasattr(item.module, name) for name in STARTERS)
-    return (0 if starts_processes else 2), 0, ""
+    return (0 if starts_processes else 3), 0, ""
 
 
 def group(nodeid: str) -> str:
