@@ -46,7 +46,7 @@ def first_steps(config: RunConfig, steps: int) -> tuple[Curves, bool]:
     from lightning.pytorch.callbacks import Callback
 
     from nemo_pre.callbacks.progress import logged_metrics
-    from nemo_pre.data.module import build_data_module
+    from nemo_pre.nemo.data import build_data_module
     from nemo_pre.train import build_model, build_trainer, objective_callbacks, prepare_process
 
     on_gpu = prepare_process(config)

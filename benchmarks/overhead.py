@@ -250,7 +250,7 @@ def fit(settings: Settings, side: str, scratch: str, steps: int, measure: type, 
         language.gradient_accumulation_fusion = False  # kernels the counter does not see, or that nobody has built
         language.masked_softmax_fusion = language.persist_layer_norm = False
     if settings.prepared_data:
-        from nemo_pre.data.module import build_data_module
+        from nemo_pre.nemo.data import build_data_module
 
         trainer.fit(model, build_data_module(config))
     else:

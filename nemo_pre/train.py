@@ -13,7 +13,7 @@ def run_rank(config: RunConfig) -> None:
     """Train on this rank. Expects RANK, WORLD_SIZE and MASTER_ADDR in the environment."""
     on_gpu = prepare_process(config)
     from nemo_pre.callbacks.resume import start_point
-    from nemo_pre.data.module import build_data_module
+    from nemo_pre.nemo.data import build_data_module
 
     start = start_point(config, training_only_parameters(config))
     data = build_data_module(config)
@@ -52,8 +52,8 @@ def prepare_process(config: RunConfig) -> bool:
 
 def build_model(config: RunConfig, on_gpu: bool) -> Any:
     """The Lightning module, with its optimizer; weights are created when the trainer sets it up."""
+    from nemo_pre.nemo.module import VisualNevaModel
     from nemo_pre.neva.build import build_neva_config
-    from nemo_pre.neva.model import VisualNevaModel
     from nemo_pre.optim import build_optimizer
 
     return VisualNevaModel(build_neva_config(config, on_gpu), optim=build_optimizer(config), tokenizer=None)

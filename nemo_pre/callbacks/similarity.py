@@ -48,7 +48,7 @@ class VisualSimilarityCallback(Callback):
         for chunk in self._chunks:
             for layer in chunk.language_model.decoder.layers:
                 self._taps.append(LayerTap(chunk, layer.layer_number, layer, self._visit))
-            if chunk.add_encoder:
+            if chunk.pre_process:
                 chunk.on_visual_tokens.append(self._visit_input)
         self._groups = sequence_shard_groups(language.sequence_parallel)
         # What is pooled over these ranks, or held by all of them, is counted on one.

@@ -16,7 +16,7 @@ from nemo_pre.terms.term import Term
 
 
 class TermCallback(Callback):
-    """Adds ``term`` to a NeVA run of :class:`nemo_pre.neva.model.VisualNevaModel`.
+    """Adds ``term`` to a NeVA run of :class:`nemo_pre.nemo.module.VisualNevaModel`.
 
     Raises:
         ValueError: at setup, where the term cannot be added to this model.

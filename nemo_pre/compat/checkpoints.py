@@ -33,6 +33,8 @@ class _PickledQueue:
     " the end of training, say) is written before the first is finalised, the two swap their reports on that rank,"
     " and both checkpoints miss tensors in their metadata, without a word until they are loaded.",
     until="FileSystemWriterAsync makes a queue of its own.",
+    of={"megatron-core": ("0.15.3",)},
+    unneeded={"megatron-core 0.19": "every save has a queue of its own"},
 )
 def results_queue_per_save():
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
@@ -57,6 +59,7 @@ def results_queue_per_save():
     why="Alone among DistributedOptimizer's load functions the one for dp_reshardable records gradients, and copying"
     " into a float32 parameter, which with float32 weights is its own main parameter, then raises.",
     until="load_parameter_state_from_dp_reshardable is decorated with torch.no_grad(), as its neighbours are.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def dp_reshardable_load():
     import torch
@@ -71,6 +74,7 @@ def dp_reshardable_load():
     why="A checkpoint whose bytes change on the disk is loaded without a word. Checksums made afterwards would read it"
     " all again.",
     until="torch writes checksums into the metadata of its checkpoints, and compares them.",
+    of={"torch": ("2.9", "2.11")},
 )
 def checksums_of_torchs_writer():
     from torch.distributed.checkpoint import filesystem
@@ -84,6 +88,7 @@ def checksums_of_torchs_writer():
     "checksums-of-megatrons-writer",
     why="The same, where Megatron writes: in a process of its own beside training.",
     until="torch's does it.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def checksums_of_megatrons_writer():
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async

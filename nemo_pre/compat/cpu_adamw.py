@@ -16,7 +16,11 @@ class GroupStepAdamW(torch.optim.Optimizer):
     ``adam_w_mode=False`` is plain Adam, with weight decay in the gradient.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
+    ):
+        # Megatron 0.19 says of FusedAdam whether it runs in a CUDA graph; without a GPU there is none.
+        assert not capturable
         # bias_correction is always on; the key is there because FusedAdam reads it from a loaded group.
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, defaults)

@@ -65,6 +65,7 @@ class _Mode:
     why="Megatron-Core and NeMo write device='cuda', .cuda() and pin_memory=True at about 120 places in 40 files;"
     " one TorchFunctionMode turns them all into CPU tensors where single patches would be copies of those files.",
     until="Megatron-Core takes its device from the configuration.",
+    of={"torch": ("2.9", "2.11")},
 )
 def cuda_device_is_cpu():
     yield _Mode(CudaMeansCpu())
@@ -117,6 +118,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     why="The training path asks torch.cuda for the current device, streams and synchronisation, which raises without"
     " a GPU; with platform=cpu on a machine that has one, the GPU must stay unseen.",
     until="Megatron-Core guards these calls by torch.cuda.is_available().",
+    of={"torch": ("2.9", "2.11")},
 )
 def no_cuda_runtime():
     for name, value in {
@@ -153,6 +155,7 @@ def manual_seed(seed: int) -> None:
     why="Megatron saves, sets and restores the CUDA generator around initialisation, dropout and recomputation; on"
     " CPU the tensors are filled by torch's default generator, so that is the one to save, set and restore.",
     until="Megatron-Core's RNG tracker takes a device.",
+    of={"torch": ("2.9", "2.11")},
 )
 def cuda_rng_is_cpu_rng():
     for module in (torch.cuda, torch.cuda.random):
@@ -166,6 +169,7 @@ def cuda_rng_is_cpu_rng():
     why="Megatron decorates its fused kernels with torch.compile, which on CPU needs a C++ compiler that a bare"
     " machine lacks; run eagerly they give the same values.",
     until="torch.compile falls back by itself where no compiler is installed.",
+    of={"torch": ("2.9", "2.11")},
 )
 def no_compilation():
     import torch._dynamo.config

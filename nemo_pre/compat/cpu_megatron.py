@@ -13,31 +13,38 @@ from torch.overrides import TorchFunctionMode
 from nemo_pre.compat.cpu_device import get_rng_state, set_rng_state
 from nemo_pre.compat.registry import Change, patch
 
+DEFAULT_STATE = "default-rng"  # outside of every fork
+
 
 @contextlib.contextmanager
 def _fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
     if name not in self.states_:
         raise ValueError(f"the random state {name!r} was not added; seed the model-parallel generators first.")
-    outside = get_rng_state()
+    outside, outer = get_rng_state(), getattr(self, "_current_state_name", DEFAULT_STATE)
+    if outer != DEFAULT_STATE:  # forks within forks, of Megatron 0.19
+        self.states_[outer] = outside
     set_rng_state(self.states_[name])
+    self._current_state_name = name
     try:
         yield
     finally:
         self.states_[name] = get_rng_state()
-        set_rng_state(outside)
+        set_rng_state(outside if outer == DEFAULT_STATE else self.states_[outer])
+        self._current_state_name = outer
 
 
 @patch(
     "rng-tracker-on-cpu",
     why="CudaRNGStatesTracker.fork warns whenever the CPU generator moved inside it; on CPU that is what it is for.",
     until="Megatron-Core's RNG tracker takes a device.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def rng_tracker_on_cpu():
     import megatron.core.tensor_parallel.random as megatron_random
 
     yield Change(megatron_random, "_get_cuda_rng_state", get_rng_state)
     yield Change(megatron_random, "_set_cuda_rng_state", set_rng_state)
-    yield Change(megatron_random.CudaRNGStatesTracker, "fork", _fork, written_for="4fa03c68df45")
+    yield Change(megatron_random.CudaRNGStatesTracker, "fork", _fork, written_for=("4fa03c68df45", "6821e1e39725"))
 
 
 def _new_torch_norm(
@@ -64,6 +71,7 @@ def _new_torch_norm(
     " parallelism, for persist_layer_norm and for memory_efficient_layer_norm: two of them only choose a CUDA kernel,"
     " and the first needs nothing but a mark on the weights.",
     until="WrappedTorchNorm supports sequence parallelism.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def torch_norm():
     import megatron.core.models.backends as backends
@@ -71,7 +79,9 @@ def torch_norm():
     import megatron.core.transformer.transformer_block as transformer_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    yield Change(WrappedTorchNorm, "__new__", staticmethod(_new_torch_norm), written_for="6cb54a06fa41")
+    yield Change(
+        WrappedTorchNorm, "__new__", staticmethod(_new_torch_norm), written_for=("6cb54a06fa41", "d3dc509021de")
+    )
     # With Apex or Transformer Engine installed these name CUDA kernels.
     yield Change(backends, "LNImpl", WrappedTorchNorm)
     yield Change(gpt_layer_specs, "LNImpl", WrappedTorchNorm)
@@ -83,6 +93,7 @@ def torch_norm():
     why="Where Transformer Engine or Apex is installed, Megatron's gradient norms, clipping and copies are their CUDA"
     " kernels, for tensors on a CPU too: a CPU run there, as tests/gpu compares with, dies of a CUDA error.",
     until="Megatron-Core chooses kernels by where the tensors are.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def torch_gradient_norms():
     from megatron.core import utils
@@ -105,6 +116,7 @@ def _logits_and_max(vocab_parallel_logits: torch.Tensor) -> tuple[torch.Tensor, 
     why="Megatron's cross entropy casts its logits to float32; without this narrowing, gradients of a float64 model"
     " agree between layouts to 1e-15, which tells a wrong term from rounding.",
     until="VocabParallelCrossEntropy widens instead of casting.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def float64_cross_entropy():
     from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
@@ -136,6 +148,7 @@ def _with_cuda_type_names(function: Callable) -> Callable:
     why="Megatron's optimizers sort parameters by Tensor.type() == 'torch.cuda.FloatTensor' and refuse the rest; the"
     " CPU types answer with the CUDA names while those functions run, and nowhere else.",
     until="Megatron-Core compares dtypes.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def optimizer_type_names():
     import megatron.core.optimizer.clip_grads as clip_grads
@@ -154,6 +167,7 @@ def optimizer_type_names():
     why="torch's AdamW keeps 'step' per parameter, which breaks Megatron's reshardable optimizer checkpoints and its"
     " loading of optimizer states; FusedAdam, which they are written for, needs CUDA.",
     until="Megatron-Core's distributed checkpoints support torch's optimizers.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def group_step_adamw():
     import megatron.core.optimizer as optimizer_package

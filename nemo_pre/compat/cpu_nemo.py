@@ -12,6 +12,7 @@ from nemo_pre.compat.registry import Change, patch
     why="NeMo seeds Megatron's model-parallel generators only if torch counts a GPU; unseeded, tensor-parallel"
     " initialisation and dropout raise.",
     until="nemo.lightning.megatron_init seeds them on every device.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def seed_model_parallel_rng():
     import nemo.lightning.megatron_init as megatron_init
@@ -36,6 +37,7 @@ def _same_device(checkpoint: dict[str, Any]) -> dict[str, Any]:
     "checkpoint-tensors-stay",
     why="After loading a checkpoint NeMo asserts that CUDA is initialised and moves tensors between GPUs.",
     until="nemo.lightning.io.pl._fix_tensors_device skips what is not on a GPU.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def checkpoint_tensors_stay():
     import nemo.lightning.io.pl as nemo_checkpoint_io

@@ -20,6 +20,7 @@ def seed_of_the_run(seed: int) -> Patch:
         why="MegatronStrategy sets up ranks with NeMo's default seed, 1234: random weights of the decoder would be the"
         " same in runs of every seed.",
         until="MegatronStrategy takes a seed.",
+        of={"nemo_toolkit": ("2.7.3",)},
     )
     def effects():
         import nemo.lightning._strategy_lib as strategy_lib
@@ -42,6 +43,7 @@ def timeout_of_the_run(timeout: timedelta) -> Patch:
         " own 10 and 30 minutes.",
         until="MegatronStrategy.setup_distributed passes its timeout on, to init_process_group and to"
         " initialize_model_parallel.",
+        of={"torch": ("2.9", "2.11"), "nemo_toolkit": ("2.7.3",)},
     )
     def effects():
         from megatron.core import parallel_state

@@ -78,6 +78,8 @@ def _group_order(group: dict[str, Any]) -> tuple:
     why="Megatron-Core 0.15 knows one learning-rate multiplier; vision tower, projector, language model and heads each"
     " have their own rate, and 0 must mean 0.",
     until="get_megatron_optimizer takes per-parameter overrides (Megatron-Core 0.16's config_overrides).",
+    of={"megatron-core": ("0.15.3",)},
+    unneeded={"megatron-core 0.19": "its config_overrides give a rate by a parameter's name"},
 )
 def lr_mult_per_parameter():
     import megatron.core.optimizer as optimizer_package
@@ -136,6 +138,7 @@ def _update_lr(self: Any, epoch: int | None = None) -> None:
     why="NeMo's schedulers give every group the same floor min_lr (a group of rate 0 too, and CosineAnnealing raises"
     " where a group's rate is below it).",
     until="NeMo's schedulers scale min_lr by the group's multiplier and keep the rates in the groups.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def lr_schedule_per_group():
     for scheduler in _nemo_schedulers():
@@ -171,6 +174,7 @@ def _with_common_step(state_dict: Callable[[Any], dict[str, Any]]) -> Callable[[
     why="FusedAdam counts steps per group and skips groups without a parameter on this rank; a checkpoint without the"
     " distributed optimizer holds rank 0's groups, so a group that is empty there restarts its bias correction.",
     until="FP32Optimizer and Float16OptimizerWithFloat16Params align the steps, as DistributedOptimizer does.",
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def step_of_empty_groups():
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -236,6 +240,7 @@ def _without_groups(sharded_state_dict: Callable[..., Any]) -> Callable[..., Any
     why="On resume Megatron takes rate, weight decay, betas and epsilon of every parameter group from the checkpoint,"
     " whatever the run's options say, and fails where no saved group has a group's multiplier of the rate.",
     until="Megatron-Core restores optimizer states without the groups' hyperparameters, on request.",
+    of={"megatron-core": ("0.15.3",)},
 )
 def groups_of_this_run():
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -258,6 +263,7 @@ def _go_on_at(self: Any, state_dict: dict[str, Any]) -> None:
     why="On resume NeMo's schedulers take length, warm-up, peak and floor from the checkpoint, whatever the run's"
     " options say: a run that is made longer trains on at the rate with which it had ended.",
     until="NeMo's schedulers load no more than their place in the schedule.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def schedule_of_this_run():
     for scheduler in _nemo_schedulers():

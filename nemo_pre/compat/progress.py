@@ -20,6 +20,7 @@ def _timers_of_this_rank(self: Any, timers: Any) -> str | None:
     why="NeMo's ProgressPrinter runs on rank 0 only and asks Megatron's timers for their values on all ranks, an"
     " all-gather that nobody else enters: the next collective of the default group (a checkpoint's) waits for ever.",
     until="ProgressPrinter.log_megatron_timers runs on every rank or asks its own timers only.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def progress_without_collective():
     from nemo.lightning.pytorch.callbacks.progress_printer import ProgressPrinter

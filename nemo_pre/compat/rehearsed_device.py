@@ -81,6 +81,7 @@ class _NoPrimaryContext:
     why="Autograd and torch's own streams ask CUDA's device guard for the current device, which raises without a"
     " driver, for fake tensors too.",
     until="torch 2.10's torch._C._ensureCUDADeviceGuardSet, which does the same, is in all versions that we support.",
+    of={"torch": ("2.9", "2.11")},
 )
 def device_guard_without_driver():
     if not torch.__version__.startswith(GUARD_WRITTEN_FOR + "."):
@@ -161,6 +162,7 @@ def cuda_without_gpu(devices: int, memory: Counted) -> Patch:
         why="The training path asks torch.cuda for streams, events, random state and memory, and for pinned host"
         " memory; all of it raises without a GPU.",
         until="a rehearsal can be told to torch, such as by a registered fake CUDA runtime.",
+        of={"torch": ("2.9", "2.11")},
     )
     def effects():
         for name, value in {
@@ -236,6 +238,7 @@ def _type_with_device(right: Callable[..., Any]) -> Callable[..., Any]:
     " move parameters by assigning to their data; a list of one asks for its elements one by one; and all of them say"
     " that they lie at one address, by which masks of different micro-batches are told apart.",
     until="FakeTensor's data takes over the fake device, its tolist copies once, its data_ptr tells storages apart.",
+    of={"torch": ("2.9", "2.11")},
 )
 def fake_data():
     import torch._subclasses.fake_tensor as fake_tensor
@@ -260,6 +263,7 @@ def fake_data():
     "no-move-at-the-end",
     why="Lightning moves the model to the CPU when a fit ends, for which a fake model has no memory to move.",
     until="Lightning leaves a module where it is.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def no_move_at_the_end():
     from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin

@@ -38,6 +38,7 @@ def groups_without_ranks(rank: int, world: int, listener: Listener) -> Patch:
         why="A rehearsed rank is alone: torch's fake backend stands for NCCL and gloo, and what it cannot say, the"
         " objects of other ranks, is asked of the rehearsal.",
         until="torch's fake process group carries objects and tells of batches.",
+        of={"torch": ("2.9", "2.11")},
     )
     def effects():
         import torch.distributed as dist

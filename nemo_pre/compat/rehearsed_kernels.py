@@ -72,6 +72,7 @@ def attention_without_kernels(count: Count) -> Patch:
         "attention-without-kernels",
         why="torch's scaled-dot-product attention asks the device which kernels it has.",
         until="its choice of a kernel can be made for a fake device.",
+        of={"torch": ("2.9", "2.11")},
     )
     def effects():
         functional = torch.nn.functional
@@ -116,6 +117,7 @@ class _Rotary(torch.autograd.Function):
     why="Transformer Engine's rotary embedding, multi-tensor norm and AdamW are what a GPU runs; without them"
     " Megatron's own keep more, ask for every parameter's norm, and torch's AdamW needs copies beside its states.",
     until="Transformer Engine has kernels for fake tensors.",
+    of={"megatron-core": ("0.15.3",)},
 )
 def fused_kernels():
     import megatron.core.models.common.embeddings.rope_utils as rope

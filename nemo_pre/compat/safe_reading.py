@@ -15,6 +15,7 @@ from nemo_pre.compat.registry import Change, patch
     "metadata-of-known-classes",
     why="torch unpickles a checkpoint's .metadata with pickle.load, which calls whatever it names.",
     until="FileSystemReader.read_metadata reads with an unpickler that knows the classes of metadata alone.",
+    of={"torch": ("2.9", "2.11")},
 )
 def metadata_of_known_classes():
     from torch.distributed.checkpoint import FileSystemReader
@@ -42,6 +43,7 @@ def metadata_of_known_classes():
     why="torch unpickles a checkpoint's objects that are no tensors with weights_only=False, and Transformer Engine"
     " those in its modules' extra state with pickle.loads.",
     until="DefaultLoadPlanner.load_bytes loads with weights_only=True, and Transformer Engine's set_extra_state too.",
+    of={"torch": ("2.9", "2.11")},
 )
 def objects_without_code():
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -64,6 +66,8 @@ def objects_without_code():
     "common-state-without-code",
     why="Megatron loads common.pt with torch's default, which an environment variable turns into weights_only=False.",
     until="TorchCommonLoadStrategy.load_common says weights_only=True.",
+    of={"megatron-core": ("0.15.3",)},
+    unneeded={"megatron-core 0.19": "it writes no common.pt"},
 )
 def common_state_without_code():
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
@@ -88,6 +92,7 @@ def common_state_without_code():
     why="NeMo answers a file of a checkpoint that torch refuses with the stack of every rank, and with advice on"
     " options that nemo-pre has not.",
     until="MegatronStrategy.load_checkpoint passes on what a rank met.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def a_sentence_for_what_cannot_be_loaded():
     from nemo.lightning.pytorch.strategies import MegatronStrategy

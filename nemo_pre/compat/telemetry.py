@@ -10,6 +10,7 @@ from nemo_pre.compat.registry import Change, patch
     why="NeMo 2.7 reports every checkpoint to OneLogger, which raises OneLoggerError unless a telemetry configuration"
     " was registered, and no run of ours should report anywhere.",
     until="NeMo registers its telemetry callback only where it is configured.",
+    of={"nemo_toolkit": ("2.7.3",)},
 )
 def no_telemetry():
     from nemo.lightning.callback_group import CallbackGroup

@@ -37,6 +37,8 @@ class WithoutHelper:
     " ranks on all nodes that share the home, waits for it for ever and says nothing. Where nvcc is installed and no"
     " GPU, it dies of an IndexError.",
     until="megatron.core.inference.unified_memory builds when it is used.",
+    of={"megatron-core": ("0.15.3",)},
+    unneeded={"megatron-core 0.19": "it compiles when it is used"},
 )
 def no_unified_memory():
     yield WithoutHelper()

@@ -1,32 +1,59 @@
-"""The versions that the compatibility patches were written for."""
+"""The versions that the compatibility patches were written for.
+
+Two numbers stand for any patch release, three for exactly that release. torch 2.9 is what is installed and tested.
+2.11 is for GPU machines that bring it: tests/parity passes with it on CPUs, but a backward pass that asks for a CUDA
+tensor fails there, since cpu_device does not see it.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-# Distribution name: versions. Two numbers stand for any patch release, three for exactly that release. torch 2.9 is
-# what is installed and tested. 2.11 is for GPU machines that bring it: tests/parity passes with it on CPUs, but a
-# backward pass that asks for a CUDA tensor fails there, since cpu_device does not see it.
-WRITTEN_FOR = {"torch": ("2.9", "2.11"), "megatron-core": ("0.15.3",), "nemo_toolkit": ("2.7.3",)}
+Versions = Mapping[str, Sequence[str]]  # by the name of the distribution
+
+SUPPORTED: Versions = {"torch": ("2.9", "2.11"), "megatron-core": ("0.15.3", "0.19"), "nemo_toolkit": ("2.7.3",)}
+OPTIONAL = ("nemo_toolkit",)
+NEMO_NEEDS = "0.15.3"  # of megatron-core, to run
 
 
 @functools.cache  # reading the metadata takes a tenth of a second, and every patch asks
+def installed(package: str) -> str | None:
+    """The version of an installed distribution without its local part (2.9.1+cu128 is 2.9.1); None: there is none."""
+    try:
+        return metadata.version(package).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def matching(found: str, versions: Sequence[str]) -> str | None:
+    """Which of ``versions`` the version ``found`` is one of; None: none."""
+    return next((each for each in versions if found == each or found.startswith(each + ".")), None)
+
+
+@functools.cache
 def check() -> None:
     """Refuse versions whose internals may differ from what the patches replace.
 
     Raises:
         ValueError: one sentence naming the package, the version found and the version expected.
     """
-    for package, versions in WRITTEN_FOR.items():
+    for package, versions in SUPPORTED.items():
         expected = " or ".join(versions)
-        try:
-            found = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise ValueError(f"{package} is not installed; nemo-pre needs {package} {expected}.") from None
-        public = found.split("+")[0]  # "2.9.1+cu128" is 2.9.1
-        if not any(public == version or public.startswith(version + ".") for version in versions):
+        found = installed(package)
+        if found is None:
+            if package in OPTIONAL:
+                continue
+            raise ValueError(f"{package} is not installed; nemo-pre needs {package} {expected}.")
+        if matching(found, versions) is None:
             raise ValueError(
                 f"{package} {found} is installed, but nemo-pre's compatibility patches were written for"
                 f" {package} {expected}: install the versions of the lock file."
             )
+    megatron = installed("megatron-core")
+    if installed("nemo_toolkit") is not None and megatron != NEMO_NEEDS:
+        raise ValueError(
+            f"nemo_toolkit is installed beside megatron-core {megatron}, on which it does not run: install"
+            f" megatron-core {NEMO_NEEDS} (the extra nemo), or uninstall nemo_toolkit (the extra core)."
+        )

@@ -90,7 +90,7 @@ def generate(
 
 
 def _room(chunk: MCoreVisualNevaModel, prompt: TokenSequence, number: int) -> int:
-    longest, used = chunk._language_max_sequence_length, combined_length(prompt, chunk)
+    longest, used = chunk.max_sequence_length, combined_length(prompt, chunk)
     if used >= longest:
         raise ValueError(
             f"Prompt {number} has {used} tokens with its images and the model takes {longest}: "

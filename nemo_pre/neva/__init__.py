@@ -1,4 +1,4 @@
-"""NeMo's NeVA, subclassed: it lays sequences out once for every stage and exposes what losses need.
+"""NeVA on Megatron-Core: it lays sequences out once for every stage and exposes what losses need.
 
-Importing this package imports NeMo (10 to 30 s); :mod:`nemo_pre.cli` and the configuration never do.
+Importing this package imports Megatron-Core and no NeMo; :mod:`nemo_pre.nemo` has what NeMo trains of it.
 """

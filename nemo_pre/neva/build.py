@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec, local_layer_spec
-from nemo.collections.llm.gpt.model.llama import LlamaConfig
-from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
-from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
 
 from nemo_pre.compat.cpu_backend import INTERLEAVED_CONFIG, TRANSFORMER_CONFIG
 from nemo_pre.config.derived import axis_of_frequency, padded_vocab_size, projector_widths
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import ModelConfig, ParallelConfig
+from nemo_pre.neva.decoder import DecoderConfig, family_options, fused_layer_spec, local_layer_spec
 from nemo_pre.neva.fp8 import fp8_options
 from nemo_pre.neva.model import VisualNevaConfig
+from nemo_pre.neva.projector import ProjectorConfig
 from nemo_pre.neva.vision import VisionTowerConfig
-from nemo_pre.parallel.seeding import seeded
-
-
-@dataclass
-class ProjectorConfig(MultimodalProjectorConfig):
-    """NeMo's projector with initial weights that do not depend on the layout."""
-
-    seed: int = 0
-
-    def configure_model(self) -> torch.nn.Module:
-        kind, spec = self.projector_type, self.layer_spec  # type: ignore[has-type]
-        try:
-            with seeded(self.seed, "vision_projection"):
-                return super().configure_model()
-        finally:  # NeMo writes into them what a second call does not understand
-            self.projector_type, self.layer_spec = kind, spec
 
 
 def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
@@ -83,15 +64,17 @@ def stored_tower(config: RunConfig) -> str | None:
 
 def build_projector_config(model: ModelConfig, seed: int, on_gpu: bool) -> ProjectorConfig:
     inputs, inner, outputs = projector_widths(model)
+    # Fused, its GELU would be the tanh approximation: another function than on a CPU and in an export.
+    backend: dict[str, Any] = {"bias_activation_fusion": False} if _fused(on_gpu) else dict(TRANSFORMER_CONFIG)
     return ProjectorConfig(
         projector_type=model.projector,
         input_size=inputs,
         hidden_size=outputs,
         ffn_hidden_size=inner,
         seed=seed,
+        fused=_fused(on_gpu),
         params_dtype=torch.float32,
-        # Fused, its GELU would be the tanh approximation: another function than on a CPU and in an export.
-        **({"bias_activation_fusion": False} if _fused(on_gpu) else TRANSFORMER_CONFIG),
+        **backend,
     )
 
 
@@ -99,11 +82,16 @@ def _fused(on_gpu: bool) -> bool:
     return on_gpu and importlib.util.find_spec("transformer_engine") is not None
 
 
-def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
+def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> DecoderConfig:
     model: ModelConfig = config.model
     language = model.language
-    family: type[GPTConfig] = {"llama": LlamaConfig, "qwen2": Qwen2Config}[language.family]
-    built = family(
+    options = {
+        **family_options(language.family),
+        **_recompute_options(config),
+        **fp8_options(config.precision),
+        **({} if fused else TRANSFORMER_CONFIG),
+    }
+    built = DecoderConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.ffn_hidden_size,
@@ -119,9 +107,7 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
         calculate_per_token_loss=True,
         params_dtype=torch.float32,
         transformer_layer_spec=layer_spec(config, fused, on_gpu),
-        **_recompute_options(config),
-        **fp8_options(config.precision),
-        **({} if fused else TRANSFORMER_CONFIG),
+        **options,
     )
     # Not among the arguments: Megatron would compare it with the pipeline's size, which the config learns later.
     built.pipeline_model_parallel_layout = _uneven_layout(config.parallel)
@@ -137,7 +123,7 @@ def _uneven_layout(layout: ParallelConfig) -> PipelineParallelLayerLayout | None
 
 
 def layer_spec(config: RunConfig, fused: bool, on_gpu: bool) -> Any:
-    plain = default_layer_spec if fused else local_layer_spec
+    plain = fused_layer_spec if fused else local_layer_spec
     if config.model.attention == "mixed" or config.data.packing:
         return partial(_mixed_attention_layer_spec, plain=plain, backend=attention_backend(config, on_gpu))
     # Transformer Engine has no attention for float32 under context parallelism.
@@ -152,13 +138,13 @@ def attention_backend(config: RunConfig, on_gpu: bool) -> str:
     return ("flex" if on_gpu else "dense") if backend == "auto" else backend
 
 
-def _mixed_attention_layer_spec(config: GPTConfig, plain: Any, backend: str) -> Any:
+def _mixed_attention_layer_spec(config: DecoderConfig, plain: Any, backend: str) -> Any:
     from nemo_pre.neva.mixed_attention import with_mixed_attention
 
     return with_mixed_attention(plain(config), backend)
 
 
-def _gathered_attention_layer_spec(config: GPTConfig, plain: Any) -> Any:
+def _gathered_attention_layer_spec(config: DecoderConfig, plain: Any) -> Any:
     from nemo_pre.compat.context_attention import with_gathered_attention
 
     return with_gathered_attention(plain(config))

@@ -1,4 +1,4 @@
-"""NeVA, subclassed. Differences from NeMo's, each a defect there or a need here:
+"""NeVA's chunks and their configuration, without NeMo. Differences from NeMo's, each a defect there or a need here:
 
 - The combined sequence is laid out by :mod:`nemo_pre.parallel.sequence_layout`, identically on every stage.
   (NeVA's mid-stage branch swaps labels and loss mask, leaves ``padded_seq_len`` unbound with sequence parallelism
@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
-from nemo.collections.vlm.neva.model.base import MCoreNevaModel, NevaConfig, NevaModel
-from nemo.utils.model_utils import unwrap_model
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nemo_pre.config.derived import fp8_multiple
 from nemo_pre.config.schema import RopeScalingConfig
 from nemo_pre.device_copies import to_device
+from nemo_pre.neva.chunk import VisionLanguageChunk, unwrapped
 from nemo_pre.neva.mixed_attention import MixedAttention, SplitMixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
 from nemo_pre.neva.stored_tower import StoredTower
 from nemo_pre.neva.vision import encoder_features, freeze_unused_layers
 from nemo_pre.objectives.scale import StepPlan
 from nemo_pre.parallel.auxiliary_gradient import scale_gradient
-from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch, VisualTokens, load_micro_batch
+from nemo_pre.parallel.micro_batch import BranchStates, MicroBatch, VisualTokens
 from nemo_pre.parallel.sequence_layout import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -39,19 +39,56 @@ from nemo_pre.parallel.sequence_layout import (
     Grid,
     combined_lengths,
     expand_labels,
-    local_positions,
     sequence_layout,
     square_tiles,
 )
 from nemo_pre.parallel.token_streams import StreamShape
 from nemo_pre.terms.training import Branch, BranchListener, MicroBatchListener, ModelPart, VisualTokensListener
 
+# What Megatron's schedules, wrappers and optimizers read of the whole model's configuration, and the decoder's says.
+# NeVA copies the same.
+OF_THE_DECODER = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "kv_channels",
+    "hidden_dropout",
+    "attention_dropout",
+    "fp32_residual_connection",
+    "apply_residual_connection_post_layernorm",
+    "init_method_std",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "gated_linear_unit",
+    "activation_func",
+    "activation_func_fp8_input_store",
+    "num_moe_experts",
+    "rotary_interleaved",
+    "window_size",
+    "normalization",
+    "qk_layernorm",
+    "test_mode",
+    "calculate_per_token_loss",
+    "moe_token_dispatcher_type",
+    "moe_router_load_balancing_type",
+)
+
 
 @dataclass
-class VisualNevaConfig(NevaConfig):
-    """NeVA's config, how visual tokens attend and are placed, and the heads that training adds.
+class VisualNevaConfig(TransformerConfig):
+    """The whole model's configuration: its parts', how visual tokens attend and are placed, what training adds.
 
     Attributes:
+        language_transformer_config: see :class:`nemo_pre.neva.decoder.DecoderConfig`.
+        vision_transformer_config: see :class:`nemo_pre.neva.vision.VisionTowerConfig`.
+        vision_projection_config: see :class:`nemo_pre.neva.projector.ProjectorConfig`.
+        drop_vision_class_token: the decoder does not see the encoder's class token.
+        vision_feature_layer: the layer of the encoder whose output is projected.
+        freeze_language_model, freeze_vision_model, freeze_vision_projection: what is not trained.
         mixed_attention: visual tokens of an image see each other both ways (the layers' spec must have it).
         packed: rows hold several samples, which do not see each other (the layers' spec must have mixed attention).
         rope: ``1d``, ``2d`` or ``mrope``, see :mod:`nemo_pre.parallel.rotary_positions`.
@@ -62,6 +99,16 @@ class VisualNevaConfig(NevaConfig):
         whole_images: micro-batches say how images that ranks cut are brought together.
     """
 
+    num_layers: int = 1  # the decoder's, from the start on
+    num_attention_heads: int = 8  # likewise
+    language_transformer_config: Any = None
+    vision_transformer_config: Any = None
+    vision_projection_config: Any = None
+    drop_vision_class_token: bool = True
+    vision_feature_layer: int = -2
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
     mixed_attention: bool = False
     packed: bool = False
     rope: str = "1d"
@@ -71,17 +118,22 @@ class VisualNevaConfig(NevaConfig):
     branch: bool = False
     whole_images: bool = False
 
+    def __post_init__(self) -> None:
+        # Not Megatron's: the decoder's configuration has checked itself, and this one has no layers of its own.
+        for name in OF_THE_DECODER:
+            setattr(self, name, getattr(self.language_transformer_config, name))
+
     @property
     def explicit_positions(self) -> bool:
         """Whether every token is told its rotary position; otherwise Megatron counts."""
         return self.rope != "1d" or self.branch or self.packed
 
-    def configure_model(self, tokenizer: Any, vp_stage: int | None = None) -> MCoreVisualNevaModel:
-        if self.encoder_pipeline_model_parallel_size:
-            raise ValueError(
-                "encoder_pipeline_model_parallel_size must be 0: NeVA's separate encoder stage is broken in NeMo 2.7; "
-                "the encoder lives on the first pipeline stage."
-            )
+    def configure_model(self, vp_stage: int | None = None) -> MCoreVisualNevaModel:
+        """This rank's chunk of the virtual pipeline stage ``vp_stage``, with everything that training adds to it.
+
+        Raises:
+            ValueError: a second sequence runs beside the samples, and attention would not keep them apart.
+        """
         language = self.language_transformer_config
         for name in (
             "virtual_pipeline_model_parallel_size",
@@ -115,19 +167,10 @@ class VisualNevaConfig(NevaConfig):
             vp_stage = 0
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        return MCoreVisualNevaModel(
-            config=self,
-            tokenizer=tokenizer,
-            pre_process=first,
-            post_process=last,
-            add_encoder=first,
-            add_decoder=True,
-            drop_vision_class_token=self.drop_vision_class_token,
-            vp_stage=vp_stage,
-        )
+        return MCoreVisualNevaModel(self, pre_process=first, post_process=last, vp_stage=vp_stage)
 
 
-class MCoreVisualNevaModel(MCoreNevaModel):
+class MCoreVisualNevaModel(VisionLanguageChunk):
     """One chunk of the model: on the first stage with encoder and projector, on the last with the output layer.
 
     Attributes:
@@ -139,8 +182,10 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         observed: whether listeners and taps see forward passes; see :func:`unobserved`.
     """
 
-    def __init__(self, config: VisualNevaConfig, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
+    def __init__(
+        self, config: VisualNevaConfig, pre_process: bool, post_process: bool, vp_stage: int | None = None
+    ) -> None:
+        super().__init__(config, pre_process, post_process, vp_stage)
         self.on_micro_batch: list[MicroBatchListener] = []
         self.on_visual_tokens: list[VisualTokensListener] = []
         self.on_branch: list[BranchListener] = []
@@ -148,7 +193,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         self._branch_output: Tensor | None = None
         self.micro_batch: MicroBatch | None = None
         self.observed = True
-        if self.add_encoder:
+        if pre_process:
             freeze_unused_layers(self.vision_model, config.vision_feature_layer)
         self._splits_attention = False
         if config.mixed_attention or config.packed:
@@ -187,11 +232,6 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         """Run a second sequence beside the samples from now on, as ``branch`` says."""
         self.branch = branch
         self.language_model.decoder.register_forward_hook(self._set_branch_aside)
-
-    @property
-    def tile_tokens(self) -> int:
-        """Visual tokens per image tile; with native resolution the most of an image."""
-        return self._img_seq_len
 
     @property
     def native(self) -> bool:
@@ -249,8 +289,7 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         has_labels = self.post_process and labels is not None and loss_mask is not None
         if has_labels:
             labels, loss_mask = expand_labels(micro_batch.layout, labels, loss_mask, IGNORE_INDEX)
-            if self.context_parallel_lm > 1:
-                labels, loss_mask = self._context_shard(labels), self._context_shard(loss_mask)
+            labels, loss_mask = self.context_shard(labels, 1), self.context_shard(loss_mask, 1)
         streams = micro_batch.streams
         output = self.language_model(
             input_ids=None,
@@ -308,10 +347,10 @@ class MCoreVisualNevaModel(MCoreNevaModel):
         """This rank's decoder input for the student (on later stages left with the decoder) and the teacher."""
         if self.pre_process:
             samples, masked, unmasked = self._embed(input_ids, position_ids, images, micro_batch)
-            student = self._shard(samples)
+            student = self.shard(samples)
             if masked is not None:
-                student = torch.cat([student, self._shard(masked)])
-            return student, None if unmasked is None else self._shard(unmasked)
+                student = torch.cat([student, self.shard(masked)])
+            return student, None if unmasked is None else self.shard(unmasked)
         received, teacher = self._received, None
         if micro_batch.branch is not None:
             assert micro_batch.streams is not None
@@ -349,14 +388,6 @@ class MCoreVisualNevaModel(MCoreNevaModel):
             output = receive(self, micro_batch, states, output)
         return output
 
-    def _context_shard(self, tokens_BS: Tensor) -> Tensor:
-        positions = local_positions(tokens_BS.shape[1], 1, 0, self.context_parallel_lm, ps.get_context_parallel_rank())
-        return tokens_BS[:, to_device(positions, tokens_BS.device)]
-
-    def _shard(self, hidden_states: Tensor) -> Tensor:
-        """This rank's part of a whole sequence ``[S, B, d]``."""
-        return self._process_embedding_token_parallel(hidden_states, None, None, None)[0]
-
     def lay_out(
         self, input_ids: Tensor, num_image_tiles: list[int] | None, image_grids: list[Grid] | None = None
     ) -> MicroBatch:
@@ -372,9 +403,9 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     def padded_length(self, longest: int) -> int:
         """The length a batch whose longest sample has ``longest`` tokens is padded or cut to."""
         if self.tp_comm_overlap_lm:  # its buffers are allocated once, for the maximum
-            return self._language_max_sequence_length
+            return self.max_sequence_length
         factor = self._length_factor
-        return min(-(-longest // factor) * factor, self._language_max_sequence_length)
+        return min(-(-longest // factor) * factor, self.max_sequence_length)
 
     def sharded_length(self, longest: int) -> int:
         """``longest`` rounded up so that every rank of sequence and context parallelism has the same share, at least
@@ -385,9 +416,9 @@ class MCoreVisualNevaModel(MCoreNevaModel):
     @property
     def _length_factor(self) -> int:
         """What a length is a multiple of, so that all ranks have the same share and FP8 can multiply it."""
-        factor, _ = self._get_shard_factor(None)
         language = self.config.language_transformer_config
-        return factor * fp8_multiple(language.fp8_recipe if language.fp8 else None, self.sequence_parallel_lm)
+        recipe = language.fp8_recipe if language.fp8 else None
+        return self.shard_factor * fp8_multiple(recipe, self.sequence_parallel_lm)
 
     def _embed(
         self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch
@@ -467,49 +498,14 @@ def _combine(places: CombinedPlaces, length: int, text_BTd: Tensor, visual_token
     return combined
 
 
-class VisualNevaModel(NevaModel):
-    """The Lightning module around a chunk."""
-
-    config: VisualNevaConfig
-
-    def configure_model(self, vp_stage: int | None = None) -> None:
-        if not hasattr(self, "module"):
-            self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
-
-    def reinit(self) -> VisualNevaModel:
-        """Another chunk for a further virtual pipeline stage, sharing this one's config.
-
-        NeMo rebuilds chunks from captured constructor arguments otherwise, and would lose what callbacks and
-        the strategy have set on the config since.
-        """
-        return type(self)(config=self.config, optim=self.optim, tokenizer=self.tokenizer)
-
-    def forward(self, **batch: Any) -> Any:
-        return self.module(**batch)
-
-    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
-        chunk = unwrap_model(self.module)
-        return load_micro_batch(dataloader_iter, chunk.pre_process, chunk.post_process)
-
-    def forward_step(self, batch: dict[str, Any]) -> Any:
-        return self(
-            input_ids=batch["tokens"],
-            position_ids=batch["position_ids"],
-            images=batch["media"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            num_image_tiles=batch["num_media_tiles"],
-            image_grids=batch["media_grids"],
-            micro_batch=batch["micro_batch"],
-        )
-
-
 def model_chunks(trainer: Any) -> list[MCoreVisualNevaModel]:
-    """The unwrapped chunks this rank holds, in the order of their virtual stages."""
-    chunks = [unwrap_model(chunk) for chunk in trainer.strategy.megatron_parallel]
-    for chunk in chunks:
+    """The unwrapped chunks that this rank's NeMo trainer holds, in the order of their virtual stages."""
+    chunks = []
+    for wrapped in trainer.strategy.megatron_parallel:
+        chunk = unwrapped(wrapped)
         if not isinstance(chunk, MCoreVisualNevaModel):
             raise ValueError(f"The model is a {type(chunk).__name__}: build it with nemo_pre.train.build_model.")
+        chunks.append(chunk)
     return chunks
 
 

@@ -158,3 +158,18 @@ def load_micro_batch(dataloader_iter: Iterator[Any], first_stage: bool, last_sta
         micro_batch = replace(micro_batch, targets=targets)
     images = {key: batch.get(key) for key in ("num_media_tiles", "media_grids")}
     return {**tensors, **images, "micro_batch": micro_batch}
+
+
+def forward_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a chunk's forward pass takes, out of what :func:`load_micro_batch` gives."""
+    names = {
+        "input_ids": "tokens",
+        "position_ids": "position_ids",
+        "images": "media",
+        "labels": "labels",
+        "loss_mask": "loss_mask",
+        "num_image_tiles": "num_media_tiles",
+        "image_grids": "media_grids",
+        "micro_batch": "micro_batch",
+    }
+    return {argument: batch[key] for argument, key in names.items()}

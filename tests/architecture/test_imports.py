@@ -92,6 +92,30 @@ def test_what_the_command_line_asks_before_a_run_imports_no_torch():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_everything_above_nemos_side_of_the_table_imports_where_neither_nemo_nor_lightning_is():
+    """Two packages that cannot be imported stand for two that are not installed."""
+    found, table = graph(), rows_of_table()
+    here = next(number for number, row in enumerate(table) if "nemo_pre.callbacks" in row)
+    rooms = set().union(*table[:here]) - {OBJECTIVES}
+    rooms |= {name for name in found.find_children("nemo_pre.objectives") if found.find_children(name)}
+    modules = sorted(
+        module
+        for module in found.modules
+        if module in rooms or any(module.startswith(f"{room}.") for room in rooms)
+        if not module.startswith("nemo_pre.huggingface.remote_code.") and not module.endswith("__main__")
+    )
+    assert len(modules) > 150
+    program = (
+        "import importlib, sys\n"
+        "for absent in ('nemo', 'nemo_run', 'lightning', 'pytorch_lightning'): sys.modules[absent] = None\n"
+        "from nemo_pre.compat import unified_memory; unified_memory.apply()\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "print('imported')"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=CLONE)
+    assert done.stdout.endswith("imported\n"), done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages and their contracts, to be broken."""

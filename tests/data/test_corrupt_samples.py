@@ -10,7 +10,7 @@ import pytest
 
 from nemo_pre.data.dataset import NAMED_SKIPS, ConversationDataset
 from nemo_pre.data.manifest import read_manifest
-from nemo_pre.data.module import ShardedVLMDataModule
+from nemo_pre.nemo.data import ShardedVLMDataModule
 from tests.data.prepared_sets import image_bytes, preprocessing, sample, write_set
 from tests.data.test_exact_resume import GBS, MBS, keys, micro_batches
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_pre.data.manifest import read_manifest
-from nemo_pre.data.module import ShardedVLMDataModule
+from nemo_pre.nemo.data import ShardedVLMDataModule
 from tests.data.prepared_sets import preprocessing, text_set
 
 GBS, MBS = 8, 2

@@ -16,7 +16,7 @@ def read_steps(path: str, steps: int, state: dict | None, workers: int = 0) -> t
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from nemo_pre.data.module import build_data_module
+    from nemo_pre.nemo.data import build_data_module
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()

@@ -332,8 +332,8 @@ def test_nemos_connectors_are_the_same_way_in_and_out(tmp_path):
 def through_connectors(root: str) -> dict[str, torch.Tensor]:
     from nemo.lightning import io
 
-    from nemo_pre.huggingface import connectors  # noqa: F401
-    from nemo_pre.neva.model import VisualNevaModel
+    from nemo_pre.nemo import connectors  # noqa: F401
+    from nemo_pre.nemo.module import VisualNevaModel
 
     model = VisualNevaModel.importer(f"hf://{root}/hf").init()
     assert model.config.language_transformer_config.num_layers == 4

@@ -27,7 +27,7 @@ def asks_for_new_copies(precision: str) -> bool:
     model_parallel_cuda_manual_seed(0)
     dtypes = MegatronMixedPrecision(precision="bf16-mixed").dtype_config
     config = update_config_with_dtype_overrides(dtypes, build_neva_config(run, on_gpu=False))
-    chunk = config.configure_model(tokenizer=None)
+    chunk = config.configure_model()
     layer = chunk.language_model.decoder.layers[0]
     layer.is_first_microbatch = False  # what a layer of Transformer Engine's says after its first pass
     model = DistributedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)

@@ -44,7 +44,7 @@ def build(laver: bool = True, rope: str = "2d", attention: str = "mixed") -> Any
     if laver:
         LaVerTerm(run.objective.laver).prepare(config)
     torch.manual_seed(0)
-    chunk = config.configure_model(tokenizer=None)
+    chunk = config.configure_model()
     if laver:
         chunk.laver_teacher.install(chunk.language_model, chunk.laver_head, dist.group.WORLD)
         chunk.laver_teacher.wait()
@@ -164,13 +164,13 @@ def late_weights() -> dict[str, list[Tensor]]:
 
 def refusal_of_a_causal_layer() -> str:
     """What is said where mixed attention is asked for and the layers have Megatron's own."""
-    from nemo.collections.llm.gpt.model.base import local_layer_spec
+    from nemo_pre.neva.decoder import local_layer_spec
 
     chunk = build(laver=False)
     config = chunk.config
     config.language_transformer_config.transformer_layer_spec = local_layer_spec
     try:
-        config.configure_model(tokenizer=None)
+        config.configure_model()
     except ValueError as error:
         return str(error)
     return "built"

@@ -11,7 +11,51 @@ import pytest
 from tests.ranks import run_ranks
 from tests.reference import tiny
 
+GIVEN = ("init_method_std", "layernorm_epsilon")  # which a run's configuration always says
 BATCHES = {"one image each": (1, 1), "uneven": (0, 2), "several": (2, 3)}
+
+
+def stock_config(run: Any) -> Any:
+    """NeMo's own configuration of the same model; the tower alone, of which NeMo has another, is ours."""
+    from nemo.collections.llm.gpt.model.base import local_layer_spec
+    from nemo.collections.llm.gpt.model.llama import LlamaConfig
+    from nemo.collections.vlm.neva.model.base import NevaConfig
+    from nemo.collections.vlm.vision.base import MultimodalProjectorConfig
+
+    from nemo_pre.compat.cpu_backend import TRANSFORMER_CONFIG
+    from nemo_pre.config.derived import padded_vocab_size, projector_widths
+    from nemo_pre.neva.vision import VisionTowerConfig
+
+    language = run.model.language
+    inputs, inner, outputs = projector_widths(run.model)
+    decoder = LlamaConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        seq_length=run.data.sequence_length,
+        vocab_size=padded_vocab_size(language.vocab_size),
+        rotary_base=language.rotary_base,
+        layernorm_epsilon=language.layernorm_epsilon,
+        transformer_layer_spec=local_layer_spec,
+        scatter_embedding_sequence_parallel=False,
+        **TRANSFORMER_CONFIG,
+    )
+    return NevaConfig(
+        language_transformer_config=decoder,
+        vision_transformer_config=VisionTowerConfig(run.model.vision, run.seed),
+        vision_projection_config=MultimodalProjectorConfig(
+            projector_type=run.model.projector,
+            input_size=inputs,
+            hidden_size=outputs,
+            ffn_hidden_size=inner,
+            **TRANSFORMER_CONFIG,
+        ),
+        vision_feature_layer=run.model.vision.feature_layer,
+        drop_vision_class_token=run.model.vision.drop_class_token,
+        **TRANSFORMER_CONFIG,
+    )
 
 
 def compare(images_per_sample: tuple[int, ...]) -> dict[str, Any]:
@@ -32,8 +76,8 @@ def compare(images_per_sample: tuple[int, ...]) -> dict[str, Any]:
     ps.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0)
     config = build_neva_config(run, on_gpu=False)
-    ours = config.configure_model(tokenizer=None)
-    stock = MCoreNevaModel(config=config, drop_vision_class_token=config.drop_vision_class_token)
+    ours = config.configure_model()
+    stock = MCoreNevaModel(config=stock_config(run), drop_vision_class_token=config.drop_vision_class_token)
     stock.load_state_dict(ours.state_dict())
     batch = tiny.random_batch(images_per_sample, seed=1)
     inputs = {
@@ -54,6 +98,30 @@ def compare(images_per_sample: tuple[int, ...]) -> dict[str, Any]:
     return outcome
 
 
+def decoders() -> dict[str, dict[str, Any]]:
+    """What Megatron is told of a decoder beside its sizes, by NeMo's classes and by ours: the fields that differ."""
+    from dataclasses import fields
+
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from nemo.collections.llm.gpt.model.llama import LlamaConfig
+    from nemo.collections.llm.gpt.model.qwen2 import Qwen2Config
+
+    from nemo_pre.neva.decoder import DecoderConfig, family_options
+
+    found: dict[str, dict[str, Any]] = {}  # of what is not built: fused, it needs a GPU's kernels
+    for family, stock in (("llama", LlamaConfig), ("qwen2", Qwen2Config)):
+        theirs = {field.name: field.default for field in fields(stock)}
+        ours = {field.name: field.default for field in fields(DecoderConfig)} | family_options(family)
+        said = [field.name for field in fields(TransformerConfig) if field.name not in GIVEN]
+        found[family] = {name: (theirs[name], ours[name]) for name in said if repr(theirs[name]) != repr(ours[name])}
+    return found
+
+
+def test_megatron_is_told_of_a_decoder_what_nemo_tells_it():
+    (found,) = run_ranks(decoders, 1)
+    assert found == {"llama": {}, "qwen2": {}}
+
+
 @pytest.mark.parametrize("images", BATCHES.values(), ids=BATCHES)
 def test_without_pre_losses_and_gradients_are_nevas_bit_for_bit(images):
     (outcome,) = run_ranks(compare, 1, images)
@@ -71,7 +139,7 @@ def padded(longest: int, **flags: Any) -> int:
     from nemo_pre.neva.model import MCoreVisualNevaModel
 
     class Chunk(SimpleNamespace):
-        _get_shard_factor = MCoreVisualNevaModel._get_shard_factor
+        shard_factor = MCoreVisualNevaModel.shard_factor
         _length_factor = MCoreVisualNevaModel._length_factor
 
     attributes: dict[str, Any] = dict(
@@ -79,7 +147,7 @@ def padded(longest: int, **flags: Any) -> int:
         context_parallel_lm=1,
         sequence_parallel_lm=False,
         tensor_model_parallel_size_lm=1,
-        _language_max_sequence_length=64,
+        max_sequence_length=64,
         config=SimpleNamespace(language_transformer_config=SimpleNamespace(fp8=None)),
     )
     return MCoreVisualNevaModel.padded_length(Chunk(**(attributes | flags)), longest)

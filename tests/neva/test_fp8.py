@@ -74,8 +74,8 @@ def test_with_fp8_a_rank_has_a_multiple_of_sixteen_tokens_of_every_sequence():
             config=SimpleNamespace(language_transformer_config=SimpleNamespace(fp8=fp8, fp8_recipe=recipe)),
             tp_comm_overlap_lm=False,
             sequence_parallel_lm=True,
-            _language_max_sequence_length=2048,
-            _get_shard_factor=lambda _: (8, 1),  # TP2 with sequence parallelism x CP2
+            max_sequence_length=2048,
+            shard_factor=8,  # TP2 with sequence parallelism x CP2
         )
         chunk._length_factor = MCoreVisualNevaModel._length_factor.fget(chunk)
         return (

@@ -66,7 +66,7 @@ def run_passes(changes: dict[str, Any] | None = None, similarity: bool = False, 
     terms = [objective.build_term() for objective in enabled(run)]
     for term in terms:
         term.prepare(config)
-    chunk = config.configure_model(tokenizer=None)
+    chunk = config.configure_model()
     training, planner = Steps([chunk]), StepPlanner()
     for term in terms:
         planner.add(term)

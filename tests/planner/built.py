@@ -63,5 +63,5 @@ def _chunks(config: RunConfig) -> list:  # type: ignore[type-arg]
     for objective in enabled(config):
         objective.build_term().prepare(neva)
     if layout.virtual_pipeline is None:
-        return [neva.configure_model(None)]
-    return [neva.configure_model(None, vp_stage=chunk) for chunk in range(layout.virtual_pipeline)]
+        return [neva.configure_model()]
+    return [neva.configure_model(vp_stage=chunk) for chunk in range(layout.virtual_pipeline)]

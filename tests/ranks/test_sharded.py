@@ -44,7 +44,7 @@ def build_chunks(parallel, pre_layers, tie):
     config.pipeline_model_parallel_size = run.parallel.pipeline
     config.virtual_pipeline_model_parallel_size = virtual
     config.sequence_parallel = run.parallel.sequence
-    return [config.configure_model(None, vp_stage=v if virtual else None) for v in range(virtual or 1)]
+    return [config.configure_model(vp_stage=v if virtual else None) for v in range(virtual or 1)]
 
 
 def load_and_return(parallel, pre_layers, tie, full):

@@ -13,7 +13,7 @@ from nemo.lightning import io
 
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
-from nemo_pre.neva.model import VisualNevaModel
+from nemo_pre.nemo.module import VisualNevaModel
 
 
 @io.model_importer(VisualNevaModel, "hf")
