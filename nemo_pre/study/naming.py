@@ -185,7 +185,9 @@ def name_embeddings(language: Path, names: list[str]) -> Tensor:
         raise ValueError(f"language={language} is no Hugging Face directory: make one with nemo-pre smollm2 out=DIR.")
     tokenizer = AutoTokenizer.from_pretrained(language)
     table = AutoModelForCausalLM.from_pretrained(language, dtype="float32").get_input_embeddings().weight.detach()
-    means = torch.stack([table[tokenizer(" " + name, add_special_tokens=False)["input_ids"]].mean(0) for name in names])
+    means = torch.stack(
+        [table[tokenizer(" " + name, add_special_tokens=False)["input_ids"]].mean(0) for name in names]
+    )
     return torch.nn.functional.normalize(means - means.mean(0), dim=1)
 
 
