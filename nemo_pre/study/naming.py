@@ -1,9 +1,9 @@
 """A small vision transformer that can name what it sees: taught on scenes of named pictures, offline.
 
-Each patch that shows a picture is taught its concept, contrasted with every concept of the training split: its feature,
-through a linear map, against the embeddings that a language model has of the names (the mean of its input embeddings
-of a name's tokens, less the mean over names). So a name that was never shown has a place, too. A second map reads the
-picture's colour, a third the patch's own mean colour, lest the encoder forget what no name says.
+Each patch that shows a picture is taught its concept, contrasted with every concept of the training split: its
+feature, through a linear map, against the embeddings that a language model has of the names (the mean of its input
+embeddings of a name's tokens, less the mean over names). So a name that was never shown has a place, too. A second map
+reads the picture's colour, a third the patch's own mean colour, lest the encoder forget what no name says.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_pre.options import Count, PathText, Seed
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from nemo_pre.config.schema import VisionConfig
 
@@ -44,8 +43,8 @@ def encoder(
       nemo-pre study encoder data/emoji checkpoints/smollm2 encoder
 
     DATA is what nemo-pre data emoji wrote, LANGUAGE a Hugging Face directory whose embeddings of the names it is
-    contrasted with. OUT gets VISION, a SigLIP vision model for nemo-pre import vision=OUT/vision, and encoder.json: how
-    it was made, and its accuracy on the val split, the held-out style and the held-out concepts.
+    contrasted with. OUT gets vision, a SigLIP vision model for nemo-pre import vision=OUT/vision, and encoder.json:
+    how it was made, and its accuracy on the val split, the held-out style, concepts and places.
 
     Raises:
         ValueError: the data hold no scenes of named pictures, OUT is there already, or LANGUAGE is not a model.

@@ -62,8 +62,9 @@ def diagnose(
     cohesion, coupling and contrast; out gets results.json and report.html. num_images pictures of the val split are
     measured; num_fit of the train split fit the linear probes, 0 leaves them out. label is a field of the records
     that holds a class to probe for. objects=true asks for each picture of emoji's scenes by itself, too: probes of its
-    concept, category, colour and place, and whether its token says its name; layers=0,7,15 measures these layers
-    alone; text is a file of plain text, whose perplexity is measured too. compare names other results, separated by commas, whose curves the report shows
+    concept, category, colour and place, and whether its token says its name. layers=0,7,15 measures these layers
+    alone; text is a file of plain text, whose loss is measured too. compare names other results, separated by commas,
+    whose curves the report shows
     beside. batch_size pictures run at a time. chat_template, tensor, pipeline, replicas and precision are a
     checkpoint's: its run's template unless given, how it is laid out over ranks, and how many such models share the
     pictures out. trust_remote_code=true runs Python files of a Hugging Face directory that are not nemo-pre's own.
