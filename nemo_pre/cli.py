@@ -135,6 +135,9 @@ VERBS = {
         "nemo_pre.verbs.diagnose:diagnose",
         last="{out}; next: nemo-pre diagnose OTHER_MODEL {data} OTHER_OUT compare={out}",
     ),
+    "study encoder": Verb(
+        "teach a small vision transformer to name pictures, for study real", "nemo_pre.study.naming:encoder"
+    ),
     "study digits": Verb("train and diagnose every arm of the digits study", "nemo_pre.study.digits:study"),
     "watch": Verb(
         "evaluate a run's checkpoints while it trains",

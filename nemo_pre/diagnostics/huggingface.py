@@ -23,6 +23,7 @@ from nemo_pre.diagnostics.states import (
     VisualStates,
     asking_tokens,
     attention_mass,
+    instance_patches,
     square_patches,
     token_classes,
 )
@@ -106,7 +107,27 @@ class HuggingFaceModel:
             layers=tokens,
             attention=attention,
             words=words,
+            instances=instance_patches(masks),
         )
+
+    @torch.inference_mode()
+    def scores(self, tokens: Tensor) -> Tensor:
+        decoder: Any = self._decoder
+        states = decoder.norm(tokens.to(self.network.dtype))
+        scores: Tensor = self.network.get_output_embeddings()(states)[:, : self.vocabulary].float()
+        return scores
+
+    @torch.inference_mode()
+    def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for passage in passages:
+            scores = self.network(input_ids=passage[None].to(self.network.device)).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(scores.cpu(), passage[1:], reduction="sum"))
+            count += len(passage) - 1
+        return total, count
+
+    def token_ids(self, words: str) -> list[int]:
+        return list(self.processor.tokenizer(words, add_special_tokens=False)["input_ids"])
 
     def _inputs(self, samples: Sequence[DiagnosticSample]) -> Any:
         texts = [
@@ -149,8 +170,8 @@ class HuggingFaceModel:
         if "image_grid_thw" in found:  # patches come in the order of merging, frames and pixels in each
             pixels = found["pixel_values"].float()
             merged = pixels.reshape(grid.size, -1, 3, pixels.shape[1] // 3)
-            return merged.transpose(2, 3).reshape(grid.size, -1, 3)[..., :2]
-        return square_patches(self._whole_tile(found), grid.rows, grid.columns)[..., :2]
+            return merged.transpose(2, 3).reshape(grid.size, -1, 3)
+        return square_patches(self._whole_tile(found), grid.rows, grid.columns)
 
     def _plain_pixels(self, picture: Image, **how: Any) -> Any:
         """What the processor makes of a picture, its values as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import islice
@@ -20,6 +20,7 @@ from nemo_pre.diagnostics.moments import (
     redundancy,
     relative_distance,
 )
+from nemo_pre.diagnostics.objects import Names, ObjectMeasures, ObjectsOfBatch
 from nemo_pre.diagnostics.patches import PatchSimilarity
 from nemo_pre.diagnostics.probe import LinearProbe, ProbeFit, ProbeScore
 from nemo_pre.diagnostics.replicas import Replicas
@@ -97,6 +98,7 @@ def measure(
     keep: Any = None,
     progress: Any = None,
     everything: bool = True,
+    only: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """The results of this process's share of the layers it has, and of the logit lens if it has the last.
 
@@ -106,9 +108,16 @@ def measure(
         keep: called with (samples, states) of each test batch, for pictures.
         progress: called with the number of pictures done.
         everything: attention and the logit lens too.
+        only: the layers to measure; None: all.
     """
+    assert data.objects is None or model.replicas.size == 1, "objects are measured on one rank"
     replicas, share, numbers = model.replicas.sharing(data)
-    probes = _probes(model, replicas, share, numbers, batch_size, progress) if data.tasks else {}
+    probes: dict[int, LinearProbe] = {}
+    of_objects: dict[int, LinearProbe] = {}
+    if data.tasks or data.objects:
+        probes, of_objects = _probes(model, replicas, share, numbers, batch_size, progress, only)
+    object_measures = {layer: ObjectMeasures(ProbeScore(probe)) for layer, probe in of_objects.items()}
+    names = Names(model)
     layers: dict[int, LayerMeasures] = {}
     entering: Moments | None = None
     words = torch.zeros(model.vocabulary, dtype=torch.int64)
@@ -116,10 +125,14 @@ def measure(
     for _, samples in _batches(share.test_samples(), batch_size):
         states = model.states(samples, everything)
         entering = merged(entering, Moments.of(states.entering))
-        for layer in states.layers:
+        objects = ObjectsOfBatch.of(samples, states) if object_measures else None
+        for layer in _wanted(states, only):
             if layer not in layers:
                 layers[layer] = LayerMeasures(ProbeScore(probes[layer]) if layer in probes else None)
             layers[layer].update(layer, states, _truth(samples))
+            if objects is not None and objects.names:
+                tokens = states.layers[layer]
+                object_measures[layer].update(tokens, objects, names, model.scores(objects.shown_most(tokens)))
         if states.words is not None:
             has_words = True
             words += torch.bincount(states.words.cpu(), minlength=model.vocabulary)
@@ -130,8 +143,11 @@ def measure(
     whole_entering = replicas.summed(entering)
     whole = {layer: layers[layer].over(replicas) for layer in sorted(layers)}
     all_words = sum(replicas.gathered(words)) if has_words else None
+    results = {layer: whole[layer].result(whole_entering) for layer in replicas.mine(list(whole))}
+    for layer, measures in object_measures.items():
+        results[layer]["objects"] = measures.result()
     return {
-        "layers": {layer: whole[layer].result(whole_entering) for layer in replicas.mine(list(whole))},
+        "layers": results,
         "logit_lens": None if all_words is None else logit_lens(all_words, model),
     }
 
@@ -143,22 +159,41 @@ def _probes(
     numbers: list[int],
     batch_size: int,
     progress: Any,
-) -> dict[int, LinearProbe]:
-    """The probes of the layers that this process has; replicas solve a share of them each."""
+    only: Collection[int] | None,
+) -> tuple[dict[int, LinearProbe], dict[int, LinearProbe]]:
+    """The probes of the layers that this process has, of pictures and of the objects in them; replicas solve a share
+    of the former each."""
     fits: dict[int, ProbeFit] = {}
+    rows: dict[int, list[Tensor]] = {}
+    truths: list[Tensor] = []
+    folds: list[Tensor] = []
     device = torch.device("cpu")
     for start, samples in _batches(share.fit_samples(), batch_size):
         states = model.states(samples, everything=False)
         number = torch.tensor(numbers[start : start + len(samples)])
         device = states.entering.device
-        for layer in states.layers:
-            fit = fits.setdefault(layer, ProbeFit(share.tasks))
-            fit.update(states.pooled(layer), _truth(samples), number)
+        objects = None
+        if share.objects is not None:
+            objects = ObjectsOfBatch.of(samples, states)
+            truths.append(objects.truth)
+            folds.append(number[objects.picture])
+        for layer in _wanted(states, only):
+            if share.tasks:
+                fit = fits.setdefault(layer, ProbeFit(share.tasks))
+                fit.update(states.pooled(layer), _truth(samples), number)
+            if objects is not None:
+                rows.setdefault(layer, []).append(objects.means(states.layers[layer]).float().cpu())
         _report(progress, len(samples))
     whole = {layer: fits[layer].over(replicas) for layer in sorted(fits)}
     solved = {layer: whole[layer].solve().to("cpu") for layer in replicas.mine(list(whole))}
     everyone = replicas.all_gathered(solved)
-    return {layer: probe.to(device) for part in everyone for layer, probe in part.items()}
+    of_objects: dict[int, LinearProbe] = {}
+    for layer, parts in rows.items():
+        assert share.objects is not None
+        fit = ProbeFit(share.objects.tasks)
+        fit.update(torch.cat(parts), torch.cat(truths), torch.cat(folds))
+        of_objects[layer] = fit.solve().to(device)
+    return {layer: probe.to(device) for part in everyone for layer, probe in part.items()}, of_objects
 
 
 def logit_lens(counts: Tensor, model: Model) -> list[dict[str, Any]]:
@@ -170,6 +205,10 @@ def logit_lens(counts: Tensor, model: Model) -> list[dict[str, Any]]:
     share, token = counts.topk(min(TOP_WORDS, len(counts)))
     pairs = zip(token.tolist(), share.tolist(), strict=True)
     return [{"token": token, "text": model.word(token), "share": n / total} for token, n in pairs if n]
+
+
+def _wanted(states: VisualStates, only: Collection[int] | None) -> list[int]:
+    return [layer for layer in states.layers if only is None or layer in only]
 
 
 def _batches(samples: Iterable[DiagnosticSample], size: int) -> Iterator[tuple[int, list[DiagnosticSample]]]:

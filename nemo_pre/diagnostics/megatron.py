@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.data.conversation import IMAGE_TAG, encode_prompt
+from nemo_pre.data.conversation import IGNORE_INDEX, IMAGE_TAG, encode_prompt
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.images import image_tensor
 from nemo_pre.diagnostics.replicas import Replicas
@@ -28,10 +28,11 @@ from nemo_pre.diagnostics.states import (
     VisualStates,
     asking_tokens,
     attention_mass,
+    instance_patches,
     square_patches,
     token_classes,
 )
-from nemo_pre.generation import TokenSequence
+from nemo_pre.generation import TokenSequence, answer_loss
 from nemo_pre.generation.forward import Batch, evaluating, make_batches, run_whole
 from nemo_pre.generation.forward import run as run_pipeline
 from nemo_pre.neva.model import MCoreVisualNevaModel
@@ -119,6 +120,7 @@ class MegatronModel:
         if any(batch.micro_batch.layout.num_visual_tokens != len(batch.tokens) * size for batch in batches):
             raise ValueError("A picture does not fit into the model's longest sequence: ask shorter questions.")
         side = math.isqrt(size)
+        masks = [self._mask_patches(sample, side) for sample in samples]
         grids = [Grid(0, side, side)] * len(samples)
         tokens = {layer: torch.cat(parts)[:count] for layer, parts in kept.tokens.items()}
         image = torch.arange(len(samples), device=torch.cuda.current_device()).repeat_interleave(size)
@@ -126,7 +128,7 @@ class MegatronModel:
             image=image,
             grids=grids,
             classes=token_classes(
-                [self._mask_patches(sample, side) for sample in samples],
+                masks,
                 grids,
                 [size] * len(samples),
                 self._background,
@@ -139,7 +141,27 @@ class MegatronModel:
                 if self._measures(layer)
             },
             words=torch.cat(kept.words)[:count] if kept.words and self._peer == 0 else None,
+            instances=instance_patches(masks),
         )
+
+    @torch.no_grad()
+    def scores(self, tokens: Tensor) -> Tensor:
+        language = self._chunks[-1].language_model
+        assert self._peers == 1 and self._chunks[-1].post_process and self._chunks[0].pre_process, "on one rank only"
+        states = language.decoder.final_layernorm(tokens.to(next(language.parameters()).dtype)[:, None])
+        weight = language.shared_embedding_or_output_weight() if language.share_embeddings_and_output_weights else None
+        scores: Tensor = language.output_layer(states, weight=weight)[0]
+        return scores[:, 0, : self.vocabulary].float()
+
+    def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
+        sequences = [
+            TokenSequence(passage, None, torch.cat([passage[1:], torch.tensor([IGNORE_INDEX])]))
+            for passage in passages
+        ]
+        return answer_loss(self._chunks, sequences, self._rows)
+
+    def token_ids(self, words: str) -> list[int]:
+        return list(self._how.tokenizer(words, add_special_tokens=False)["input_ids"])
 
     def _measures(self, layer: int) -> bool:
         return layer % self._peers == self._peer
@@ -160,7 +182,7 @@ class MegatronModel:
         how = self._how
         resize = (how.image_resize, "nearest", how.image_crop_from)
         pixels = image_tensor(mask, how.image_size, (0.0,) * 3, (1.0,) * 3, sample.key, *resize)
-        return square_patches((pixels * 255).round(), side, side)[..., :2]
+        return square_patches((pixels * 255).round(), side, side)
 
     def _on_every_stage(self, entering: Tensor | None, count: int) -> Tensor:
         from megatron.core import parallel_state as ps

@@ -8,6 +8,8 @@ tested on the val split. Their tasks:
 - ``count``: how many objects a composed scene shows, digits or emoji;
 - ``label``: the class in a field of the records, as in data made for image classification.
 
+Of the pictures of a composed scene (emoji) each can be asked for by itself, too: see :mod:`.objects`.
+
 Masks: in a composed scene the grey value is an object's number. A digit's class is its value, whichever scan it is of,
 and an emoji's its category; the rest is background. In other data (COCO-Stuff) the grey value is the class, 255 is
 unlabelled, and there is no background.
@@ -29,6 +31,7 @@ from nemo_pre.data.decoding import decode_labels, decoded, of_sample
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import read_manifest, verify_shards
 from nemo_pre.data.shards import RawSample, ShardedSamples
+from nemo_pre.diagnostics.objects import ObjectClasses, SceneObject
 from nemo_pre.diagnostics.probe import ProbeTask
 
 if TYPE_CHECKING:
@@ -43,23 +46,25 @@ RARE, COMMON, MOST_CLASSES = 0.05, 0.95, 20
 @dataclass(frozen=True)
 class DiagnosticSample:
     """``mask``: grey picture of class numbers, 255 where unlabelled, or None; ``truth`` ``[C]``: the tasks' indicators
-    side by side; ``question``: with the image's tag."""
+    side by side; ``question``: with the image's tag; ``instances``: grey picture of ``objects``' numbers."""
 
     key: str
     picture: Image
     question: str
     mask: Image | None
     truth: Tensor
+    instances: Image | None = None
+    objects: tuple[SceneObject, ...] = ()
 
     @property
     def marked_mask(self) -> Image | None:
-        """The mask in the first channel and 255 in the others, which shows what a processor pads."""
+        """The mask, 255, which shows what a processor pads, and the numbers of a scene's objects, as channels."""
         from PIL import Image
 
         if self.mask is None:
             return None
         inside = Image.new("L", self.mask.size, 255)
-        return Image.merge("RGB", (self.mask, inside, inside))
+        return Image.merge("RGB", (self.mask, inside, self.instances or Image.new("L", self.mask.size)))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class DiagnosticData:
     labels: dict[str, int]
     label: str | None
     has_masks: bool
+    objects: ObjectClasses | None = None
 
     def fit_samples(self) -> Iterator[DiagnosticSample]:
         assert self.train is not None or not self.fit
@@ -106,14 +112,28 @@ class DiagnosticData:
                 # A class that the fit set lacks has no indicator, and no answer to it is right.
                 parts.append(_one_of(self.labels.get(str(raw.record.get(str(self.label))), task.size - 1), task.size))
         truth = torch.cat(parts) if parts else torch.zeros(0)
-        return DiagnosticSample(raw.key, decoded(raw.images[0], raw.where), _question(raw), mask, truth)
+        instances: Image | None = None
+        objects: tuple[SceneObject, ...] = ()
+        if self.objects is not None:
+            with of_sample(raw.where):
+                instances = decode_labels(samples.read_member(position, MASK))
+            objects = self.objects.of_scene(raw.record["scene"]["pictures"])
+        picture = decoded(raw.images[0], raw.where)
+        return DiagnosticSample(raw.key, picture, _question(raw), mask, truth, instances, objects)
 
 
-def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None = None) -> DiagnosticData:
+def read_data(
+    data: str | Path, num_fit: int, num_test: int, label: str | None = None, objects: bool = False
+) -> DiagnosticData:
     """The first ``num_fit`` pictures of the train split and ``num_test`` of the val split of a prepared directory.
 
+    Args:
+        label: field of the records whose class is probed for.
+        objects: the pictures of each scene are asked for, too.
+
     Raises:
-        ValueError: the data cannot be read, or no val sample has exactly one image, or no fit sample has the label.
+        ValueError: the data cannot be read, or no val sample has exactly one image, or no fit sample has the label, or
+            scenes have no named pictures.
     """
     manifest = read_manifest(data, "data")
     splits: dict[str, ShardedSamples | None] = {"train": None, "val": None}
@@ -146,8 +166,16 @@ def read_data(data: str | Path, num_fit: int, num_test: int, label: str | None =
         tasks.append(ProbeTask("label", len(labels) + 1))  # and one for what the fit set lacks
     classes = manifest.raw.get("classes") or [f"digit {digit}" for digit in range(10)]
     names = dict(enumerate(["background", *classes])) if is_composed else {}
+    named = None
+    if objects:
+        if train is None or not fit or "pictures" not in first.record.get("scene", {}):
+            raise ValueError(
+                f"objects=true needs scenes of named pictures to fit on and {manifest.directory} has none: give data "
+                f"that nemo-pre data emoji wrote, and num_fit."
+            )
+        named = ObjectClasses.of_scenes(train.read(number, images=False).record["scene"]["pictures"] for number in fit)
     return DiagnosticData(
-        train, val, fit, test, tasks, 0 if is_composed else None, names, presence, labels, label, has_masks
+        train, val, fit, test, tasks, 0 if is_composed else None, names, presence, labels, label, has_masks, named
     )
 
 

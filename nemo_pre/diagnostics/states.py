@@ -42,6 +42,7 @@ class VisualStates:
         layers: ``[n, d]`` the output of each decoder layer, before the final norm; 0 is ``entering``.
         attention: ``[pictures, heads]`` of each layer, see :func:`attention_mass`.
         words: ``[n]`` the most likely next token at each visual token; None where the last layer is not.
+        instances: of each picture, ``[patches, pixels]`` numbers of the scene's objects; empty without masks.
     """
 
     image: Tensor
@@ -51,6 +52,7 @@ class VisualStates:
     layers: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
     words: Tensor | None = None
+    instances: list[Tensor] = field(default_factory=list)
 
     def pooled(self, layer: int) -> Tensor:
         """The mean token ``[pictures, d]`` of each picture, float64."""
@@ -75,6 +77,16 @@ class Model(Protocol):
 
     def states(self, samples: Sequence[DiagnosticSample], everything: bool) -> VisualStates:
         """States of the samples' pictures; attention and words only with ``everything``."""
+
+    def scores(self, tokens: Tensor) -> Tensor:
+        """``[n, vocabulary]``: what the model would say next at ``[n, d]`` states of any layer, through its final norm
+        and output layer."""
+
+    def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
+        """Cross-entropy (nats) of the next tokens of passages ``[t]`` without a picture: their sum and number."""
+
+    def token_ids(self, words: str) -> list[int]:
+        """The tokens of some text, without special ones."""
 
     def shown(self, sample: DiagnosticSample) -> Image:
         """The picture on which the grid of its patches lies: cut, padded and resized."""
@@ -114,7 +126,8 @@ def token_classes(
     """The class ``[n]`` of every visual token of several pictures.
 
     Args:
-        masks: of each picture, ``[patches, pixels, 2]``: grey value, and 255 inside the picture; None without masks.
+        masks: of each picture, ``[patches, pixels, 3]``: grey value, 255 inside the picture, and the object's number;
+            None without masks.
         sizes: visual tokens of each picture.
     """
     rows = []
@@ -127,6 +140,11 @@ def token_classes(
         classes[grid.first : grid.first + grid.size] = patch_classes(pixels, background)
         rows.append(classes)
     return torch.cat(rows)
+
+
+def instance_patches(masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """Of each picture's mask ``[patches, pixels, 3]`` the objects' numbers, 0 where a processor has padded."""
+    return [torch.where(mask[..., 1] == 255, mask[..., 2].long(), 0) for mask in masks if mask is not None]
 
 
 def square_patches(mask: Tensor, rows: int, columns: int) -> Tensor:

@@ -25,6 +25,9 @@ class DiagnoseRun(InferenceRun):
     num_images: int = 0
     num_fit: int = 0
     label: str | None = None
+    objects: bool = False
+    layers: list[int] | None = None
+    text: str | None = None
     out: str = ""
     title: str = ""
 
@@ -37,6 +40,9 @@ def diagnose(
     num_fit: int = 1024,
     label: str | None = None,
     batch_size: int = 8,
+    objects: bool = False,
+    layers: str | None = None,
+    text: PathText | None = None,
     compare: PathText | None = None,
     title: str | None = None,
     chat_template: Annotated[str, rule_of(DataConfig, "chat_template")] | None = None,
@@ -55,7 +61,10 @@ def diagnose(
     model is a Hugging Face directory, a checkpoint or a run's directory; data what nemo-pre data wrote, with masks for
     cohesion, coupling and contrast; out gets results.json and report.html. num_images pictures of the val split are
     measured; num_fit of the train split fit the linear probes, 0 leaves them out. label is a field of the records
-    that holds a class to probe for. compare names other results, separated by commas, whose curves the report shows
+    that holds a class to probe for. objects=true asks for each picture of emoji's scenes by itself, too: probes of its
+    concept, category, colour and place, and whether its token says its name. layers=0,7,15 measures these layers
+    alone; text is a file of plain text, whose loss is measured too. compare names other results, separated by commas,
+    whose curves the report shows
     beside. batch_size pictures run at a time. chat_template, tensor, pipeline, replicas and precision are a
     checkpoint's: its run's template unless given, how it is laid out over ranks, and how many such models share the
     pictures out. trust_remote_code=true runs Python files of a Hugging Face directory that are not nemo-pre's own.
@@ -70,6 +79,13 @@ def diagnose(
     ):
         if value < least:
             raise ValueError(f"{name}={value}: give {least} or more.")
+    asked_layers = _numbers(layers)
+    if text is not None and not Path(text).is_file():
+        raise ValueError(f"text={text} is no file: name one of plain text.")
+    if objects and tensor * pipeline * replicas > 1:
+        raise ValueError("objects=true takes one rank: leave out tensor, pipeline and replicas.")
+    if text is not None and replicas > 1:
+        raise ValueError("text takes one replica: leave out replicas.")
     if num_fit == 1:
         raise ValueError("num_fit=1: a probe is fitted on 2 images or more, or on none (0).")
     others = [read_results(path) for path in split_paths(compare)] if compare else []
@@ -77,7 +93,9 @@ def diagnose(
     named = title or Path(model).resolve().name
     if (Path(model) / "config.json").is_file():
         prepare_environment(platform)
-        _diagnose_directory(model, data, out, num_images, num_fit, label, batch_size, named, trust_remote_code)
+        run = DiagnoseRun(diagnosed_data=data, num_images=num_images, num_fit=num_fit, label=label, out=out)
+        run.objects, run.layers, run.text, run.title = objects, asked_layers, text, named
+        _diagnose_directory(model, run, batch_size, trust_remote_code)
     else:
         prepare_environment(platform, tensor * pipeline * replicas)
         with tempfile.TemporaryDirectory(prefix="nemo-pre-") as scratch:
@@ -85,7 +103,7 @@ def diagnose(
             run.data.chat_template = chat_template or run.data.chat_template
             run.trainer.micro_batch_size, run.trainer.global_batch_size = batch_size, batch_size * replicas
             run.diagnosed_data, run.num_images, run.num_fit, run.label = data, num_images, num_fit, label
-            run.out, run.title = out, named
+            run.objects, run.layers, run.text, run.out, run.title = objects, asked_layers, text, out, named
             _launch(run)
     _finish(out, others)
 
@@ -139,10 +157,10 @@ def diagnose_rank(run: DiagnoseRun) -> None:
         from nemo_pre.diagnostics.samples import read_data
         from nemo_pre.inference import load_chunks
 
-        data = read_data(run.diagnosed_data, run.num_fit, run.num_images, run.label)
+        data = read_data(run.diagnosed_data, run.num_fit, run.num_images, run.label, run.objects)
         rows = run.trainer.micro_batch_size
         model = MegatronModel(load_chunks(run), build_preprocessing(run), run, data.background, rows)
-    found, kept = _measured(model, data, rows * run.parallel.pipeline, shown=dist.get_rank() == 0)
+    found, kept = _measured(model, data, rows * run.parallel.pipeline, run, shown=dist.get_rank() == 0)
     everything: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everything, (found, kept.tokens if model.replicas.rank == 0 else None))
     if dist.get_rank() == 0:
@@ -150,40 +168,53 @@ def diagnose_rank(run: DiagnoseRun) -> None:
             found["layers"] |= other["layers"]
             found["logit_lens"] = found["logit_lens"] or other["logit_lens"]
             kept.tokens |= tokens or {}
-        _write(run.out, run.title, run.diagnosed_data, model, data, found, kept)
+        _write(run, model, data, found, kept)
 
 
-def _diagnose_directory(
-    model: str,
-    data: str,
-    out: str,
-    num_images: int,
-    num_fit: int,
-    label: str | None,
-    batch_size: int,
-    title: str,
-    trust_remote_code: bool,
-) -> None:
+def _diagnose_directory(model: str, run: DiagnoseRun, batch_size: int, trust_remote_code: bool) -> None:
     from nemo_pre.diagnostics.huggingface import HuggingFaceModel
     from nemo_pre.diagnostics.samples import read_data
 
-    pictures = read_data(data, num_fit, num_images, label)
+    pictures = read_data(run.diagnosed_data, run.num_fit, run.num_images, run.label, run.objects)
     loaded = HuggingFaceModel(model, pictures.background, trust_remote_code)
-    found, kept = _measured(loaded, pictures, batch_size, shown=True)
-    _write(out, title, data, loaded, pictures, found, kept)
+    found, kept = _measured(loaded, pictures, batch_size, run, shown=True)
+    _write(run, loaded, pictures, found, kept)
 
 
-def _measured(model: Any, data: Any, batch_size: int, shown: bool) -> tuple[dict[str, Any], Any]:
+def _numbers(layers: str | None) -> list[int] | None:
+    """``0,7,15`` as numbers.
+
+    Raises:
+        ValueError: one is none.
+    """
+    if layers is None:
+        return None
+    words = [word.strip() for word in layers.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise ValueError(
+            f"layers={layers}: give numbers of layers separated by commas, 0 for what enters the decoder."
+        )
+    return sorted({int(word) for word in words})
+
+
+def _measured(model: Any, data: Any, batch_size: int, run: DiagnoseRun, shown: bool) -> tuple[dict[str, Any], Any]:
     from nemo_pre.diagnostics.layers import measure
     from nemo_pre.diagnostics.pictures import KeptTokens
 
     kept = KeptTokens(model.num_layers, model.shown)
     total = len(data.test) + (len(data.fit) if data.tasks else 0)
     progress = _Progress(total // model.replicas.size) if shown and sys.stderr.isatty() else None
-    return measure(model, data, batch_size, keep=kept, progress=progress), kept
+    if run.layers is not None and max(run.layers) > model.num_layers:
+        raise ValueError(f"layers: {max(run.layers)} is not there, the model has {model.num_layers} layers.")
+    found = measure(model, data, batch_size, keep=kept, progress=progress, only=run.layers)
+    if run.text is not None:
+        from nemo_pre.diagnostics.plain_text import text_loss
+
+        found["text"] = text_loss(model, Path(run.text))
+    return found, kept
 
 
-def _write(out: str, title: str, data_path: str, model: Any, data: Any, found: dict[str, Any], kept: Any) -> None:
+def _write(run: DiagnoseRun, model: Any, data: Any, found: dict[str, Any], kept: Any) -> None:
     """results.json, and what the report shows of pictures beside it."""
     from nemo_pre.diagnostics.over_training import over_training
     from nemo_pre.diagnostics.pictures import heat_maps, tsne_pictures
@@ -191,25 +222,27 @@ def _write(out: str, title: str, data_path: str, model: Any, data: Any, found: d
     results = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "title": title,
+        "title": run.title,
         "model": model.describe(),
         "data": {
-            "path": data_path,
+            "path": run.diagnosed_data,
             "images": len(data.test),
             "probe_fit_images": len(data.fit) if data.tasks else 0,
             "probe_tasks": [asdict(task) for task in data.tasks],
             "presence_classes": [data.class_names.get(number, f"class {number}") for number in data.presence],
             "masks": data.has_masks,
+            "object_classes": {task.name: task.size for task in data.objects.tasks} if data.objects else {},
         },
         "layers": [{"layer": layer, **found["layers"][layer]} for layer in sorted(found["layers"])],
         "logit_lens": found["logit_lens"],
+        "text": found.get("text"),
         "over_training": over_training(model.describe()["path"], model.num_layers),
         "pictures": {
             "heat_maps": [asdict(maps) for maps in heat_maps(kept, data.class_names)],
             "tsne": tsne_pictures(kept, data.class_names),
         },
     }
-    path = Path(out) / RESULTS
+    path = Path(run.out) / RESULTS
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
