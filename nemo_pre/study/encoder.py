@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_pre.study.language import prepare_language
 from nemo_pre.study.runs import run_verb
-from nemo_pre.study.training import train
+from nemo_pre.teaching.training import train
 
 if TYPE_CHECKING:
     import torch

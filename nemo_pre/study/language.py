@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_pre.study.training import train
+from nemo_pre.teaching.training import train
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,6 +20,7 @@ OWN = {
     "import",
     "evaluate",
     "study digits",
+    "teach",
     "report",
 }
 

@@ -1,4 +1,4 @@
-"""How a study's encoder and language model learn before its runs."""
+"""The loop by which an encoder, or a small language model, is taught before a run."""
 
 from __future__ import annotations
 
