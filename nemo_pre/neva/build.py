@@ -24,6 +24,10 @@ from nemo_pre.neva.model import VisualNevaConfig
 from nemo_pre.neva.vision import VisionTowerConfig
 from nemo_pre.parallel.seeding import seeded
 
+# What a decoder says on a GPU. NeMo's Llama has it; its Qwen2 would compute SwiGLU and rotary embedding by PyTorch's
+# operations one by one, which keep five of the MLP's widths for the backward pass instead of three.
+FUSED_CONFIG = {"bias_activation_fusion": True, "bias_dropout_fusion": True, "apply_rope_fusion": True}
+
 
 @dataclass
 class ProjectorConfig(MultimodalProjectorConfig):
@@ -121,7 +125,7 @@ def _language_config(config: RunConfig, fused: bool, on_gpu: bool) -> GPTConfig:
         transformer_layer_spec=layer_spec(config, fused, on_gpu),
         **_recompute_options(config),
         **fp8_options(config.precision),
-        **({} if fused else TRANSFORMER_CONFIG),
+        **(FUSED_CONFIG if fused else TRANSFORMER_CONFIG),
     )
     # Not among the arguments: Megatron would compare it with the pipeline's size, which the config learns later.
     built.pipeline_model_parallel_layout = _uneven_layout(config.parallel)
