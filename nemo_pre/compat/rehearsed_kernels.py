@@ -1,5 +1,6 @@
 """Stand-ins for kernels that ask the device what it can do, or that are compiled for it: they allocate what kernels
-allocate, keep for the backward pass what kernels keep, and compute nothing.
+allocate, keep for the backward pass what kernels keep, and compute nothing. Transformer Engine's are in
+:mod:`nemo_pre.compat.rehearsed_te_layers`.
 
 Applied only in the forked processes of :mod:`nemo_pre.rehearsal`. Sources of what is kept: FlashAttention's autograd
 function keeps queries, keys, values, its output and a float32 per query and head (arXiv 2205.14135, algorithm 2;
@@ -9,7 +10,6 @@ torch's _scaled_dot_product_flash_attention has the same outputs).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -101,34 +101,13 @@ class LowerRight:
         self.queries, self.keys = queries, keys
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(angles)
-        return torch.empty_like(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.empty_like(grad), None
-
-
 @patch(
-    "fused-kernels-of-transformer-engine",
-    why="Transformer Engine's rotary embedding, multi-tensor norm and AdamW are what a GPU runs; without them"
-    " Megatron's own keep more, ask for every parameter's norm, and torch's AdamW needs copies beside its states.",
+    "fused-adamw",
+    why="Transformer Engine's AdamW is what a GPU runs; torch's needs copies beside its states.",
     until="Transformer Engine has kernels for fake tensors.",
     of={"megatron-core": ("0.15.3",)},
 )
-def fused_kernels():
-    import megatron.core.models.common.embeddings.rope_utils as rope
-    from megatron.core.optimizer import clip_grads
-
-    def rotate(t, freqs, interleaved=False, *args, **kwargs):
-        return _Rotary.apply(t, freqs)
-
-    def norm(chunk, overflow, lists, per_parameter):
-        return lists[0][0].new_empty(1), None  # it stays on the device
-
+def fused_adamw():
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -139,5 +118,22 @@ def fused_kernels():
                     self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
 
     yield Change(GroupStepAdamW, "step", step)
-    yield Change(rope, "fused_apply_rotary_pos_emb", rotate)
-    yield Change(clip_grads, "l2_norm_impl", norm)
+
+
+@patch(
+    "swiglu-in-one-kernel",
+    why="Megatron's SwiGLU is compiled on a GPU, into a kernel that makes its result and nothing else; operation by"
+    " operation its backward pass would hold twice as much for a moment.",
+    until="torch.compile runs on fake tensors without a compiler.",
+)
+def swiglu_in_one_kernel():
+    from megatron.core.fusions import fused_bias_swiglu
+
+    def forward(gate_and_value):
+        return gate_and_value.new_zeros((*gate_and_value.shape[:-1], gate_and_value.shape[-1] // 2))
+
+    def backward(gradient, gate_and_value):
+        return torch.zeros_like(gate_and_value)
+
+    yield Change(fused_bias_swiglu, "swiglu", forward)
+    yield Change(fused_bias_swiglu, "swiglu_back", backward)

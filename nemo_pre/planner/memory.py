@@ -6,12 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_pre.config.derived import padded_vocab_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import enabled
 from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations
 from nemo_pre.planner.chunks import chunks_of_stages
-from nemo_pre.planner.load import FLOAT, Load, uses_token_structure
+from nemo_pre.planner.load import FLOAT, INDEX, Load, has_explicit_positions, uses_token_structure
 from nemo_pre.planner.parameters import (
     costs,
     fp8_layers_among,
@@ -112,9 +111,9 @@ def state_memory(config: RunConfig, stage: int) -> dict[str, int]:
 
 def _fp8_copies(config: RunConfig, stage: int) -> int:
     """Bytes of the FP8 layers' weights, kept from the step's first micro-batch on, row by row and column by column;
-    further copies of the layers that compute have theirs."""
+    further copies of the layers, which compute and are not trained, have theirs by rows alone."""
     layers = sum(fp8_layers_among(config, chunk.layers) for chunk in chunks_of_stages(config)[stage])
-    copies = 2 * (1 + sum(cost.decoder_copies for cost in costs(config)))
+    copies = 2 + sum(cost.decoder_copies for cost in costs(config))
     return copies * layers * layer_parameters(config, config.parallel.tensor)
 
 
@@ -125,7 +124,7 @@ def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> 
     """Bytes of activations of a stage's ranks at the peak of a step, by part, and the micro-batches in flight per
     chunk."""
     chunks = activations_of_chunks(config, load, stage, fused)
-    micro_batches = max(config.trainer.global_batch_size // (load.rows * config.parallel.data), 1)
+    micro_batches = _micro_batches(config, load)
     kept = [sum(chunk.kept.values()) for chunk in chunks]
     extra = [chunk.peak_of_backward for chunk in chunks]
     most, in_flight = peak(stage, config.parallel.pipeline, micro_batches, kept, extra)
@@ -140,6 +139,11 @@ def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> 
     return found, in_flight
 
 
+def _micro_batches(config: RunConfig, load: Load) -> int:
+    """Micro-batches of a step."""
+    return max(config.trainer.global_batch_size // (load.rows * config.parallel.data), 1)
+
+
 def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool) -> list[ChunkActivations]:
     return [chunk_activations(config, load, chunk, fused) for chunk in chunks_of_stages(config)[stage]]
 
@@ -148,17 +152,44 @@ def activations_of_chunks(config: RunConfig, load: Load, stage: int, fused: bool
 
 
 def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> dict[str, int]:
-    """Estimated bytes that live for a moment at the worst, and that the libraries take, by kind."""
+    """Bytes that live for a moment at the worst, and that the libraries take, by kind."""
     layer, layout = LayerActivations(config, load, fused), config.parallel
-    messages = 4 * (layer.input + layer.teacher_message) if layout.pipeline > 1 else 0
-    gathered = 2 * layer.whole_input if load.shards > 1 else 0
-    last = stage == layout.pipeline - 1
-    vocabulary = padded_vocab_size(config.model.language.vocab_size) // layout.tensor
-    logits = load.sample_tokens * vocabulary * layer.bytes * last
-    gate_and_value = 2 * load.tokens * layer.inner * layer.bytes
-    weight = vocabulary * layer.width * layer.bytes * (0 if config.optim.freeze_language else 1)
+    chunks = activations_of_chunks(config, load, stage, fused)
+    kept = [sum(chunk.kept.values()) for chunk in chunks]
+    micro_batches = _micro_batches(config, load)
+    saved, with_working = (
+        peak(stage, layout.pipeline, micro_batches, kept, extra)[0]
+        for extra in ([chunk.peak_of_backward for chunk in chunks], [chunk.most_under_way for chunk in chunks])
+    )
+    message = layer.input + layer.teacher_message if layout.pipeline > 1 else 0
+    _, in_flight = rank_activations(config, load, stage, fused)
+    ends = zip(chunks_of_stages(config)[stage], in_flight, strict=True)
+    # What a chunk has sent stays until its backward pass: taps may look at it, so Megatron is not told to let go of it
+    # (deallocate_pipeline_outputs). Interleaving receives one message ahead of its use, each way.
+    sent = sum(number for chunk, number in ends if not chunk.last) * message
+    messages = (6 if layout.virtual_pipeline else 4) * message
+    # Megatron's output layer gathers into memory that stays.
+    gathers = load.shards > 1 and stage == layout.pipeline - 1
+    gathered = load.sample_tokens * layer.width * layer.bytes if gathers else 0
     return {
+        "sent to later stages": sent,
         "communication": messages + gathered,
-        "gradients under way": max(logits, gate_and_value + 2 * layer.whole_input) + weight,
+        "layout": layout_bytes(config, load, max(in_flight), len(chunks)),
+        "gradients under way": round(with_working - saved),
         "libraries": GPU_LIBRARIES if fused else 0,
     }
+
+
+def layout_bytes(config: RunConfig, load: Load, in_flight: int, chunks: int) -> int:
+    """Bytes of micro-batches' tables beside those that autograd keeps: ids and weights of their text, where their text
+    and their visual tokens go, labels laid out, the angles of positions, which each chunk makes for itself.
+
+    Args:
+        in_flight: micro-batches; the one before is not forgotten yet.
+    """
+    tokens, text, visual = load.rows * load.keys, load.rows * load.text, load.rows * load.visual
+    positions = load.rows if has_explicit_positions(config, load) else 1
+    head = config.model.language.hidden_size // config.model.language.num_attention_heads
+    tables = tokens * (5 * INDEX + 2 * FLOAT) + text * (3 * INDEX + FLOAT) + visual * 3 * INDEX
+    tables += tokens * 3 * (INDEX + FLOAT) * uses_token_structure(config)
+    return (in_flight + 1) * tables + chunks * positions * load.keys * head * FLOAT

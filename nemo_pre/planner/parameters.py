@@ -105,9 +105,12 @@ def projector_matrices(config: RunConfig) -> list[tuple[int, int]]:
     return [(inputs, inner if depth > 1 else outputs)] + [(inner, outputs)] * (depth - 1)
 
 
+def is_fp8_layer(config: RunConfig, layer: int) -> bool:
+    """Whether this decoder layer, counted from 0, multiplies matrices in FP8."""
+    ends = bf16_layers(config.precision)
+    return fp8_recipe(config.precision) is not None and ends <= layer < config.model.language.num_layers - ends
+
+
 def fp8_layers_among(config: RunConfig, layers: range) -> int:
     """How many of these decoder layers, counted from 0, multiply matrices in FP8."""
-    if fp8_recipe(config.precision) is None:
-        return 0
-    ends = bf16_layers(config.precision)
-    return len(range(max(layers.start, ends), min(layers.stop, config.model.language.num_layers - ends)))
+    return sum(is_fp8_layer(config, layer) for layer in layers)

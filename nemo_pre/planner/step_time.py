@@ -189,7 +189,8 @@ def _layer_traffic(config: RunConfig, load: Load, device: Device) -> tuple[float
     """
     layer, layout = LayerActivations(config, load, fused=True), config.parallel
     operation = layer.whole_input * (layout.tensor - 1) / layout.tensor / device.nvlink
-    forward, backward = 4 * operation, (6 if layout.sequence else 4) * operation
+    gathers_again = layout.sequence and not config.optim.freeze_language
+    forward, backward = 4 * operation, (6 if gathers_again else 4) * operation
     near = layout.tensor * layout.context <= device.per_node
     exchanged = 2 * layer.key * (layout.context - 1) / (device.nvlink if near else device.network)
     with_teacher = 1 + load.branch / load.keys

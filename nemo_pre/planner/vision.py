@@ -17,6 +17,12 @@ def num_patches(vision: VisionConfig) -> int:
     return encoder_tokens(vision) - class_tokens(vision)
 
 
+def pixels_of_tile(vision: VisionConfig) -> int:
+    """Numbers of a tile's pixels as the tower takes them; two frames of Qwen2.5-VL's."""
+    frames = 2 if vision.family == "qwen25_vl" else 1
+    return num_patches(vision) * frames * 3 * vision.patch_size**2
+
+
 def unused_layers(vision: VisionConfig) -> int:
     """Number of layers behind the one whose features are taken: they are frozen, and run in a tower of fixed
     resolution."""
@@ -118,7 +124,7 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
     """
     inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
     if vision.family == "qwen25_vl":
-        pixels = tokens * 2 * 3 * vision.patch_size**2 * size
+        pixels = tiles * pixels_of_tile(vision) * size
         whole = sorted(vision.full_attention_layers or [])
         orders = bool(whole) + (len(whole) < vision.num_layers)  # windows' and images', each with its angles
         angles = orders * 2 * vision.hidden_size // vision.num_attention_heads * FLOAT
@@ -127,7 +133,7 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
         indices = (2 + bool(whole) + back_to_windows) * INDEX // merge_size(vision) ** 2
         before_and_behind = angles + _norm(vision, size) + indices
         return tokens * (vision.num_layers * _qwen_vl_layer_bytes(vision, size) + before_and_behind) + pixels
-    pixels = tiles * num_patches(vision) * 3 * vision.patch_size**2 * size
+    pixels = tiles * pixels_of_tile(vision) * size
     if vision.family == "patch_mlp":
         return 2 * tokens * inner * size + pixels  # the GELU's input and output
     used = vision.num_layers - unused_layers(vision)

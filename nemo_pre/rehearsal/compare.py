@@ -21,7 +21,7 @@ STATE_APART = 1e-3  # by which the state from step to step may differ from its p
 SMALL = 1 << 20  # bytes beside that: counters, frequencies, and what pads buffers
 LEAK = 4096  # bytes that may be held after a step more than after the one before: counters of what is logged
 FLOPS_APART = 0.01  # by which FLOPs of matrix products and attention may differ
-STATE_KINDS = ("weights", "gradients", "optimizer")
+STATE_KINDS = ("weights", "gradients", "optimizer", "FP8 copies")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ def rehearse(order: Order, exchange: Exchange, progress: Callable[[str], None]) 
         rehearsed_device.no_move_at_the_end,
         rehearsed_groups.groups_without_ranks(order.rank, world_size(layout), groups),
         rehearsed_kernels.attention_without_kernels(device.count_flops),
-        rehearsed_kernels.fused_kernels,
+        rehearsed_kernels.fused_adamw,
+        rehearsed_kernels.swiglu_in_one_kernel,
         cpu_device.no_compilation,
         *_patches_of_the_run(config),
         *seams(device, order.micro_batches * (layout.virtual_pipeline or 1)),
@@ -78,14 +79,13 @@ def _become(order: Order) -> None:
 
 
 def _patches_of_the_run(config: RunConfig) -> Iterator[Any]:
-    """The patches of a run on GPUs, and those of CPU ranks that stand for kernels of Transformer Engine."""
+    """The patches of a run on GPUs, and of CPU ranks' those that stand for Transformer Engine's AdamW."""
     from nemo_pre.compat import checkpoints, cpu_megatron, distributed_setup, learning_rates, progress, telemetry
 
     for patches in (checkpoints, learning_rates, progress, telemetry):
         patches.apply()
     distributed_setup.apply(config.seed, timedelta(seconds=config.trainer.rank_timeout))
     yield cpu_megatron.rng_tracker_on_cpu
-    yield cpu_megatron.torch_norm
     yield cpu_megatron.group_step_adamw  # the same states as FusedAdam's
 
 
@@ -102,7 +102,6 @@ def _look_at_targets(config: RunConfig) -> None:
 def _train(order: Order, device: Any, progress: Callable[[str], None]) -> Found:
     from nemo.utils import logging
 
-    from nemo_pre.rehearsal.seams import like_fused_layers
     from nemo_pre.rehearsal.watch import Watch
     from nemo_pre.train import build_model, build_trainer, objective_callbacks
 
@@ -117,7 +116,6 @@ def _train(order: Order, device: Any, progress: Callable[[str], None]) -> Found:
         for each in (language, model.config, model.config.vision_projection_config):
             each.use_cpu_initialization = False  # Transformer Engine's layers are made on the GPU
             each.perform_initialization = False
-        like_fused_layers(language, device.count_flops)
         progress("building")
         trainer.fit(model, watch.data())
     found.log = device.groups.log

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_pre.config.derived import fp8_recipe
 from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.chunks import num_chunks
 from nemo_pre.rehearsal.batches import special_kinds
@@ -174,11 +173,10 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The run with what cannot be rehearsed replaced, and one sentence on each such thing."""
     left_out = []
-    if fp8_recipe(config.precision) is not None:
-        left_out.append(f"precision={config.precision.name}, rehearsed as bf16")
-        config = replace(config, precision=replace(config.precision, name="bf16", bf16_layers=None))
     if config.parallel.context > 1 and config.model.attention == "causal" and not config.data.packing:
-        left_out.append("the messages of Transformer Engine's attention over context ranks")
+        left_out.append("messages and buffers of Transformer Engine's attention over context ranks")
+    if config.precision.name == "fp8_delayed":
+        left_out.append("the reduction of FP8's largest values over ranks")
     config, stand_ins = with_stand_ins(config)
     return config, [*left_out, *stand_ins]
 

@@ -24,6 +24,7 @@ def seams(device: Rehearsed, structures: int) -> Iterator[Patch]:
         structures: token structures that a step has on this rank, of all micro-batches and chunks.
     """
     yield _building(device)
+    yield _flops_of_transformer_engine(device)
     yield _flex_attention(device)
     yield _remembered_masks(structures)
     yield _eager(device)
@@ -55,6 +56,20 @@ def _building(device: Rehearsed) -> Patch:
 
         yield Change(VisualNevaConfig, "configure_model", configure_model)
         yield Change(frozen_vision, "load_model", load_model)
+
+    return effects
+
+
+def _flops_of_transformer_engine(device: Rehearsed) -> Patch:
+    @patch(
+        "flops-of-transformer-engine",
+        why="Its stand-ins' attention and products in FP8 are no operations of torch.",
+        until="torch's flop counter knows them.",
+    )
+    def effects() -> Iterator[Change]:
+        from nemo_pre.compat import rehearsed_te_layers
+
+        yield Change(rehearsed_te_layers, "count_flops", device.count_flops)
 
     return effects
 
@@ -135,37 +150,3 @@ def _eager(device: Rehearsed) -> Patch:
         yield Change(sharded_average, "_compiled_lerp", lambda: lerp)
 
     return effects
-
-
-def like_fused_layers(language: Any, count: Callable[[float], None]) -> None:
-    """Let Megatron's own layers keep what the plan says that Transformer Engine's keep: flash attention, fused rotary
-    embedding, SwiGLU and cross entropy. It confirms the plan's sums, and nothing about Transformer Engine."""
-    from megatron.core.transformer.module import MegatronModule
-
-    class FlashAttention(MegatronModule):
-        """Attention in the place of Megatron's unfused one, and of Transformer Engine's ring over context ranks."""
-
-        def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
-            super().__init__(config=config)
-
-        def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> Any:
-            size = self.config.context_parallel_size
-            pairs = query.shape[1] * pairs_of(query.shape[0], key.shape[0], causal=True) * size
-            layout = (1, 2, 0, 3)
-            query, key, value = (tensor.permute(layout) for tensor in (query, key, value))
-            out = attention(query, key, value, pairs, count)
-            return out.permute(2, 0, 1, 3).flatten(2)
-
-    right = language.transformer_layer_spec
-
-    def spec(config: Any) -> Any:
-        made = right(config)
-        own = made.submodules.self_attention.submodules
-        if own.core_attention.__name__ in ("DotProductAttention", "GatheredContextAttention"):
-            own.core_attention = FlashAttention
-        return made
-
-    language.transformer_layer_spec = spec
-    language.bias_activation_fusion = True
-    language.apply_rope_fusion = True
-    language.cross_entropy_loss_fusion = True

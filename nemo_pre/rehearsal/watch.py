@@ -94,7 +94,7 @@ class Watch(Callback):
     @staticmethod
     def _state(trainer: Any) -> dict[str, set[int]]:
         """The storages of weights, gradients and the optimizer's state; each belongs to the first that names it."""
-        kinds: dict[str, set[int]] = {"weights": set(), "gradients": set(), "optimizer": set()}
+        kinds: dict[str, set[int]] = {"weights": set(), "gradients": set(), "optimizer": set(), "FP8 copies": set()}
         seen: set[int] = set()
 
         def add(kind: str, tensor: Any) -> None:
@@ -115,6 +115,10 @@ class Watch(Callback):
             for name, parameter in torch.nn.Module.named_parameters(module):
                 if not _is_averaged(name):
                     add("weights", parameter)
+            for layer in torch.nn.Module.modules(module):
+                copies = vars(layer).get("quantized_weight")
+                for tensor in copies.tensors() if copies is not None else ():
+                    add("FP8 copies", tensor)
         for optimizer in trainer.optimizers:
             core = getattr(optimizer, "mcore_optimizer", optimizer)
             for one in getattr(core, "chained_optimizers", [core]):

@@ -88,3 +88,20 @@ def test_with_fp8_a_rank_has_a_multiple_of_sixteen_tokens_of_every_sequence():
     assert lengths("hybrid", 129) == (256, 256)
     assert lengths("hybrid", 5000)[0] == 2048
     assert lengths("e4m3", 9, "blockwise") == (1024, 1024), "a rank's shard is gathered in whole blocks"
+
+
+@pytest.mark.parametrize("experiment", ["llava15_7b_stage2_full_pre", "siglip2_qwen25_7b_stage2_full_pre"])
+def test_a_decoder_of_every_family_has_fused_kernels_on_a_gpu(experiment, monkeypatch):
+    """NeMo's Qwen2 asks for none of them, and would keep five of its MLP's widths a token instead of three."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from nemo_pre.neva import build
+
+    monkeypatch.setattr(build, "_fused", lambda on_gpu: on_gpu)
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(rope_utils, name, lambda *_: None, raising=False)
+    config = compose_run([f"experiment={experiment}"])
+    for on_gpu in (True, False):
+        decoder = build_neva_config(config, on_gpu).language_transformer_config
+        fused = (decoder.bias_activation_fusion, decoder.bias_dropout_fusion, decoder.apply_rope_fusion)
+        assert fused == (on_gpu, on_gpu, on_gpu)

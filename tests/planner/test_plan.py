@@ -12,6 +12,7 @@ import pytest
 from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_run
 from nemo_pre.config.compose import compose_run
+from nemo_pre.config.derived import fp8_recipe
 from nemo_pre.objectives.laver import LaVer
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.devices import DEVICES, Efficiency
@@ -157,28 +158,57 @@ def test_heads_run_at_tf32s_rate_in_bf16_runs_and_gram_matrices_at_float32s() ->
 
 
 def test_a_layers_backward_pass_gathers_its_inputs_again_under_sequence_parallelism() -> None:
-    """Six operations, four gathers and two scatters, where forward are four; all-reduces are four both ways."""
+    """Six operations, four gathers and two scatters, where forward are four; all-reduces are four both ways, and
+    nothing is gathered again for weights that have no gradient."""
     words = ["experiment=siglip2_qwen25_72b_stage2_full_pre", "parallel=tp8_pp4_sp", "parallel.recompute=none"]
     config = compose_run(words)
     load, layers = largest_load(config), range(10)
     operation = LayerActivations(config, load, fused=True).whole_input * 7 / 8 / H100.nvlink / ASSUMED.bandwidth
-    for sequence, operations in ((True, 6), (False, 4)):
-        config.parallel.sequence = sequence
+    for sequence, frozen, operations in ((True, False, 6), (False, False, 4), (True, True, 4)):
+        config.parallel.sequence, config.optim.freeze_language = sequence, frozen
         forward, backward = pass_seconds(config, load, {"decoder matrices": Flops()}, layers, H100, ASSUMED)
         assert forward == pytest.approx(10 * 4 * operation)
         assert backward == pytest.approx(10 * operations * operation)
 
 
-def test_fused_layers_keep_less_than_unfused_ones_and_recomputation_less_still() -> None:
+def test_fused_layers_keep_less_than_unfused_ones_and_recomputed_layers_less_still() -> None:
     config = compose_run(["experiment=llava15_7b_stage2_frozen"])
     kept = {}
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "full"):
         config.parallel.recompute = recompute
         kept[recompute] = sum(rank_memory(config, largest_load(config), 0, fused=True).activations.values())
     assert kept["full"] < 0.3 * kept["none"]
-    assert kept["full"] < kept["selective"] <= kept["none"]
     config.parallel.recompute = "none"
     assert kept["none"] < sum(rank_memory(config, largest_load(config), 0, fused=False).activations.values())
+
+
+def test_fused_attention_that_is_recomputed_keeps_more_than_one_that_is_not() -> None:
+    """Megatron's checkpoint keeps values as a view of all that the projection made, queries and keys before they were
+    turned among it; the kernel a copy of the values, its output (which the projection keeps too) and statistics."""
+    config = compose_run(["experiment=llava15_7b_stage2_frozen"])
+    load = largest_load(config)
+    layer = LayerActivations(config, load, fused=True)
+    more = layer.fused_qkv - layer.key - layer.statistics + 4
+    assert layer.without_attention - layer.everything == more > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "per_token"),
+    [
+        ("bf16", 2 * (2 + 2) * 4096 + 4 * 2 * 4096 + 3 * 2 * 11008),
+        # Of norms' and SwiGLU's output a byte; the attention's, in bf16, once more in FP8.
+        ("fp8_delayed", 2 * (2 + 1) * 4096 + (4 * 2 + 1) * 4096 + (2 * 2 + 1) * 11008),
+        ("fp8_tensorwise", 2 * (2 + 1) * 4096 + 4 * 2 * 4096 + (2 * 2 + 1) * 11008),
+        # And a float32 for 128 tokens.
+        ("fp8_blockwise", 2 * (2 + 1 + 1 / 32) * 4096 + 4 * 2 * 4096 + (2 * 2 + 1 + 1 / 32) * 11008),
+    ],
+)
+def test_a_layer_keeps_of_a_token_what_transformer_engines_functions_save(precision: str, per_token: float) -> None:
+    config = compose_run(["experiment=llava15_7b_stage2_frozen", f"precision={precision}", "parallel=dp8"])
+    load = largest_load(config)
+    statistics = 2 * 4 + 4 * 32  # of two norms, and of the attention of each head
+    kept = LayerActivations(config, load, True, fp8_recipe(config.precision)).everything
+    assert kept == load.tokens * (per_token + statistics)
 
 
 def test_a_run_that_cannot_fit_is_told_what_it_needs_and_one_that_fits_nothing() -> None:

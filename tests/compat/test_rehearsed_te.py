@@ -1,0 +1,171 @@
+"""What the stand-ins for Transformer Engine keep and send, beside the lines of its sources that they cite."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_pre.compat import rehearsed_te_layers as layers
+from nemo_pre.compat.rehearsed_te_package import _Package
+from nemo_pre.compat.rehearsed_te_quantized import Autocast, NotTransformerEngines, Recipe, quantized
+
+TOKENS, WIDTH, INNER = 256, 128, 384
+RECIPES = (None, "delayed", "tensorwise", "blockwise")
+
+
+class Sent(list):
+    """The collectives of a group of two ranks that are not there: what each was, and bytes of what comes out."""
+
+    group = SimpleNamespace(size=lambda: 2)
+
+    def gather(self, out, given, group):
+        assert out.numel() == 2 * given.numel()
+        self.append(("gather", out.numel() * out.element_size()))
+
+    def scatter(self, out, given, group):
+        assert 2 * out.numel() == given.numel()
+        self.append(("scatter", given.numel() * given.element_size()))
+
+    def reduce(self, tensor, op=None, group=None):
+        self.append(("reduce", tensor.numel() * tensor.element_size()))
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    found = Sent()
+    monkeypatch.setattr(layers.dist, "all_gather_into_tensor", found.gather)
+    monkeypatch.setattr(layers.dist, "reduce_scatter_tensor", found.scatter)
+    monkeypatch.setattr(layers.dist, "all_reduce", found.reduce)
+    return found
+
+
+def built(kind, trained=True, **options):
+    made = kind(**{"bias": False, "params_dtype": torch.bfloat16, "device": "cpu", **options})
+    made.weight.requires_grad_(trained)
+    return made
+
+
+def column(trained=True, **options):
+    options = {"in_features": WIDTH, "out_features": INNER, "normalization": "RMSNorm", **options}
+    return built(layers.LayerNormLinear, trained, parallel_mode="column", **options)
+
+
+def row(trained=True, **options):
+    return built(layers.Linear, trained, in_features=INNER, out_features=WIDTH, parallel_mode="row", **options)
+
+
+def passed(layer, width, recipe=None, tokens=TOKENS):
+    """Bytes that a pass keeps beside weights; then its backward pass runs."""
+    kept, weights = {}, {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inp = torch.zeros(tokens // 4, 4, width, dtype=torch.bfloat16, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        Autocast.entered(Recipe(recipe) if recipe else None),
+    ):
+        out = layer(inp)
+    out.backward(torch.zeros_like(out))
+    assert inp.grad is not None and inp.grad.shape == inp.shape
+    for parameter in layer.parameters():
+        assert not parameter.requires_grad or parameter.grad.shape == parameter.shape
+    return sum(kept.values())
+
+
+def matrix(tokens, width, recipe):
+    scales = tokens // 128 * width * 4 if recipe == "blockwise" else 0
+    return tokens * width * (1 if recipe else 2) + scales
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_norm_with_its_linear_layer_keeps_the_input_and_for_the_weight_the_norms_output(recipe):
+    inputs = TOKENS * (WIDTH * 2 + 4)
+    assert passed(column(), WIDTH, recipe) == inputs + matrix(TOKENS, WIDTH, recipe)
+    assert passed(column(trained=False), WIDTH, recipe) == inputs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_linear_layer_keeps_its_input_for_the_weight_alone(recipe):
+    assert passed(row(), INNER, recipe) == matrix(TOKENS, INNER, recipe)
+    assert passed(row(trained=False), INNER, recipe) == 0
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_a_projection_that_is_told_to_keep_the_original_does(recipe):
+    layer = row()
+    layer.save_original_input = True
+    assert passed(layer, INNER, recipe) == TOKENS * INNER * 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_under_sequence_parallelism_a_ranks_own_part_is_kept_and_gathered_again(recipe, sent):
+    cut = {"tp_group": sent.group, "tp_size": 2, "sequence_parallel": True}
+    first = column(out_features=2 * INNER, **cut)
+    assert passed(first, WIDTH, recipe) == TOKENS * (WIDTH * 2 + 4) + matrix(TOKENS, WIDTH, recipe)
+    kinds = [kind for kind, _ in sent]
+    gathers = 2 if recipe == "blockwise" else 1  # scales travel by themselves
+    largest = ["reduce"] if recipe == "tensorwise" else []
+    assert kinds == largest + ["gather"] * gathers * 2 + ["scatter"]
+    assert max(size for kind, size in sent if kind == "gather") == 2 * TOKENS * WIDTH * (1 if recipe else 2)
+    sent.clear()
+    second = built(layers.Linear, in_features=2 * INNER, out_features=WIDTH, parallel_mode="row", **cut)
+    passed(second, INNER, recipe, 2 * TOKENS)
+    assert next(kind for kind, _ in sent) == "scatter"
+    assert sum(kind == "gather" for kind, _ in sent) == (4 if recipe == "blockwise" else 1)
+
+
+def test_a_frozen_layer_gathers_nothing_again(sent):
+    cut = {"tp_group": sent.group, "tp_size": 2, "sequence_parallel": True}
+    passed(column(trained=False, out_features=2 * INNER, **cut), WIDTH)
+    assert [kind for kind, _ in sent] == ["gather", "scatter"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:])
+def test_weights_have_both_copies_where_a_gradient_goes_through_them(recipe):
+    layer = column()
+    with torch.no_grad(), Autocast.entered(Recipe(recipe)):
+        layer(torch.zeros(TOKENS, 1, WIDTH, dtype=torch.bfloat16))
+    assert layer.quantized_weight.column is None
+    passed(layer, WIDTH, recipe)
+    assert {tuple(each.shape) for each in (layer.quantized_weight.row, layer.quantized_weight.column)} == {
+        (INNER, WIDTH),
+        (WIDTH, INNER),
+    }
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_attention_keeps_its_values_as_a_copy_and_its_output(groups):
+    attention = layers.DotProductAttention(8, 32)
+    mixed = torch.zeros(64, 2, groups, 3 * 32, dtype=torch.bfloat16, requires_grad=True)
+    query = torch.zeros(64, 2, 8, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    key, value = mixed[..., 32:64].contiguous(), mixed[..., 64:]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = attention(query, key, value)
+    assert out.shape == (64, 2, 256)
+    tokens = 64 * 2
+    assert sum(kept.values()) == tokens * (2 * 8 * 32 * 2 + 2 * groups * 32 * 2 + 8 * 4)
+    out.sum().backward()
+    assert mixed.grad.shape == mixed.shape
+
+
+def test_what_has_no_stand_in_can_be_imported_and_not_called():
+    module = _Package("transformer_engine.pytorch")
+    with pytest.raises(NotTransformerEngines, match="transformer_engine.pytorch.GroupedLinear has no stand-in"):
+        module.GroupedLinear(1)
+    assert not isinstance(3, module.QuantizedTensor)
+    with pytest.raises(NotTransformerEngines, match="no multiples of 8 and 16"):
+        quantized(torch.zeros(12, 16), Recipe("delayed"))
+    with pytest.raises(NotTransformerEngines, match="LayerNormLinear with LayerNorm has no stand-in"):
+        column(normalization="LayerNorm")
