@@ -40,6 +40,7 @@ def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
         check_same_model(config.model, former.model, f"{former.name}, the stage before it,")
     else:
         check_init_from(config)
+        check_encoder_start(config)
     if not named and manifest.tokenizer is None:
         # so that the run's checkpoints say which it was
         config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
@@ -62,6 +63,22 @@ def check_init_from(config: RunConfig) -> None:
             f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."
         )
     check_same_weights(config.model, former_stage(config.init_from))
+
+
+def check_encoder_start(config: RunConfig) -> None:
+    """Check that the tower that a run's encoder starts as is there and is the run's. A run that has weights already,
+    of its own or of ``init_from``, reads none.
+
+    Raises:
+        ValueError: one sentence on what is missing or differs.
+    """
+    if config.vision_from is None or config.init_from is not None:
+        return
+    if config.resume and numbered_checkpoints(checkpoint_dir(config)):
+        return
+    from nemo_pre.huggingface.start_tower import check_vision_from
+
+    check_vision_from(config)
 
 
 def _check_tokenizer_of_weights(config: RunConfig) -> None:
