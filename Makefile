@@ -18,7 +18,7 @@ INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --compile-bytecode
 # Two ranks need two GPUs or none: on a machine with a single GPU the demo runs on one rank.
 DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus; print("parallel=single" * (visible_gpus() == 1))')
 
-DEMO_RUN := runs/digits_tiny_pre
+DEMO_RUN := runs/digits_taught_pre
 
 help:
 	@echo "make install | demo | check | test | rehearse | lint | format | lock | clean"
@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml requirements/dev.txt requirements/build.txt require
 
 demo: $(INSTALLED)
 	$(BIN)/nemo-pre data demo
-	$(BIN)/nemo-pre train experiment=digits_tiny_pre $(DEMO_LAYOUT)
+	$(BIN)/nemo-pre train experiment=digits_taught_pre $(DEMO_LAYOUT)
 	rm -rf $(DEMO_RUN)/hf
 	$(BIN)/nemo-pre export $(DEMO_RUN) $(DEMO_RUN)/hf
 	$(BIN)/nemo-pre report $(DEMO_RUN) $(DEMO_RUN)/report.html model=$(DEMO_RUN)/hf

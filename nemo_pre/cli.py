@@ -77,7 +77,7 @@ VERBS = {
         "prepare the demo's data: scenes of handwritten digits",
         "data_prep.digits:prepare",
         {"out": "data/digits"},
-        last="{out}; next: nemo-pre train experiment=digits_tiny_pre data.path={out}",
+        last="{out}; next: nemo-pre train experiment=digits_taught_pre data.path={out}",
     ),
     "data prepare": Verb(
         "turn a public dataset into shards",
@@ -336,9 +336,9 @@ def train_help() -> str:
 
 Trains, starting the ranks of the layout on this machine unless torchrun or srun already did.
 
-  nemo-pre train experiment=digits_tiny_pre                     the demo
-  nemo-pre train experiment=digits_tiny_pre --cfg job           print the composed config
-  nemo-pre train experiment=digits_tiny_pre dry_run=true        check everything, stop before building the model
+  nemo-pre train experiment=digits_taught_pre                   the demo
+  nemo-pre train experiment=digits_taught_pre --cfg job         print the composed config
+  nemo-pre train experiment=digits_taught_pre dry_run=true      check everything, stop before building the model
   nemo-pre train experiment=digits_tiny parallel=tp2 optim.lr=3e-4 trainer.max_steps=100
 
 groups and their choices:

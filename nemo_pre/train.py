@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_pre.config.derived import overlaps_grad_reduce, world_size
 from nemo_pre.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from nemo_pre.callbacks.resume import StartPoint
 
 
 def run_rank(config: RunConfig) -> None:
@@ -18,7 +21,7 @@ def run_rank(config: RunConfig) -> None:
     start = start_point(config, training_only_parameters(config))
     data = build_data_module(config)
     trainer = build_trainer(config, on_gpu, weights_from=start.weights_from)
-    trainer.fit(build_model(config, on_gpu), data, ckpt_path=start.resume_from)
+    trainer.fit(build_model(config, on_gpu, _encoder(config, start)), data, ckpt_path=start.resume_from)
     if trainer.is_global_zero:
         from nemo_pre.plots import plot_run
 
@@ -50,13 +53,27 @@ def prepare_process(config: RunConfig) -> bool:
     return on_gpu
 
 
-def build_model(config: RunConfig, on_gpu: bool) -> Any:
-    """The Lightning module, with its optimizer; weights are created when the trainer sets it up."""
+def _encoder(config: RunConfig, start: StartPoint) -> str | None:
+    """The directory of the tower that the encoder starts as; None where its weights are random or a checkpoint's."""
+    if config.vision_from is None or start.resume_from is not None or start.weights_from is not None:
+        return None
+    from nemo_pre.huggingface.start_tower import tower_directory
+
+    return str(tower_directory(config.vision_from))
+
+
+def build_model(config: RunConfig, on_gpu: bool, encoder: str | None = None) -> Any:
+    """The Lightning module, with its optimizer; weights are created when the trainer sets it up.
+
+    Args:
+        encoder: directory of the vision tower that the model's starts as; None: random weights, or those that are
+            loaded then.
+    """
     from nemo_pre.nemo.module import VisualNevaModel
     from nemo_pre.neva.build import build_neva_config
     from nemo_pre.optim import build_optimizer
 
-    return VisualNevaModel(build_neva_config(config, on_gpu), optim=build_optimizer(config), tokenizer=None)
+    return VisualNevaModel(build_neva_config(config, on_gpu, encoder), optim=build_optimizer(config), tokenizer=None)
 
 
 def build_trainer(

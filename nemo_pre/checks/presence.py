@@ -42,6 +42,7 @@ def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
         check_init_from(config)
         if not named and manifest.tokenizer is not None:
             _check_words_of_weights(config, manifest.tokenizer)
+        check_encoder_start(config)
     if not named and manifest.tokenizer is None:
         # so that the run's checkpoints say which it was
         config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
@@ -86,6 +87,22 @@ def _check_words_of_weights(config: RunConfig, with_data: str | Path) -> None:
             f"init_from={config.init_from}: token {id} is {word!r} there, {known!r} to the weights; set "
             f"model.tokenizer={theirs}."
         )
+
+
+def check_encoder_start(config: RunConfig) -> None:
+    """Check that the tower that a run's encoder starts as is there and is the run's. A run that has weights already,
+    of its own or of ``init_from``, reads none.
+
+    Raises:
+        ValueError: one sentence on what is missing or differs.
+    """
+    if config.vision_from is None or config.init_from is not None:
+        return
+    if config.resume and numbered_checkpoints(checkpoint_dir(config)):
+        return
+    from nemo_pre.huggingface.start_tower import check_vision_from
+
+    check_vision_from(config)
 
 
 def _check_tokenizer_of_weights(config: RunConfig) -> None:

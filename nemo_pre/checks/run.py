@@ -42,6 +42,12 @@ class Report:
     warnings: list[str]
     continuation: Continuation | None
 
+    def _encoder(self) -> list[str]:
+        config = self.config
+        if config.vision_from is None or config.init_from is not None or self.continuation is not None:
+            return []
+        return [f"  encoder     weights of vision_from={config.vision_from}{', frozen' * config.optim.freeze_vision}"]
+
     def summary(self) -> str:
         layout, trainer = self.config.parallel, self.config.trainer
         chunks = f" x VPP{layout.virtual_pipeline}" if layout.virtual_pipeline else ""
@@ -62,6 +68,7 @@ class Report:
                 f"{'up to ' if is_native(self.config.model.vision) else ''}"
                 f"{num_visual_tokens(self.config.model)} of them per image",
                 f"  objective   {' + '.join(terms)}",
+                *self._encoder(),
                 f"  data        {self.data}" + (f", features from {features}" if features else ""),
                 f"  memory      {self.memory.summary()}",
                 *(f"  {sentence}" for sentence in continues),

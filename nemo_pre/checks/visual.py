@@ -54,5 +54,7 @@ def ignored_visual_options(config: RunConfig) -> Iterator[str]:
         yield "model.attention_backend has no effect with model.attention=causal and data.packing=false."
     if model.vision.family == "patch_mlp" and config.optim.freeze_vision:
         yield "optim.freeze_vision=true keeps a patch MLP as it was drawn, unless init_from's was trained."
+    if config.vision_from is not None and config.init_from is not None:
+        yield f"vision_from={config.vision_from} has no effect: init_from={config.init_from} brings an encoder."
     if model.rope == "1d" and model.rope_sections is not None:
         yield "model.rope_sections has no effect with model.rope=1d."

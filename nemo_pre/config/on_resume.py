@@ -70,7 +70,7 @@ RULES: dict[str, OnResume] = {
     "seed": applied("for what is drawn from the next step on; weights and data are the checkpoint's"),
     "platform": _MACHINE,
     "dry_run": _THIS_START,
-    "init_from": kept("the run has weights of its own"),
+    **dict.fromkeys(("init_from", "vision_from"), kept("the run has weights of its own")),
     "resume": applied("of this start alone; false is refused where the run has checkpoints"),
     # the model
     **dict.fromkeys(("model.name", "model.tokenizer"), _LABEL),

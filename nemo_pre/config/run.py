@@ -58,6 +58,9 @@ class RunConfig:
     init_from: str | None = place(
         None
     )  # weights to start from: a former stage's checkpoint, or what `nemo-pre import` wrote
+    vision_from: str | None = place(
+        None
+    )  # weights the encoder starts with: a vision tower's directory, or digits, which comes along; null: random
     resume: bool = True  # continue from the newest checkpoint in output_dir
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -21,17 +21,20 @@ from nemo_pre.terms.frozen_vision import NOT_USED, load_model
 
 def tower_weights(config: RunConfig) -> tuple[dict[str, Tensor], str]:
     """The encoder's weights by name within the tower, and where they are from: the checkpoint that the run continues
-    or starts from, or its seed.
+    or starts from, ``vision_from``, or its seed.
 
     Raises:
         ValueError: the checkpoint lacks a weight, or is of another model.
     """
     source = start_checkpoint(config, _damage_of_tower)
     if source is None:
+        from nemo_pre.huggingface.start_tower import tower_directory
         from nemo_pre.neva.vision import VisionTowerConfig
 
-        tower = VisionTowerConfig(config.model.vision, config.seed).configure_model()
-        return dict(tower.state_dict()), f"random weights of seed {config.seed}"
+        named = config.vision_from
+        start = None if named is None else str(tower_directory(named))
+        tower = VisionTowerConfig(config.model.vision, config.seed, start=start).configure_model()
+        return dict(tower.state_dict()), f"random weights of seed {config.seed}" if named is None else str(named)
     from nemo_pre.huggingface.distributed_checkpoint import CheckpointReader
 
     check_same_weights(config.model, source)

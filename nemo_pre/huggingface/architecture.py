@@ -152,7 +152,7 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
     Raises:
         ValueError: one of them is of a kind that we do not have.
     """
-    described = new_tower(vision) if is_recipe(vision) else _read_tower(vision)
+    described = new_tower(vision) if is_recipe(vision) else read_tower(vision)
     where = f"{language}/config.json"
     text = read_json(language / "config.json")
     kind = _model_type(text)
@@ -165,7 +165,12 @@ def read_parts(vision: Path, language: Path, name: str) -> ModelConfig:
     )
 
 
-def _read_tower(vision: Path) -> VisionConfig:
+def read_tower(vision: Path) -> VisionConfig:
+    """The tower that the ``config.json`` of a directory describes, which may be that of a whole model with one.
+
+    Raises:
+        ValueError: it is of a kind that we do not have.
+    """
     values = read_json(vision / "config.json")
     where = f"{vision}/config.json"
     kind = _model_type(values)

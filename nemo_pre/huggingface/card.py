@@ -131,13 +131,17 @@ def _training(saved: Any, checkpoint: Path) -> str:
         "batch": f"{saved.trainer.global_batch_size} samples",
         "learning rate": f"{saved.optim.lr:g}",
         "precision": saved.precision.name,
-        "started from": saved.init_from or "random weights",
+        "started from": saved.init_from or _random_but(saved.vision_from),
         "seed": saved.seed,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     config = f"```yaml\n{OmegaConf.to_yaml(saved)}```"
     whole = f"<details><summary>The whole configuration</summary>\n\n{config}\n\n</details>"
     return f"| | |\n|---|---|\n{table}\n\n{whole}"
+
+
+def _random_but(vision_from: str | None) -> str:
+    return "random weights" if vision_from is None else f"random weights, but the encoder from {vision_from}"
 
 
 def _provenance(saved: Any) -> str:

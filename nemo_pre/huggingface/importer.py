@@ -152,13 +152,18 @@ def _stored_parts(
     source = TensorSource(language, allow_pickle)
     names = _names(source, lambda name: HF_LANGUAGE + name)
     yield from _stored(list(language_weights(model.language)), source, names, model)
-    yield from _stored_tower(model, vision, published, seed, allow_pickle)
+    yield from stored_tower(model, vision, published, seed, allow_pickle)
     yield from _new_projector(list(projector_weights(model)), model, seed)
 
 
-def _stored_tower(
+def stored_tower(
     model: ModelConfig, vision: Path, published: VisionConfig, seed: int, allow_pickle: bool
 ) -> Iterator[StoredTensor]:
+    """The tensors of a tower, which ``published`` describes as its own files do.
+
+    Raises:
+        ValueError: one is missing, has another shape, or has no place in the tower.
+    """
     from nemo_pre.huggingface.architecture import is_recipe
     from nemo_pre.huggingface.safetensors_files import TensorSource
     from nemo_pre.huggingface.weights import TOWER, resampled_positions, tower_weights

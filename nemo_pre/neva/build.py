@@ -21,8 +21,8 @@ from nemo_pre.neva.projector import ProjectorConfig
 from nemo_pre.neva.vision import VisionTowerConfig
 
 
-def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
-    """NeVA's config for a run.
+def build_neva_config(config: RunConfig, on_gpu: bool, encoder: str | None = None) -> VisualNevaConfig:
+    """NeVA's config for a run, whose encoder starts with the weights in the directory ``encoder``, if that is given.
 
     On a GPU with Transformer Engine the layers are its own, and fused; elsewhere they are Megatron's, unfused.
     """
@@ -34,7 +34,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool) -> VisualNevaConfig:
     interleaved: dict[str, Any] = dict(INTERLEAVED_CONFIG) if config.parallel.virtual_pipeline else {}
     return VisualNevaConfig(
         language_transformer_config=language,
-        vision_transformer_config=VisionTowerConfig(vision, config.seed, stored=stored_tower(config)),
+        vision_transformer_config=VisionTowerConfig(vision, config.seed, stored=stored_tower(config), start=encoder),
         vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
         packed=config.data.packing,

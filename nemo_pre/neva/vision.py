@@ -32,6 +32,7 @@ class VisionTowerConfig:
         vision: family and shape.
         seed: seed of the random weights, the same in every layout.
         stored: safetensors with the weights of a tower that is not run; its features are read.
+        start: directory of the tower whose weights it starts with; None: random ones.
     """
 
     vision: VisionConfig
@@ -39,6 +40,7 @@ class VisionTowerConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     stored: str | None = None
+    start: str | None = None
 
     @property
     def image_size(self) -> int:
@@ -89,6 +91,8 @@ class VisionTowerConfig:
 
         with seeded(self.seed, "vision_model"):
             model = _tower(self.vision) if self.stored is None else StoredTower(self.stored)
+        if self.start is not None and self.stored is None:
+            _load(model, self.start)
         model.set_input_tensor = _receive_nothing
         return model
 
@@ -131,6 +135,27 @@ def _tower(vision: VisionConfig) -> nn.Module:
     model_class, config_class = (getattr(transformers, name) for name in classes)
     model: nn.Module = model_class(config_class(**transformers_values(vision)))
     return model
+
+
+def _load(tower: Any, directory: str) -> None:
+    """Give a tower the weights in a directory of ``transformers``, which may be that of a whole model with one.
+
+    Raises:
+        ValueError: one is missing there, or has another shape.
+    """
+    loaded, report = type(tower).from_pretrained(
+        directory,
+        config=tower.config,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    unfit = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if unfit:
+        raise ValueError(f"{directory} has no weights that fit {unfit[0]} ({len(unfit)} in all): name a whole tower.")
+    tower.load_state_dict(loaded.state_dict())
 
 
 def encoder_features(tower: nn.Module, pixels: Tensor, feature_layer: int, num_tokens: int) -> Tensor:

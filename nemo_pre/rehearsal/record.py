@@ -65,7 +65,7 @@ def write(directory: str | Path, entries: Mapping[str, Any]) -> None:
 def digest(config: RunConfig) -> str:
     """The first 16 hex digits of the SHA-256 of the run's options, but for where it lies and what it is called."""
     values = asdict(config)
-    for name in ("name", "output_dir", "experiment", "init_from", "dry_run", "resume", "platform"):
+    for name in ("name", "output_dir", "experiment", "init_from", "vision_from", "dry_run", "resume", "platform"):
         values.pop(name)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -38,6 +38,7 @@ def rehearsed_run(config: RunConfig, special: int) -> RunConfig:
         trainer=trainer,
         data=data,
         init_from=None,
+        vision_from=None,
         resume=False,
         platform="gpu",
         dry_run=True,

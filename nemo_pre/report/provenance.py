@@ -23,6 +23,7 @@ def provenance(run: Run, data: str | None, model: str | None) -> dict[str, str]:
         "seeds": ", ".join(f"{name}={options.get(name, 'unknown')}" for name in SEEDS),
         "layout": _layout(options),
         "init_from": str(options.get("init_from") or "none"),
+        "vision_from": str(options.get("vision_from") or "none"),
         **_data(data),
         "versions installed": f"Python {platform.python_version()}, {', '.join(_versions())}",
     }

@@ -243,9 +243,10 @@ def _checked_run(words: Sequence[str], options_only: bool, former: RunConfig | N
         former: the run that is queued before, whose checkpoint ``init_from`` is going to be.
     """
     from nemo_pre.checks.memory import missing_gpu
-    from nemo_pre.checks.presence import check_init_from
+    from nemo_pre.checks.presence import check_encoder_start, check_init_from
     from nemo_pre.checks.run import check_memory, check_options, check_run
     from nemo_pre.config.compose import compose_run
+    from nemo_pre.huggingface.start_tower import shipped_towers
     from nemo_pre.run_files.saved_config import check_same_model
 
     config = compose_run(words, None if former is None else former.model)
@@ -265,6 +266,8 @@ def _checked_run(words: Sequence[str], options_only: bool, former: RunConfig | N
             check_same_model(config.model, former.model, f"{former.name}, the stage before it,")
         elif config.init_from and Path(config.init_from).expanduser().exists():
             check_init_from(elsewhere)
+        elif config.vision_from and (config.vision_from in shipped_towers() or Path(config.vision_from).is_dir()):
+            check_encoder_start(elsewhere)
     else:
         check_run(elsewhere, former)
     check_site(config)

@@ -22,7 +22,8 @@ NO_OBJECT = 0  # the class of a patch that shows none; names count from 1
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: its grey value in the mask, its name, and x0, y0, x1, y1 in pixels, x1 and y1 one past."""
+    """One object of a scene: its grey value in the mask, its name, and x0, y0, x1, y1 in pixels, the last two one past
+    its end."""
 
     instance: int
     name: str

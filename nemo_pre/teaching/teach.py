@@ -37,21 +37,21 @@ def teach(
 ) -> None:
     """Teach a vision tower of random weights to name what each patch of composed scenes shows, and where it lies.
 
-      nemo-pre teach encoders/mine                                 digits_tiny's tower, of nemo-pre data demo's scenes
+      nemo-pre teach encoders/mine                               digits_tiny's tower, of nemo-pre data demo's scenes
       nemo-pre teach encoders/deep model.vision.num_layers=6 seed=7 platform=cpu
       nemo-pre teach encoders/emoji data=data/emoji experiment=NAME name=category
 
     A patch is taught the name of the object that covers most of it, if that is a quarter of the patch (the masks say
     so), and the box of that object. name is the field of an object that holds its name: digit or concept unless given.
-    The tower is model.vision of the experiment, which options may change. seed draws its weights and the batches. It is
-    taught on the train split alone, for steps batches of batch scenes, and measured on the others.
+    The tower is model.vision of the experiment, which options may change. seed draws its weights and the batches. It
+    is taught on the train split alone, for steps batches of batch scenes, and measured on the others.
 
     out becomes a directory of transformers: config.json, model.safetensors, image processor, and a README.md that says
     with what it was made and how well it reads; the weights' own metadata say the same. A run starts from it with
     vision_from=OUT. On the same machine and versions, with as many threads, the same command gives the same bytes.
 
     Raises:
-        ValueError: one sentence on a word that is wrong, a tower or data that cannot be taught, or ``out`` that exists.
+        ValueError: one sentence on a wrong word, a tower or data that cannot be taught, or ``out`` that exists.
     """
     from nemo_pre.config.compose import compose_run
     from nemo_pre.data.manifest import read_manifest
@@ -156,14 +156,14 @@ def _card(run: RunConfig, facts: Mapping[str, Any], parameters: int) -> str:
     vision, size = run.model.vision, run.model.vision.image_size
     versions = ", ".join(f"{each} {number}" for each, number in facts["versions"].items())
     machine, made_of = facts["machine"], facts["data"]
-    rows = [
-        f"| {split} | {found['objects']:.1%} of {found['patches']:,} | {found['empty']:.1%} | {found['box'] * size:.2f} |"
-        for split, found in facts["accuracy"].items()
-    ]
+    rows = []
+    for split, found in facts["accuracy"].items():
+        read = f"{found['objects']:.1%} of {found['patches']:,} | {found['empty']:.1%} | {found['box'] * size:.2f}"
+        rows.append(f"| {split} | {read} |")
     lines = [
         "# A vision tower that was taught to see\n",
-        f"Family {vision.family}, {vision.num_layers} layers of width {vision.hidden_size}, {parameters:,} parameters;",
-        f"pictures of {size} x {size} pixels in patches of {vision.patch_size}. It was taught, from random weights, to",
+        f"Family {vision.family}, {vision.num_layers} layers of width {vision.hidden_size}, {parameters:,} numbers;",
+        f"pictures of {size} x {size} pixels, patches of {vision.patch_size}. It was taught, from random weights, to",
         "name the object that each patch of a composed scene shows and to say where that object's box lies; the two",
         "linear heads that said so are not here. A run starts from it with `vision_from=DIRECTORY`.\n",
         "Measured on scenes that it was not taught of:\n",

@@ -64,11 +64,15 @@ class Teacher(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, 3, H, W]`` bytes to the scores ``[N, P, names]`` and boxes ``[N, P, 4]`` of patches, in float32."""
-        normalised = (pixels.float() / 255 - self.mean) / self.std
+        normalised = self.normalised(pixels)
         with torch.autocast(pixels.device.type, torch.bfloat16) if self._half else contextlib.nullcontext():
             features = encoder_features(self.tower, normalised, self._layer, self._patches)
         features = F.dropout(features.float(), DROPOUT, self.training)
         return self.names(features), self.boxes(features)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes as the numbers that the tower takes."""
+        return (pixels.float() / 255 - self.mean) / self.std
 
     def loss(self, pixels: Tensor, classes: Tensor, boxes: Tensor) -> Tensor:
         """Cross-entropy over patches with a label, and a smooth distance of boxes over those with an object."""

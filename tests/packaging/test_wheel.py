@@ -84,10 +84,12 @@ def test_the_installed_wheel_composes_every_recipe(installed, tmp_path):
 
 def test_the_installed_wheel_makes_the_demos_data_and_trains_two_steps(installed, tmp_path):
     run([installed / "nemo-pre", "data", "demo", "num_scenes=200", "workers=1"], tmp_path)
-    words = ["experiment=digits_tiny_pre", "trainer.max_steps=2", "trainer.log_every=1", "trainer.val_samples=0"]
+    words = ["experiment=digits_taught_pre", "trainer.max_steps=2", "trainer.log_every=1", "trainer.val_samples=0"]
     seen = run([installed / "nemo-pre", "train", *words], tmp_path, with_errors=True).splitlines()
-    check_words(seen, tmp_path / "runs/digits_tiny_pre")
-    metrics = [json.loads(line) for line in (tmp_path / "runs/digits_tiny_pre/metrics.jsonl").read_text().splitlines()]
+    check_words(seen, tmp_path / "runs/digits_taught_pre")
+    metrics = [
+        json.loads(line) for line in (tmp_path / "runs/digits_taught_pre/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in metrics if "pre/loss" in line] == [1, 2]
 
 
@@ -103,8 +105,10 @@ def check_words(seen: list[str], run: Path) -> None:
     before = [line.startswith("step 1/2 |") for line in seen].index(True)
     assert before <= 15, seen
     assert not [line for line in seen for word in NOT_SEEN if word in line]
-    assert "saved runs/digits_tiny_pre/checkpoints/step=2" in seen[before:]
-    assert seen[-1].startswith("runs/digits_tiny_pre/checkpoints/step=2; next: nemo-pre export runs/digits_tiny_pre ")
+    assert "saved runs/digits_taught_pre/checkpoints/step=2" in seen[before:]
+    assert seen[-1].startswith(
+        "runs/digits_taught_pre/checkpoints/step=2; next: nemo-pre export runs/digits_taught_pre "
+    )
     kept = (run / "rank0.log").read_text()
     assert "TPU available" in kept and "Gloo" in kept, kept
 
