@@ -30,7 +30,7 @@ def study(
     arms: str | None = None,
     seeds: Count = 3,
     other_seeds: Count = 1,
-    encoder_steps: Count = 1400,
+    encoder_steps: Count = 2400,
     first_steps: Count = 120,
     steps: Count = 320,
     num_images: Count = 400,

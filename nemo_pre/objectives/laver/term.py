@@ -248,8 +248,8 @@ class LaVerTerm(Term):
         if masked := plan.counts[MASKED_TOKENS]:
             found["laver/mim"] = global_mean(mim, self._count("mim", plan))
             found["laver/teacher_entropy"] = global_mean(entropy, masked)
-        if entries := plan.counts[GRAM_ENTRIES]:
-            found["laver/gram"] = global_mean(gram, entries)
+        if plan.counts[GRAM_ENTRIES]:
+            found["laver/gram"] = global_mean(gram, self._count("gram", plan))
         if pairs := plan.counts[PAIRS]:
             found["laver/similarity"] = similarity / pairs
         if self._momentum is not None:
