@@ -1,4 +1,4 @@
-"""``docs/study.md``: the questions, each with its table and a sentence that says no more than the intervals do."""
+"""The digits study's page: the questions, each with its table and a sentence that says no more than intervals do."""
 
 from __future__ import annotations
 

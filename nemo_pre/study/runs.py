@@ -145,7 +145,7 @@ def run_verb(verb: str, words: Sequence[str], name: str, log: Path, environment:
     Raises:
         RunFailed: it ended with an error; ``name`` says whose it was.
     """
-    command = [sys.executable, "-m", "nemo_pre.cli", verb, *words]
+    command = [sys.executable, "-m", "nemo_pre.cli", *verb.split(), *words]
     variables = {**os.environ, **environment}
     with log.open("a") as file:
         file.write(f"nemo-pre {verb} {' '.join(words)}\n")
