@@ -140,6 +140,9 @@ VERBS = {
         "teach a small vision transformer to name pictures, for study real", "nemo_pre.study.naming:encoder"
     ),
     "study digits": Verb("train and diagnose every arm of the digits study", "nemo_pre.study.digits:study"),
+    "study real": Verb(
+        "train and diagnose PRe and LaVer on a language model that has read", "nemo_pre.study.real:study"
+    ),
     "watch": Verb(
         "evaluate a run's checkpoints while it trains",
         "nemo_pre.evaluation.watch:evaluate_run",

@@ -245,6 +245,11 @@ def _layout(config: RunConfig) -> Iterator[str]:
         )
     if layout.virtual_pipeline == 1:
         yield "parallel.virtual_pipeline=1 is no interleaving: set it to null, or to 2 or more."
+    if layout.labelled_output and layout.tensor * layout.context > 1:
+        yield (
+            f"parallel.labelled_output=true takes sequences that one rank has whole: set it to false, or "
+            f"parallel.tensor and parallel.context to 1 (they are {layout.tensor} and {layout.context})."
+        )
     problem = layers_problem(config)
     if problem is not None:
         yield problem

@@ -121,7 +121,7 @@ RULES: dict[str, OnResume] = {
         (
             *(f"parallel.{each}" for each in ("tensor", "pipeline", "virtual_pipeline", "pipeline_layers", "context")),
             *(f"parallel.{each}" for each in ("sequence", "data", "overlap_grad_reduce", "recompute")),
-            "parallel.recompute_num_layers",
+            *("parallel.recompute_num_layers", "parallel.labelled_output"),
         ),
         _MACHINE,
     ),

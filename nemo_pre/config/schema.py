@@ -180,6 +180,7 @@ class ParallelConfig:
     # What the backward pass computes again instead of keeping it; from the fastest to the smallest.
     recompute: str = choice("none", {"none": "", "selective": "core attention", "full": "whole decoder layers"})
     recompute_num_layers: int = number(1, least=1)  # that full recomputation takes together
+    labelled_output: bool = False  # the output layer runs at tokens with a label alone: with one rank a sequence
 
 
 @dataclass

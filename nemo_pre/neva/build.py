@@ -38,6 +38,7 @@ def build_neva_config(config: RunConfig, on_gpu: bool, encoder: str | None = Non
         vision_projection_config=build_projector_config(config.model, config.seed, on_gpu),
         mixed_attention=config.model.attention == "mixed",
         packed=config.data.packing,
+        labelled_output=config.parallel.labelled_output,
         rope=config.model.rope,
         rope_axes=axis_of_frequency(config.model.rope, config.model.rope_sections, head_width // 2),
         rope_scaling=config.model.language.rope_scaling,

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,7 @@ class VisualNevaConfig(TransformerConfig):
         parts: what training adds to the model and inference drops, such as heads.
         branch: a second sequence runs beside the samples; a part of the model must say how.
         whole_images: micro-batches say how images that ranks cut are brought together.
+        labelled_output: the output layer runs at tokens with a label alone, where one rank has whole sequences.
     """
 
     num_layers: int = 1  # the decoder's, from the start on
@@ -117,6 +118,7 @@ class VisualNevaConfig(TransformerConfig):
     parts: dict[str, ModelPart] = field(default_factory=dict)
     branch: bool = False
     whole_images: bool = False
+    labelled_output: bool = False
 
     def __post_init__(self) -> None:
         # Not Megatron's: the decoder's configuration has checked itself, and this one has no layers of its own.
@@ -291,20 +293,44 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
             labels, loss_mask = expand_labels(micro_batch.layout, labels, loss_mask, IGNORE_INDEX)
             labels, loss_mask = self.context_shard(labels, 1), self.context_shard(loss_mask, 1)
         streams = micro_batch.streams
-        output = self.language_model(
-            input_ids=None,
-            position_ids=streams.positions_3BQ if streams is not None else None,
-            attention_mask=streams.structure_BK3 if streams is not None else attention_mask,
-            decoder_input=student,
-            labels=labels if has_labels else None,
-            runtime_gather_output=runtime_gather_output,
-        )
+        few = has_labels and self.config.labelled_output
+        with self._without_output_layer() if few else nullcontext():
+            output = self.language_model(
+                input_ids=None,
+                position_ids=streams.positions_3BQ if streams is not None else None,
+                attention_mask=streams.structure_BK3 if streams is not None else attention_mask,
+                decoder_input=student,
+                labels=labels if has_labels and not few else None,
+                runtime_gather_output=runtime_gather_output,
+            )
+        if few:
+            assert labels is not None and loss_mask is not None
+            output = self._losses_of_labelled(output, labels, loss_mask > 0)
         if teacher is not None:
             output = self._leave_chunk(output, teacher, micro_batch)
         if not has_labels:
             return output
         assert loss_mask is not None
         return scale_gradient(output, micro_batch.plan.weights.get("lm", 1.0)), loss_mask.contiguous()
+
+    @contextmanager
+    def _without_output_layer(self) -> Iterator[None]:
+        """The language model gives its last layer's states, normed."""
+        self.language_model.post_process = False
+        try:
+            yield
+        finally:
+            self.language_model.post_process = True
+
+    def _losses_of_labelled(self, states_SBd: Tensor, labels_BS: Tensor, labelled_BS: Tensor) -> Tensor:
+        """Cross-entropies ``[B, S]`` of the tokens with a label, zeros elsewhere. Of the sequence only these go
+        through the output layer, which a large vocabulary makes a fourth of a small model."""
+        language = self.language_model
+        shared = language.share_embeddings_and_output_weights
+        weight = language.shared_embedding_or_output_weight() if shared else None
+        logits, _ = language.output_layer(states_SBd.transpose(0, 1)[labelled_BS][:, None], weight=weight)
+        losses = language.compute_language_model_loss(labels_BS[labelled_BS][None], logits)
+        return losses.new_zeros(labels_BS.shape).masked_scatter(labelled_BS, losses[0])
 
     @property
     def stream_shape(self) -> StreamShape:

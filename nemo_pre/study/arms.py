@@ -37,7 +37,7 @@ class Arm:
 
     @property
     def cost(self) -> float:
-        return LAVER_COST if {LAVER, BOTH} & {*self.overrides} else 1.0
+        return LAVER_COST if any("laver" in word for word in self.overrides) else 1.0
 
 
 def first_stages() -> list[Arm]:

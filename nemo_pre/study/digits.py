@@ -17,7 +17,7 @@ RECORDS = 6  # diagnostics during a run
 def study(
     options: Sequence[str] = (),
     out: PathText = "experiments/digits-study",
-    page: PathText = "docs/study.md",
+    page: PathText = "experiments/digits-study/README.md",
     runs: PathText = "runs/digits-study",
     data: PathText = "data/digits",
     arms: str | None = None,

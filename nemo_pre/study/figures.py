@@ -54,12 +54,12 @@ def _draw_layers(arms: Sequence[dict[str, Any]], out: Path) -> None:
             layers = range(len(points))
             style = {"color": COLOURS[number], "linestyle": STYLES[number % len(STYLES)]}
             axis.plot(layers, [point.value for point in points], label=arm["label"], linewidth=1.5, **style)
-            low, high = ([_or_nan(getattr(p, end)) for p in points] for end in ("low", "high"))
+            low, high = ([or_nan(getattr(p, end)) for p in points] for end in ("low", "high"))
             axis.fill_between(layers, low, high, color=COLOURS[number], alpha=0.1, linewidth=0)
-        _tidy(axis, title)
+        tidy(axis, title)
     for axis in axes[1]:
         axis.set_xlabel("layer (0: what enters the decoder)")
-    _finish(figure, axes[0][0], out)
+    finish(figure, axes[0][0], out)
 
 
 def _draw_answers(arms: Sequence[dict[str, Any]], out: Path) -> None:
@@ -72,9 +72,9 @@ def _draw_answers(arms: Sequence[dict[str, Any]], out: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(10, 4))
     for number, arm in enumerate(arms):
         found = [arm["metrics"].get(kind, {}) for kind in kinds]
-        values = [_or_nan(of.get("value")) for of in found]
+        values = [or_nan(of.get("value")) for of in found]
         reach = [
-            [abs(_or_nan(of.get(end)) - value) for of, value in zip(found, values, strict=True)]
+            [abs(or_nan(of.get(end)) - value) for of, value in zip(found, values, strict=True)]
             for end in ("low", "high")
         ]
         places = [place + (number - len(arms) / 2 + 0.5) * 0.8 / len(arms) for place in range(len(kinds))]
@@ -82,9 +82,9 @@ def _draw_answers(arms: Sequence[dict[str, Any]], out: Path) -> None:
             places, values, yerr=reach, fmt="o", markersize=4, color=COLOURS[number], label=arm["label"], elinewidth=1
         )
     axis.set_xticks(range(len(kinds)), [kind.removeprefix("exact_match").lstrip("/") or "all" for kind in kinds])
-    _tidy(axis, "exact match of validation answers")
+    tidy(axis, "exact match of validation answers")
     axis.set_ylim(bottom=0)
-    _finish(figure, axis, out)
+    finish(figure, axis, out)
 
 
 def _draw_trade_off(arms: Sequence[dict[str, Any]], middle: int, out: Path) -> None:
@@ -103,29 +103,29 @@ def _draw_trade_off(arms: Sequence[dict[str, Any]], middle: int, out: Path) -> N
                 axis.plot(losses, accuracies, color=COLOURS[number], linewidth=1, alpha=0.6)
                 label = arm["label"] if place == 0 else None
                 axis.plot(losses[-1], accuracies[-1], "o", color=COLOURS[number], markersize=5, label=label)
-        _tidy(axis, f"{title}, layer {middle}")
+        tidy(axis, f"{title}, layer {middle}")
         axis.set_xlabel("loss (nats per token)")
-    _finish(figure, axes[0], out)
+    finish(figure, axes[0], out)
 
 
 def _curve(layers: Sequence[dict[str, Any]], name: str) -> list[float]:
     if name.startswith("probe_"):
         task = name.removeprefix("probe_")
-        return [_or_nan(layer["probe"].get(task, {}).get("accuracy")) for layer in layers]
-    return [_or_nan(layer[name]) for layer in layers]
+        return [or_nan(layer["probe"].get(task, {}).get("accuracy")) for layer in layers]
+    return [or_nan(layer[name]) for layer in layers]
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _tidy(axis: Any, title: str) -> None:
+def tidy(axis: Any, title: str) -> None:
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure: Any, named: Any, out: Path) -> None:
+def finish(figure: Any, named: Any, out: Path) -> None:
     from matplotlib import pyplot
 
     handles, labels = named.get_legend_handles_labels()

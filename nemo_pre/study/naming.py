@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nemo_pre.config.schema import VisionConfig
 
 VISION, DESCRIPTION = "vision", "encoder.json"
-LEARNING_RATE, SCALE, BATCH = 1e-3, 20.0, 128
-COLOUR_WEIGHT, PIXEL_WEIGHT = 0.3, 0.3
+LEARNING_RATE, SCALE, BATCH, AT_A_TIME = 1e-3, 20.0, 40, 128  # the last: scenes, where nothing is learned
+BLANK_WEIGHT, COLOUR_WEIGHT, PIXEL_WEIGHT = 0.2, 0.3, 0.3
 BLANK = 0  # the class of a patch that shows no picture; concepts count from 1
 
 
@@ -31,7 +31,7 @@ def encoder(
     data: PathText,
     language: PathText,
     out: PathText,
-    steps: Count = 1500,
+    steps: Count = 2400,
     image_size: Count = 96,
     patch_size: Count = 16,
     width: Count = 192,
@@ -218,9 +218,9 @@ def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, step
         if torch.rand(()) < 0.5:
             pixels, concepts, colour = _mirrored(pixels, concepts, colour)
         found = features(_varied(pixels))
-        names = nn.functional.cross_entropy(
-            heads.concepts(found, embeddings[: len(trained)]).flatten(0, 1), concepts.flatten(), ignore_index=-1
-        )
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = heads.concepts(found, embeddings[: len(trained)])
+        names = _naming_loss(scores.float().flatten(0, 1), concepts.flatten())
         of_colour = nn.functional.cross_entropy(
             heads.colour(found.float()).flatten(0, 1), colour.flatten(), ignore_index=-1
         )
@@ -235,6 +235,16 @@ def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, step
         if split != "train"
     }
     return {"tower": tower, "concepts": trained, "accuracy": accuracy}
+
+
+def _naming_loss(scores: Tensor, concepts: Tensor) -> Tensor:
+    """Cross-entropy of the patches that show a picture, and a little of those that show none."""
+    import torch
+
+    each = torch.nn.functional.cross_entropy(scores, concepts, ignore_index=-1, reduction="none")
+    shown, blank = concepts > BLANK, concepts == BLANK
+    named, empty = ((each * where).sum() / where.sum().clamp(min=1) for where in (shown, blank))
+    return named + BLANK_WEIGHT * empty
 
 
 def Heads(width: int, embedding: int, colours: int) -> Any:  # noqa: N802  (a module, whose class needs torch)
@@ -321,8 +331,8 @@ def _accuracy(
     number = {name: place for place, name in enumerate(names)}
     right: dict[str, list[bool]] = {"name": [], "among 5": [], "name, one large picture": [], "colour": []}
     with torch.no_grad():
-        for start in range(0, len(scenes.names), BATCH):
-            part = slice(start, start + BATCH)
+        for start in range(0, len(scenes.names), AT_A_TIME):
+            part = slice(start, start + AT_A_TIME)
             found = features(scenes.pixels[part].float()).float()
             wanted = {name for of in scenes.names[part] for name in of}
             among = num_trained if all(number[name] < num_trained for name in wanted) else len(names)

@@ -1,4 +1,4 @@
-"""``docs/study.md``: the questions, each with its table and a sentence that says no more than the intervals do."""
+"""The digits study's page: the questions, each with its table and a sentence that says no more than intervals do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _degradation(summary: Summary) -> str:
         judged = [f"{_verdict(change, direction)} by the {depth} layer" for depth, change in changes.items() if change]
         told.append(f"{NAMES[name]}: {', '.join(judged)}")
     header = ["baseline", "input", "quarter", "middle", "last", "middle - input", "last - input"]
-    return f"{_table(header, rows)}\n\n{'. '.join(told)}."
+    return f"{markdown_table(header, rows)}\n\n{'. '.join(told)}."
 
 
 def _verdict(change: dict[str, Any], degrading: int) -> str:
@@ -106,7 +106,7 @@ def _regularized(summary: Summary) -> str:
         return _not_run([BASELINE, "pre"])
     rows = [_row(summary, BASELINE, PRE_NUMBERS)]
     rows += [_row(summary, name, PRE_NUMBERS, against=BASELINE) for name in names]
-    table = _table(["arm", "seeds", *map(_named, PRE_NUMBERS)], rows)
+    table = markdown_table(["arm", "seeds", *map(_named, PRE_NUMBERS)], rows)
     judged = [name for name in names if len(summary["arms"][name]["seeds"]) > 1]
     told = " ".join(_shown(summary, name, BASELINE, PRE_NUMBERS) for name in judged)
     return f"{table}\n\nRows after the first are differences to it. {told}".rstrip()
@@ -121,7 +121,7 @@ def _answers(summary: Summary) -> str:
     rows = [_row(summary, BASELINE, columns)]
     rows += [_row(summary, name, columns, against=BASELINE) for name in main]
     told = " ".join(_shown(summary, name, BASELINE, columns) for name in main)
-    table = _table(["arm", "seeds", *map(_named, columns)], rows)
+    table = markdown_table(["arm", "seeds", *map(_named, columns)], rows)
     return f"{table}\n\nRows after the first are differences to it. {told}"
 
 
@@ -138,8 +138,8 @@ def _order(summary: Summary) -> str:
     told = " ".join(_shown(summary, name, "mixed_2d", ("exact_match", "loss")) for name in of_others)
     same = "the published one" if found == held else "not the published one"
     return (
-        f"{_table(['arm', 'seeds', *map(_named, columns)], rows)}\n\nBy mean exact match: {listed}, {same}. Means "
-        f"alone decide nothing; to the arm without a loss of LaVer's: {told}"
+        f"{markdown_table(['arm', 'seeds', *map(_named, columns)], rows)}\n\nBy mean exact match: {listed}, {same}. "
+        f"Means alone decide nothing; to the arm without a loss of LaVer's: {told}"
     )
 
 
@@ -150,7 +150,8 @@ def _spatial(summary: Summary) -> str:
     wanted = ("exact_match", "loss", "probe_count@middle", "pairwise_cosine@last")
     columns = [name for name in wanted if name in _any_metrics(summary)]
     rows = [_row(summary, BASELINE, columns), *(_row(summary, name, columns, against=BASELINE) for name in held)]
-    return f"{_table(['arm', 'seeds', *map(_named, columns)], rows)}\n\nRows after the first are differences to it."
+    table = markdown_table(["arm", "seeds", *map(_named, columns)], rows)
+    return f"{table}\n\nRows after the first are differences to it."
 
 
 def _method(summary: Summary, files: str) -> str:
@@ -246,7 +247,8 @@ def _any_metrics(summary: Summary) -> Metrics:
     return next((arm["metrics"] for arm in summary["arms"].values()), {})
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,13 +1,15 @@
 """One run of a study: trained, then diagnosed, each by a process of its own; what is finished is not repeated.
 
 A run's directory says by ``options.json`` what it was started with, by ``trained.json`` and ``diagnosed.json`` that
-these were finished. A run that was killed is started again with the same options and resumes from its checkpoint.
+these were finished. A run that was killed is started again with the same options and resumes from its checkpoint. It
+may be diagnosed at several of its steps; one that only diagnoses a model, which nothing trains, has no overrides.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 from nemo_pre.launch.leash import leashed
 
 OPTIONS, TRAINED, DIAGNOSED, LOG = "options.json", "trained.json", "diagnosed.json", "log.txt"
-DIAGNOSTICS = "diagnostics"
+DIAGNOSTICS, CHECKPOINTS = "diagnostics", "checkpoints"
 
 
 class RunFailed(RuntimeError):
@@ -28,7 +30,15 @@ class RunFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """``overrides`` of ``nemo-pre train`` but for the directory; ``diagnose``: options of ``nemo-pre diagnose``."""
+    """One run, or one model.
+
+    Attributes:
+        overrides: of ``nemo-pre train`` but for the directory; empty: nothing is trained, and ``model`` is diagnosed.
+        cost: of a step, in steps of the cheapest arm.
+        diagnose: options of ``nemo-pre diagnose``.
+        measured: steps whose checkpoints are diagnosed; empty: only the newest.
+        keeps_weights: whether its checkpoints stay when it is finished.
+    """
 
     arm: str
     seed: int
@@ -38,6 +48,9 @@ class StudyRun:
     cost: float
     data: str
     diagnose: tuple[str, ...]
+    measured: tuple[int, ...] = ()
+    model: Path | None = None
+    keeps_weights: bool = True
 
     @property
     def name(self) -> str:
@@ -49,6 +62,8 @@ class StudyRun:
 
     @property
     def _is_trained(self) -> bool:
+        if not self.overrides:
+            return True
         found = _read(self.directory / TRAINED)
         return found is not None and found["options"] == list(self.overrides)
 
@@ -90,15 +105,35 @@ class StudyRun:
         self.directory.mkdir(parents=True, exist_ok=True)
         _write(self.directory / OPTIONS, {"options": list(self.overrides)})
         if not self._is_trained:
-            (self.directory / DIAGNOSED).unlink(missing_ok=True)  # of other weights
+            for place in (self.directory, *self.diagnosed_at().values()):
+                (place / DIAGNOSED).unlink(missing_ok=True)  # of other weights
             started = time.monotonic()
             self._process("train", [*self.overrides, f"output_dir={self.directory}"], environment)
             seconds = round(time.monotonic() - started, 1)
             _write(self.directory / TRAINED, {"options": list(self.overrides), "seconds": seconds})
         if not self.is_finished:
-            where = [str(self.directory), self.data, str(self.directory / DIAGNOSTICS)]
-            self._process("diagnose", [*where, *self.diagnose, f"title={self.arm}"], environment)
+            for model, out in self._diagnoses():
+                if not self.measured or _read(out / DIAGNOSED) != {"options": list(self.diagnose)}:
+                    where = [str(model), self.data, str(out)]
+                    self._process("diagnose", [*where, *self.diagnose, f"title={self.arm}"], environment)
+                    if self.measured:
+                        _write(out / DIAGNOSED, {"options": list(self.diagnose)})
             _write(self.directory / DIAGNOSED, {"options": list(self.diagnose)})
+        if not self.keeps_weights:
+            shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+
+    def diagnosed_at(self) -> dict[int, Path]:
+        """Where the results of each diagnosed step lie."""
+        if not self.measured:
+            return {self.steps: self.directory / DIAGNOSTICS}
+        return {step: self.directory / f"{DIAGNOSTICS}-{step}" for step in self.measured}
+
+    def _diagnoses(self) -> list[tuple[Path, Path]]:
+        """(model, results) of each."""
+        found = self.diagnosed_at()
+        if not self.measured:
+            return [(self.model or self.directory, found[self.steps])]
+        return [(self.directory / CHECKPOINTS / f"step={step}", out) for step, out in found.items()]
 
     def _process(self, verb: str, words: Sequence[str], environment: dict[str, str]) -> None:
         run_verb(verb, words, self.name, self.directory / LOG, environment)
@@ -110,7 +145,7 @@ def run_verb(verb: str, words: Sequence[str], name: str, log: Path, environment:
     Raises:
         RunFailed: it ended with an error; ``name`` says whose it was.
     """
-    command = [sys.executable, "-m", "nemo_pre.cli", verb, *words]
+    command = [sys.executable, "-m", "nemo_pre.cli", *verb.split(), *words]
     variables = {**os.environ, **environment}
     with log.open("a") as file:
         file.write(f"nemo-pre {verb} {' '.join(words)}\n")

@@ -46,7 +46,7 @@ def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[s
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **_provenance(runs),
+        **provenance(runs),
         "settings": dict(settings),
         "arms": {
             arm.name: {
@@ -154,8 +154,9 @@ def _as_json(estimate: Estimate) -> dict[str, Any]:
     return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
-def _provenance(runs: Sequence[StudyRun]) -> dict[str, Any]:
-    """``date``: of the newest run, however often its numbers are written anew."""
+def provenance(runs: Sequence[StudyRun]) -> dict[str, Any]:
+    """When, where and with what the ``runs`` were made; ``date``: of the newest, however often its numbers are written
+    anew."""
     from importlib.metadata import version
 
     from nemo_pre.launch.environment import visible_gpus

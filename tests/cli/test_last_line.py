@@ -20,6 +20,8 @@ OWN = {
     "import",
     "evaluate",
     "study digits",
+    "study encoder",
+    "study real",
     "teach",
     "report",
 }

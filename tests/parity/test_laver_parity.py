@@ -49,6 +49,7 @@ ORACLE_FIELDS = (
     "sequence",
     "mask_token_id",
     "mim_reduction",
+    "gram_reduction",
     "gram_clipped",
     "gram_scope",
     "gram_positions",
@@ -158,6 +159,12 @@ def test_gram_of_masked_positions_one_axis_of_positions_and_qwen2(layout):
     teacher = tiny.random_teacher(config, seed=5, qkv_bias=True)
     language = {**job.language, "family": "qwen2", "tie_embeddings": True}
     check(replace(job, state=state, teacher=teacher, language=language), config)
+
+
+@pytest.mark.parametrize("layout", ["one-rank", "DP2"])
+def test_sums_over_an_image_and_an_output_layer_at_labelled_tokens_alone(layout):
+    by_image = {**PAPER, "mim_reduction": "image", "gram_reduction": "image"}
+    check(*case(layout, by_image, parallel={"labelled_output": True}))
 
 
 @pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "DP2"])

@@ -174,6 +174,11 @@ def test_activation_recompute_changes_nothing(layout, recompute):
     check(*case(layout, (1, 3), parallel={"recompute": recompute}))
 
 
+@pytest.mark.parametrize("layout", ["one-rank", "PP2"])
+def test_an_output_layer_at_labelled_tokens_alone_computes_the_same(layout):
+    check(*case(layout, parallel={"labelled_output": True}))
+
+
 @pytest.mark.parametrize("layout", ["DP2", "DP2-sharded-optimizer"])
 def test_gradients_that_are_reduced_after_the_backward_pass_are_the_same(layout):
     check(*case(layout, (3,), parallel={"overlap_grad_reduce": False}))

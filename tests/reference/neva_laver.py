@@ -56,7 +56,8 @@ class LaVerReferenceConfig(ReferenceConfig):
     gram_weight: float = 1.0
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
-    mim_reduction: str = "global"  # global | micro_batch
+    mim_reduction: str = "global"  # global | micro_batch | image
+    gram_reduction: str = "global"  # global | image
     gram_clipped: bool = True
     gram_scope: str = "image"  # image | micro_batch
     gram_positions: str = "all"  # all | masked
@@ -322,6 +323,7 @@ def reference_laver_step(
     lm, tokens, cosines = zero, 0.0, dict.fromkeys(config.pre_layers, zero)
     mim, micro_batch_means, gram_sum, entropy = zero, [], zero, zero
     similarity, pairs, visual, masked, entries = zero, 0, 0, 0, 0
+    images = 0
     viral_of, viral_count = dict.fromkeys(config.viral.layers, zero), 0
 
     for batch, of_batch in zip(micro_batches, masks, strict=True):
@@ -351,7 +353,7 @@ def reference_laver_step(
             unit = student.detach() / student.detach().norm(dim=-1, keepdim=True)
             similarity = similarity + (unit @ unit.T).sum() - len(mask)
             pairs += len(mask) * (len(mask) - 1)
-        mim, masked = mim + here, masked + here_masked
+        mim, masked, images = mim + here, masked + here_masked, images + len(student_of)
         micro_batch_means.append(here / max(here_masked, 1))
 
         sets = [
@@ -370,7 +372,9 @@ def reference_laver_step(
     loss_mim = mim / max(masked, 1)
     if config.mim_reduction == "micro_batch":
         loss_mim = sum(micro_batch_means, zero) / len(micro_batch_means)
-    loss_gram = gram_sum / max(entries, 1)
+    if config.mim_reduction == "image":
+        loss_mim = mim / max(images, 1)
+    loss_gram = gram_sum / max(images if config.gram_reduction == "image" else entries, 1)
     loss_viral = sum(viral_of.values(), zero) / max(viral_count, 1) / max(len(viral_of), 1)
     total = loss_lm + config.pre_weight * loss_pre + config.mim_weight * loss_mim + config.gram_weight * loss_gram
     total = total + config.viral.weight * loss_viral

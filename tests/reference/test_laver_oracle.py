@@ -130,6 +130,8 @@ def test_variants_differ():
         {"gram_positions": "masked"},
         {"gram_clipped": False},
         {"mim_reduction": "micro_batch"},
+        {"mim_reduction": "image"},
+        {"gram_reduction": "image"},
     ):
         other = step(config(**changes))
         assert sum(abs(other[loss] - plain[loss]) for loss in ("loss_mim", "loss_gram")) > 1e-5, changes

@@ -29,7 +29,7 @@ class Processes:
                 stdout.write("ValueError: no luck\n")
                 return subprocess.CompletedProcess(command, 1)
             _train(directory)
-        else:
+        elif verb == "diagnose":
             _diagnose(Path(words[0]), Path(words[2]))
         return subprocess.CompletedProcess(command, 0)
 
@@ -60,7 +60,7 @@ def _train(directory: Path) -> None:
 
 
 def _diagnose(run: Path, out: Path) -> None:
-    arm, seed = arm_and_seed(run)
+    arm, seed = arm_and_seed(next(place for place in (run, *run.parents) if "_seed" in place.name))
     out.mkdir(parents=True, exist_ok=True)
     layers = [
         {
@@ -71,11 +71,13 @@ def _diagnose(run: Path, out: Path) -> None:
             **dict.fromkeys(("redundancy", "cka_to_layer_0"), 0.5),
             "effective_dimension": 10 - layer + seed,
             "attention_to_visual": 0.3 if layer else None,
+            "objects": {"concept": {"accuracy": 0.5 - 0.01 * layer + EFFECT.get(arm, 0.0) + 0.001 * layer * seed}},
             "probe": {"count": {"accuracy": 0.6 - 0.02 * layer + EFFECT.get(arm, 0.0) + 0.001 * layer * seed}},
         }
         for layer in range(LAYERS + 1)
     ]
-    rest: dict[str, Any] = {"title": arm, "model": {}, "data": {}, "pictures": {}}
+    rest: dict[str, Any] = {"title": arm, "model": {}, "data": {}, "pictures": {}, "logit_lens": []}
+    rest["text"] = {"loss": 3.0 + 0.01 * seed + (0.5 if "step=" in run.name else 0.0)}
     (out / "results.json").write_text(
         json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "layers": layers, **rest})
     )

@@ -44,9 +44,18 @@ class LaVerConfig:
     centring: bool = False  # subtract a running mean from the teacher's logits
     center_momentum: float = fraction(0.9)
     mim_reduction: str = choice(
-        "global", {"global": "mean over masked tokens", "micro_batch": "mean of micro-batches' means"}
+        "global",
+        {
+            "global": "mean over masked tokens",
+            "micro_batch": "mean of micro-batches' means",
+            "image": "sum over an image's masked tokens, mean over images",
+        },
     )
     gram_clipped: bool = True  # L_CGA: only what is more alike for the student counts; false: L_GA
+    gram_reduction: str = choice(
+        "global",
+        {"global": "mean over matrix entries", "image": "an image's Frobenius norm squared, mean over images"},
+    )
     gram_scope: str = choice("image", {"image": "", "micro_batch": "all visual tokens of a micro-batch together"})
     gram_positions: str = choice("all", ("all", "masked"))
     head_hidden_width: int = number(2048, least=1)
@@ -87,7 +96,7 @@ class LaVer(Objective):
             (
                 *("sequence", "mim_weight", "mim_schedule", "gram_weight", "gram_schedule", "mask_sampling"),
                 *("mask_token_id", "student_temperature", "teacher_temperature", "center_momentum", "mim_reduction"),
-                *("centring", "gram_clipped", "gram_scope", "gram_positions", "update_every"),
+                *("centring", "gram_clipped", "gram_reduction", "gram_scope", "gram_positions", "update_every"),
             ),
             FROM_NEXT_STEP,
         ),

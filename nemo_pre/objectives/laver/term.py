@@ -28,7 +28,7 @@ from nemo_pre.terms.training import Training, VisualModelConfig
 
 SUMS = ("mim", "gram", "similarity", "entropy")  # what a step adds up, over micro-batches and ranks
 # Counts of the global batch; pairs are of different tokens of an image.
-MASKED_TOKENS, GRAM_ENTRIES, PAIRS = "masked_tokens", "gram_entries", "laver_pairs"
+MASKED_TOKENS, GRAM_ENTRIES, PAIRS, IMAGES = "masked_tokens", "gram_entries", "laver_pairs", "laver_images"
 
 
 class LaVerTerm(Term):
@@ -139,8 +139,14 @@ class LaVerTerm(Term):
 
     def counts(self, layout: SequenceLayout, branch: VisualBranch | None) -> Mapping[str, int]:
         assert branch is not None
-        pairs = sum(size * (size - 1) for size in image_sizes(branch.layout).values())
-        return {MASKED_TOKENS: branch.num_masked, GRAM_ENTRIES: self._gram_entries(branch), PAIRS: pairs}
+        sizes = image_sizes(branch.layout).values()
+        pairs = sum(size * (size - 1) for size in sizes)
+        return {
+            MASKED_TOKENS: branch.num_masked,
+            GRAM_ENTRIES: self._gram_entries(branch),
+            PAIRS: pairs,
+            IMAGES: len(sizes),
+        }
 
     def _gram_entries(self, branch: VisualBranch) -> int:
         """Entries of the Gram matrices that are compared."""
@@ -202,7 +208,7 @@ class LaVerTerm(Term):
 
     def _share(self, micro_batch: MicroBatch) -> float:
         """What a masked token's loss weighs in L_MIM beside the division by :meth:`_count`."""
-        if self.options.mim_reduction == "global":
+        if self.options.mim_reduction != "micro_batch":
             return 1.0
         assert micro_batch.branch is not None
         return 1.0 / max(micro_batch.branch.num_masked, 1)
@@ -210,9 +216,12 @@ class LaVerTerm(Term):
     def _count(self, term: str, plan: StepPlan) -> int:
         from megatron.core import parallel_state as ps
 
+        reduction = self.options.gram_reduction if term == "gram" else self.options.mim_reduction
+        if reduction == "image":
+            return plan.counts[IMAGES]
         if term == "gram":
             return plan.counts[GRAM_ENTRIES]
-        if self.options.mim_reduction == "global":
+        if reduction == "global":
             return plan.counts[MASKED_TOKENS]
         return plan.num_microbatches * ps.get_data_parallel_world_size()
 
@@ -239,8 +248,8 @@ class LaVerTerm(Term):
         if masked := plan.counts[MASKED_TOKENS]:
             found["laver/mim"] = global_mean(mim, self._count("mim", plan))
             found["laver/teacher_entropy"] = global_mean(entropy, masked)
-        if entries := plan.counts[GRAM_ENTRIES]:
-            found["laver/gram"] = global_mean(gram, entries)
+        if plan.counts[GRAM_ENTRIES]:
+            found["laver/gram"] = global_mean(gram, self._count("gram", plan))
         if pairs := plan.counts[PAIRS]:
             found["laver/similarity"] = similarity / pairs
         if self._momentum is not None:
