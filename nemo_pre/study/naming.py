@@ -195,7 +195,7 @@ def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, step
     from torch import nn
 
     from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
-    from nemo_pre.study.training import train
+    from nemo_pre.teaching.training import train
 
     trained = sorted({name for names in scenes["train"].names for name in names})
     unseen = sorted({name for split in scenes.values() for names in split.names for name in names} - {*trained})
