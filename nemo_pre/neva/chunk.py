@@ -13,9 +13,6 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from nemo_pre.device_copies import to_device
-from nemo_pre.parallel.sequence_layout import local_positions
-
 
 class VisionLanguageChunk(MegatronModule):
     """Encoder, projector and decoder of one chunk, as Megatron's schedules and reductions look at them.
@@ -76,14 +73,15 @@ class VisionLanguageChunk(MegatronModule):
         return tensor_ranks * (2 * context_ranks if context_ranks > 1 else 1)
 
     def context_shard(self, tensor: Tensor, dimension: int) -> Tensor:
-        """This context-parallel rank's part of a whole sequence along ``dimension``."""
+        """This context-parallel rank's part of a whole sequence along ``dimension``, as ``local_positions`` says. An
+        index would be kept for the backward pass."""
         from megatron.core import parallel_state as ps
 
-        if self.context_parallel_lm == 1:
+        ranks = self.context_parallel_lm
+        if ranks == 1:
             return tensor
-        rank = ps.get_context_parallel_rank()
-        positions = local_positions(tensor.shape[dimension], 1, 0, self.context_parallel_lm, rank)
-        return tensor.index_select(dimension, to_device(positions, tensor.device))
+        first, size = ps.get_context_parallel_rank(), tensor.shape[dimension] // (2 * ranks)
+        return torch.cat([tensor.narrow(dimension, n * size, size) for n in (first, 2 * ranks - 1 - first)], dimension)
 
     def shard(self, hidden_states: Tensor) -> Tensor:
         """This rank's part of a whole sequence ``[S, B, d]``."""
