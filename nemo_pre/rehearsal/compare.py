@@ -9,7 +9,7 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.flops import stage_flops
-from nemo_pre.planner.load import FLOAT, Load, activation_bytes, largest_load
+from nemo_pre.planner.load import FLOAT, Load, activation_bytes, attends_densely, largest_load
 from nemo_pre.planner.memory import rank_memory
 from nemo_pre.planner.parameters import costs, rank_parameters, trainable_parameters
 from nemo_pre.rehearsal.calls import Call
@@ -64,7 +64,7 @@ def beside_plan(config: RunConfig, found: Found) -> Beside:
     working = sum(size for kind, size in planned.working.items() if kind != "libraries")
     forward = [
         sum(part.forward for part in parts.values())
-        for parts in stage_flops(config, load, found.place.stage, dense=False)
+        for parts in stage_flops(config, load, found.place.stage, dense=attends_densely(config))
     ]
     return Beside(
         place=found.place,

@@ -77,7 +77,7 @@ def test_the_exit_code_is_1_where_something_is_wrong(found, tmp_path, capsys):
 
 
 def beside(measured, planned, **changed):
-    kinds = ("weights", "gradients", "optimizer", "others that stay", "a step")
+    kinds = ("weights", "gradients", "optimizer", "FP8 copies", "others that stay", "a step")
     made = Found(Place(0), 0, {}, [0, 0], [0, 0])
     return Beside(Place(0), dict(zip(kinds, measured, strict=True)), dict(zip(kinds, planned, strict=True))), replace(
         made, **changed
