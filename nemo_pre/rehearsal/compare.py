@@ -59,9 +59,6 @@ def beside_plan(config: RunConfig, found: Found) -> Beside:
         config: the run that was rehearsed.
     """
     load = largest_load(config)
-    planned = rank_memory(config, load, found.place.stage, fused=True)
-    others = sum(size for kind, size in planned.state.items() if kind not in STATE_KINDS)
-    working = sum(size for kind, size in planned.working.items() if kind != "libraries")
     forward = [
         sum(part.forward for part in parts.values())
         for parts in stage_flops(config, load, found.place.stage, dense=attends_densely(config))
@@ -69,13 +66,20 @@ def beside_plan(config: RunConfig, found: Found) -> Beside:
     return Beside(
         place=found.place,
         measured={**found.state, "a step": found.peak - found.state_bytes},
-        planned={
-            **{kind: planned.state.get(kind, 0) for kind in STATE_KINDS},
-            "others that stay": others,
-            "a step": sum(planned.activations.values()) + working,
-        },
+        planned=planned_memory(config, found.place.stage),
         forward=list(zip(map(float, found.forward_flops), forward, strict=True)),
     )
+
+
+def planned_memory(config: RunConfig, stage: int) -> dict[str, int]:
+    """The plan's bytes of a stage's ranks, by the kinds that a rehearsal tells apart."""
+    planned = rank_memory(config, largest_load(config), stage, fused=True)
+    working = sum(size for kind, size in planned.working.items() if kind != "libraries")
+    return {
+        **{kind: planned.state.get(kind, 0) for kind in STATE_KINDS},
+        "others that stay": sum(size for kind, size in planned.state.items() if kind not in STATE_KINDS),
+        "a step": sum(planned.activations.values()) + working,
+    }
 
 
 def missed(beside: Beside, found: Found) -> list[str]:
