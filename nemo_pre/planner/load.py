@@ -136,3 +136,9 @@ def uses_token_structure(config: RunConfig) -> bool:
 def has_explicit_positions(config: RunConfig, load: Load) -> bool:
     """Whether every token is told its rotary position."""
     return config.model.rope != "1d" or load.branch > 0 or config.data.packing
+
+
+def attends_densely(config: RunConfig) -> bool:
+    """Whether attention on a GPU computes every pair of tokens and masks it afterwards: Transformer Engine has no
+    kernel for float32."""
+    return config.precision.name == "fp32" and not uses_token_structure(config)

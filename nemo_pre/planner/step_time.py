@@ -16,7 +16,7 @@ from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.devices import Device, Efficiency
 from nemo_pre.planner.flops import Flops, model_flops, stage_flops
-from nemo_pre.planner.load import FLOAT, Load, activation_bytes
+from nemo_pre.planner.load import FLOAT, Load, activation_bytes, attends_densely
 from nemo_pre.planner.memory import stages_that_differ, state_memory
 from nemo_pre.planner.parameters import costs, fp8_layers_among, rank_parameters, trainable_parameters
 from nemo_pre.planner.schedule import bubble_fraction, simulate
@@ -133,7 +133,8 @@ def chunk_seconds(
     config: RunConfig, load: Load, stage: int, device: Device, efficiency: Efficiency
 ) -> list[tuple[float, float]]:
     """Seconds of a micro-batch's forward and backward pass through each chunk of a stage."""
-    chunks, parts = chunks_of_stages(config)[stage], stage_flops(config, load, stage, dense=False)
+    dense = attends_densely(config)
+    chunks, parts = chunks_of_stages(config)[stage], stage_flops(config, load, stage, dense)
     return [
         pass_seconds(config, load, flops, chunk.layers, device, efficiency)
         for chunk, flops in zip(chunks, parts, strict=True)

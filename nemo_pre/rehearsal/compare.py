@@ -9,7 +9,7 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.activations import LayerActivations
 from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.flops import stage_flops
-from nemo_pre.planner.load import FLOAT, Load, activation_bytes, largest_load
+from nemo_pre.planner.load import FLOAT, Load, activation_bytes, attends_densely, largest_load
 from nemo_pre.planner.memory import rank_memory
 from nemo_pre.planner.parameters import costs, rank_parameters, trainable_parameters
 from nemo_pre.rehearsal.calls import Call
@@ -59,23 +59,27 @@ def beside_plan(config: RunConfig, found: Found) -> Beside:
         config: the run that was rehearsed.
     """
     load = largest_load(config)
-    planned = rank_memory(config, load, found.place.stage, fused=True)
-    others = sum(size for kind, size in planned.state.items() if kind not in STATE_KINDS)
-    working = sum(size for kind, size in planned.working.items() if kind != "libraries")
     forward = [
         sum(part.forward for part in parts.values())
-        for parts in stage_flops(config, load, found.place.stage, dense=False)
+        for parts in stage_flops(config, load, found.place.stage, dense=attends_densely(config))
     ]
     return Beside(
         place=found.place,
         measured={**found.state, "a step": found.peak - found.state_bytes},
-        planned={
-            **{kind: planned.state.get(kind, 0) for kind in STATE_KINDS},
-            "others that stay": others,
-            "a step": sum(planned.activations.values()) + working,
-        },
+        planned=planned_memory(config, found.place.stage),
         forward=list(zip(map(float, found.forward_flops), forward, strict=True)),
     )
+
+
+def planned_memory(config: RunConfig, stage: int) -> dict[str, int]:
+    """The plan's bytes of a stage's ranks, by the kinds that a rehearsal tells apart."""
+    planned = rank_memory(config, largest_load(config), stage, fused=True)
+    working = sum(size for kind, size in planned.working.items() if kind != "libraries")
+    return {
+        **{kind: planned.state.get(kind, 0) for kind in STATE_KINDS},
+        "others that stay": sum(size for kind, size in planned.state.items() if kind not in STATE_KINDS),
+        "a step": sum(planned.activations.values()) + working,
+    }
 
 
 def missed(beside: Beside, found: Found) -> list[str]:

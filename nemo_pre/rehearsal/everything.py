@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import recipes
 from nemo_pre.config.compose import compose_run
 from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.options import Count, PathText
@@ -24,13 +23,13 @@ def rehearse_all(
     jobs: Count | None = None,
     again: bool = False,
 ) -> None:
-    """Rehearse every recipe, and write out/rehearsals.json and out/rehearsals.md after each.
+    """Rehearse every recipe, one of them in FP8 too, and write out/rehearsals.json and out/rehearsals.md after each.
 
     What is recorded already, of the same configuration and as many layers, is passed over, so that a rehearsal that
     was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth,
     messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
     """
-    names = recipes.choices("experiment")
+    names = record.runs()
     unknown = sorted(set(only) - set(names))
     if unknown:
         raise ValueError(f"{unknown[0]} is no recipe: choose of {', '.join(names)}.")
@@ -38,7 +37,7 @@ def rehearse_all(
     names_asked = list(only or names)
     started, done, failed = time.monotonic(), 0, []
     for number, name in enumerate(names_asked):
-        config = compose_run([f"experiment={name}"])  # a second each
+        config = compose_run(record.words_of(name))  # a second each
         whole = config.model.language.num_layers
         why = record.why_again(entries.get(name), config, min(layers or whole, whole), messages)
         if why is None and not again:

@@ -1,30 +1,43 @@
 """The record of all recipes' rehearsals: a JSON file, and the table that is made of it.
 
-An entry is as old as the code while two things are as they were: the recipe's configuration (its digest), and what its
-rehearsal at a layer a chunk finds. The second is compared with what a rehearsal finds now, so a commit that changes
-nothing that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
+An entry is as old as the code while these are as they were: the recipe's configuration (its digest), the code that
+rehearses (a digest of its statements), the plan, and what a rehearsal at a layer a chunk finds. The first three are
+compared at every test, for every entry; the last for a few recipes, and for all by ``make rehearse``: a commit that
+changes nothing that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import recipes
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
-from nemo_pre.rehearsal.compare import gib
+from nemo_pre.rehearsal.compare import gib, planned_memory
 from nemo_pre.rehearsal.found import Found
-from nemo_pre.rehearsal.run import Rehearsed
+from nemo_pre.rehearsal.run import Rehearsed, as_rehearsed
 
 FILE, TABLE = "rehearsals.json", "rehearsals.md"
-FORMAT = 1
+FORMAT = 2
+WITH = "+"  # between a recipe and a choice of precision that is rehearsed beside its own
+IN_FP8, FP8_RECIPES = "siglip2_qwen25_7b_stage2_full_pre", ("delayed", "tensorwise", "blockwise")
+# What stands for the device, for other ranks and for kernels, and what counts: not what tells of it.
+INSTRUMENTS = (
+    "compat/rehearsed_*.py",
+    *(
+        f"rehearsal/{name}.py"
+        for name in ("batches", "device", "groups", "memory", "rank", "seams", "shrink", "watch")
+    ),
+)
 APART = 0.002  # by which bytes of two rehearsals of the same code may differ: garbage is collected when it is
 AGAIN = "run nemo-pre rehearse all, which rehearses what is missing or old"
 
@@ -59,6 +72,20 @@ def write(directory: str | Path, entries: Mapping[str, Any]) -> None:
         fresh.replace(path)
 
 
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def runs() -> list[str]:
+    """What is to be recorded: every recipe, and one in FP8, scaled in each way."""
+    return [*recipes.choices("experiment"), *(f"{IN_FP8}{WITH}fp8_{kind}" for kind in FP8_RECIPES)]
+
+
+def words_of(run: str) -> list[str]:
+    """The words that compose a recorded run."""
+    name, _, precision = run.partition(WITH)
+    return [f"experiment={name}", *([f"precision={precision}"] if precision else [])]
+
+
 # --- entries --------------------------------------------------------------------------------------------------------
 
 
@@ -70,11 +97,31 @@ def digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+@cache
+def instruments() -> str:
+    """The first 16 hex digits of the SHA-256 of the code that rehearses, without its comments and docstrings."""
+    package, digest_of = Path(__file__).parents[1], hashlib.sha256()
+    for pattern in INSTRUMENTS:
+        for path in sorted(package.glob(pattern)):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                body = getattr(node, "body", None)
+                if isinstance(body, list) and body and _is_docstring(body[0]):
+                    del body[0]
+            digest_of.update(ast.dump(tree).encode())
+    return digest_of.hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
 def entry(config: RunConfig, rehearsed: Rehearsed) -> dict[str, Any]:
     """What is recorded of a recipe's rehearsal."""
     met = rehearsed.met
     return {
         "commit": commit(),
+        "instruments": instruments(),
         "config": digest(config),
         "layers": rehearsed.layers,
         "of_layers": rehearsed.all_layers,
@@ -134,6 +181,17 @@ def differences(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
     return found
 
 
+def plan_differs(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Where the plan is another than when the recipe was rehearsed; one sentence for each rank."""
+    run = as_rehearsed(config, recorded["layers"])
+    found = []
+    for rank in recorded["ranks"]:
+        now = sum(planned_memory(run, rank["stage"] - 1).values())
+        if now != rank["planned"]:
+            found.append(f"{rank['place']} is planned as {now} bytes, and was as {rank['planned']}.")
+    return found
+
+
 def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int, messages: bool = True) -> str | None:
     """Why a recipe is rehearsed again, without rehearsing it; None: it need not be.
 
@@ -145,6 +203,8 @@ def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int
         return "not recorded"
     if recorded["config"] != digest(config):
         return "its configuration is another"
+    if recorded["instruments"] != instruments():
+        return "what rehearses is other code"
     if recorded["layers"] < layers:
         return f"recorded with {recorded['layers']} layers"
     if messages and recorded["messages"] is None and world_size(config.parallel) > 1:
@@ -166,6 +226,10 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return (head + "+" * bool(changed)) if head else "unknown"
+
+
+def older(recorded: Mapping[str, Any]) -> str:
+    return "" if recorded["instruments"] == instruments() else ", older than what rehearses"
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -202,7 +266,7 @@ def table(entries: Mapping[str, Any]) -> str:
                 str(rank["host_waits"]),
                 met if first else "",
                 str(len(each["problems"])) if first else "",
-                each["commit"] if first else "",
+                (each["commit"] + older(each)) if first else "",
                 verified if first else "",
             ]
             rows.append("| " + " | ".join(cells) + " |")
@@ -211,7 +275,7 @@ def table(entries: Mapping[str, Any]) -> str:
     sections = [HEADER + "\n".join(rows)]
     if problems:
         sections.append("## Problems\n\n" + "\n".join(problems))
-    missing = [name for name in recipes.choices("experiment") if name not in entries]
+    missing = [name for name in runs() if name not in entries]
     if missing:
         sections.append("## Not rehearsed yet\n\n" + "\n".join(f"- {name}" for name in missing))
     sections.append("## Not covered\n\n" + "\n".join(f"- {sentence}" for sentence in not_covered))

@@ -88,13 +88,18 @@ def _flex_attention(device: Rehearsed) -> Patch:
         ) -> Any:
             return attention(query, key, value, block_mask.pairs, device.count_flops)
 
+        counted: dict[Any, float] = {}  # by the rule's tokens: micro-batches, chunks and steps have the same
+
         def create(
             rule: Any, batch: int, heads: Any, queries: int, keys: int, device: Any = None, count: Any = device
         ) -> Any:
             shape = (batch, 1, -(-queries // 128), -(-keys // 128))
             # What a BlockMask holds: the numbers and the places of partial and of full blocks, both ways.
             blocks = [torch.empty(shape, dtype=torch.int32, device=device) for _ in range(4)]
-            return SimpleNamespace(pairs=_visible(count, rule, batch, queries, keys, device), blocks=blocks)
+            asked = (batch, queries, keys, _tokens_of(rule))
+            if asked not in counted:
+                counted[asked] = _visible(count, rule, batch, queries, keys, device)
+            return SimpleNamespace(pairs=counted[asked], blocks=blocks)
 
         yield Change(mixed_attention, "_compiled_flex", lambda: (attend, create))
         yield Change(split_attention, "causal_lower_right", LowerRight)
@@ -116,6 +121,15 @@ def _remembered_masks(structures: int) -> Patch:
         yield Change(mixed_attention, "REMEMBERED_MASKS", number)
 
     return effects
+
+
+def _tokens_of(rule: Callable[..., Any]) -> tuple[Any, ...]:
+    """What a rule knows of tokens, to tell rules apart: the values of its tensors, or the rule itself."""
+    found = [cell.cell_contents for cell in rule.__closure__ or ()]
+    twins = [getattr(value, TWIN, None) if isinstance(value, torch.Tensor) else value for value in found]
+    if any(twin is None for twin in twins):
+        return (rule,)
+    return tuple(twin.numpy().tobytes() if isinstance(twin, torch.Tensor) else twin for twin in twins)
 
 
 def _visible(device: Rehearsed, rule: Callable[..., Any], batch: int, queries: int, keys: int, on: Any) -> float:

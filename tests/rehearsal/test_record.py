@@ -37,6 +37,7 @@ def test_an_entry_is_old_when_the_recipe_changes_or_more_layers_are_asked_for(re
     assert record.why_again(entry, config, 8) == "recorded with 2 layers"
     moved = replace(config, output_dir="elsewhere", name="other", init_from="before")
     assert record.why_again(entry, moved, 2) is None
+    assert record.why_again({**entry, "instruments": "before"}, config, 2) == "what rehearses is other code"
     longer = replace(config, data=replace(config.data, sequence_length=config.data.sequence_length * 2))
     assert record.why_again(entry, longer, 2) == "its configuration is another"
 
@@ -48,6 +49,43 @@ def test_an_entry_is_old_when_the_code_finds_something_else(rehearsed):
     assert record.differences([facts], [{**facts, "peak": 110}]) == ["rank 0: peak was 100 and is 110"]
     assert record.differences([{**facts, "peak": 10_000}], [{**facts, "peak": 10_001}]) == []
     assert record.differences([facts], [{**facts, "rank": 1}]) == ["rank 1 is not recorded"]
+
+
+def test_an_entry_is_old_when_the_plan_is_another(rehearsed):
+    entry = record.entry(rehearsed.config, rehearsed)
+    (sentence,) = record.plan_differs(entry, rehearsed.config)
+    assert sentence.startswith("stage 1 is planned as ") and sentence.endswith(", and was as 102.")
+    now = int(sentence.split()[5])
+    entry["ranks"][0]["planned"] = now
+    assert record.plan_differs(entry, rehearsed.config) == []
+    wider = replace(rehearsed.config, data=replace(rehearsed.config.data, sequence_length=512))
+    assert record.plan_differs(entry, wider) != []
+
+
+def test_the_table_says_which_entries_are_older_than_what_rehearses(rehearsed):
+    entry = record.entry(rehearsed.config, rehearsed)
+    assert "older than what rehearses" not in record.table({"a": entry})
+    assert "older than what rehearses" in record.table({"a": {**entry, "instruments": "before"}})
+
+
+def test_comments_do_not_make_what_rehearses_another(monkeypatch, tmp_path):
+    """The digest is of the statements."""
+    (tmp_path / "rehearsal").mkdir()
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "rehearsal" / "record.py"))
+    monkeypatch.setattr(record, "INSTRUMENTS", ("rehearsal/device.py",))
+    digests = []
+    for text in ('"""Says."""\nA = 1\n', '"""Says more."""\n# why\nA = 1\n', '"""Says."""\nA = 2\n'):
+        (tmp_path / "rehearsal" / "device.py").write_text(text)
+        record.instruments.cache_clear()
+        digests.append(record.instruments())
+    record.instruments.cache_clear()
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_one_recipe_is_recorded_in_fp8_too():
+    in_fp8 = [run for run in record.runs() if record.WITH in run]
+    names = [compose_run(record.words_of(run)).precision.name for run in in_fp8]
+    assert names == ["fp8_delayed", "fp8_tensorwise", "fp8_blockwise"]
 
 
 def test_it_is_read_as_it_was_written_and_says_never_and_how_deep(rehearsed, tmp_path):

@@ -78,10 +78,8 @@ def test_the_exit_code_is_1_where_something_is_wrong(found, tmp_path, capsys):
 
 def beside(measured, planned, **changed):
     kinds = ("weights", "gradients", "optimizer", "others that stay", "a step")
-    made = Found(Place(0), 0, {}, [0, 0], [0, 0])
-    return Beside(Place(0), dict(zip(kinds, measured, strict=True)), dict(zip(kinds, planned, strict=True))), replace(
-        made, **changed
-    )
+    both = [{"FP8 copies": 0, **dict(zip(kinds, sizes, strict=True))} for sizes in (measured, planned)]
+    return Beside(Place(0), *both), replace(Found(Place(0), 0, {}, [0, 0], [0, 0]), **changed)
 
 
 def test_a_plan_may_be_3_percent_over_and_never_under_and_state_is_as_planned():
