@@ -121,7 +121,9 @@ class HuggingFaceModel:
     def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
         total, count = 0.0, 0
         for passage in passages:
-            scores = self.network(input_ids=passage[None].to(self.network.device)).logits[0, :-1].float()
+            scores = (
+                self.network(input_ids=passage[None].to(self.network.device)).logits[0, :-1, : self.vocabulary].float()
+            )
             total += float(torch.nn.functional.cross_entropy(scores.cpu(), passage[1:], reduction="sum"))
             count += len(passage) - 1
         return total, count

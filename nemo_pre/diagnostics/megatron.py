@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.data.conversation import IGNORE_INDEX, IMAGE_TAG, encode_prompt
+from nemo_pre.data.conversation import IMAGE_TAG, encode_prompt
 from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.images import image_tensor
 from nemo_pre.diagnostics.replicas import Replicas
@@ -32,7 +32,7 @@ from nemo_pre.diagnostics.states import (
     square_patches,
     token_classes,
 )
-from nemo_pre.generation import TokenSequence, answer_loss
+from nemo_pre.generation import TokenSequence
 from nemo_pre.generation.forward import Batch, evaluating, make_batches, run_whole
 from nemo_pre.generation.forward import run as run_pipeline
 from nemo_pre.neva.model import MCoreVisualNevaModel
@@ -154,11 +154,19 @@ class MegatronModel:
         return scores[:, 0, : self.vocabulary].float()
 
     def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
-        sequences = [
-            TokenSequence(passage, None, torch.cat([passage[1:], torch.tensor([IGNORE_INDEX])]))
-            for passage in passages
-        ]
-        return answer_loss(self._chunks, sequences, self._rows)
+        assert self._peers == 1, "on one rank only"
+
+        def losses(batch: Batch, logits: Tensor) -> Tensor:
+            """Of the words there are: the vocabulary is padded."""
+            scores = logits[:, :-1, : self.vocabulary].float().transpose(1, 2)
+            words = batch.tokens[:, 1:].to(scores.device)
+            return torch.nn.functional.cross_entropy(scores, words, reduction="none").double().sum(1, keepdim=True)
+
+        with evaluating(self._chunks):
+            batches = make_batches(self._chunks, [TokenSequence(passage) for passage in passages], self._rows)
+            length = batches[0].micro_batch.layout.sequence_length
+            rows = run_pipeline(self._chunks, batches, length, run_whole, losses, torch.empty(0, 1).double())
+        return float(rows[: len(passages)].sum()), sum(len(passage) - 1 for passage in passages)
 
     def token_ids(self, words: str) -> list[int]:
         return list(self._how.tokenizer(words, add_special_tokens=False)["input_ids"])

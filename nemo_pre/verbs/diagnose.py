@@ -82,10 +82,9 @@ def diagnose(
     asked_layers = _numbers(layers)
     if text is not None and not Path(text).is_file():
         raise ValueError(f"text={text} is no file: name one of plain text.")
-    if objects and tensor * pipeline * replicas > 1:
-        raise ValueError("objects=true takes one rank: leave out tensor, pipeline and replicas.")
-    if text is not None and replicas > 1:
-        raise ValueError("text takes one replica: leave out replicas.")
+    for asked, given in (("objects=true", objects), (f"text={text}", text is not None)):
+        if given and tensor * pipeline * replicas > 1:
+            raise ValueError(f"{asked} takes one rank: leave out tensor, pipeline and replicas.")
     if num_fit == 1:
         raise ValueError("num_fit=1: a probe is fitted on 2 images or more, or on none (0).")
     others = [read_results(path) for path in split_paths(compare)] if compare else []

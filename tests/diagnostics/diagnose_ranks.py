@@ -6,7 +6,9 @@ import tempfile
 from typing import Any
 
 
-def diagnose_checkpoint(checkpoint: str, data: str, out: str, layout: dict[str, int], batch_size: int) -> None:
+def diagnose_checkpoint(
+    checkpoint: str, data: str, out: str, layout: dict[str, int], batch_size: int, more: dict[str, Any] | None = None
+) -> None:
     from nemo_pre.verbs.diagnose import diagnose_rank, diagnose_run
 
     run = diagnose_run(checkpoint, tempfile.mkdtemp(), platform="cpu", **layout)
@@ -15,6 +17,8 @@ def diagnose_checkpoint(checkpoint: str, data: str, out: str, layout: dict[str, 
     run.trainer.global_batch_size = batch_size * run.parallel.data
     run.diagnosed_data, run.num_images, run.num_fit = data, 11, 24
     run.out, run.title = out, "a checkpoint"
+    for name, value in (more or {}).items():
+        setattr(run, name, value)
     diagnose_rank(run)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from data_prep.emoji import prepare
 from nemo_pre.data.conversation import TEMPLATES
 from nemo_pre.diagnostics.results import REPORT, RESULTS
 from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.processor import jinja_template
 from nemo_pre.verbs.diagnose import diagnose
+from tests.data_prep.emoji_packages import write_all
 from tests.diagnostics.diagnose_ranks import classes_of_stripes, diagnose_checkpoint, numbers
 from tests.huggingface.test_logits import written
 from tests.ranks import run_on_standing_ranks
@@ -28,6 +30,14 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
 CASES = [(name, layout) for name, (_, layouts) in MODELS.items() for layout in layouts]
 CASES.sort(key=lambda case: math.prod(case[1].values()))  # ranks that stand take jobs of their number
 ASKED = {"num_images": 11, "num_fit": 24, "platform": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "emoji"
+    packages = str(write_all(tmp_path_factory.mktemp("packages")))
+    prepare([packages], out, num_scenes=60, val_fraction=0.19, held_out_style="twitter", held_out_concepts=0.25)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,24 @@ def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, 
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert [word["token"] for word in found["logit_lens"]] == [word["token"] for word in expected["logit_lens"]]
     assert len(found["pictures"]["heat_maps"][0]["maps"]) == 5
+
+
+def test_pictures_by_themselves_chosen_layers_and_plain_text_have_the_same_numbers_too(diagnosed, emoji, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All that is gold does not glitter. " * 40)
+    asked = {"objects": True, "text": str(text)}
+    hf, data = diagnosed / "causal" / "hf", str(emoji / "val_style")
+    diagnose(str(hf), data, str(tmp_path / "hf"), batch_size=4, layers="0,2,4", **asked, **ASKED)
+    checkpoint = str(diagnosed / "causal" / "checkpoint")
+    more = {**asked, "layers": [0, 2, 4]}
+    (tmp_path / "out").mkdir()
+    run_on_standing_ranks(diagnose_checkpoint, 1, checkpoint, data, str(tmp_path / "out"), {}, 3, more)
+    expected, found = results(tmp_path / "hf"), results(tmp_path / "out")
+    assert [layer["layer"] for layer in found["layers"]] == [0, 2, 4]
+    assert numbers(found["layers"]) == pytest.approx(numbers(expected["layers"]), rel=1e-4, abs=1e-4)
+    assert found["layers"][1]["objects"]["objects"] >= 11 and found["layers"][1]["objects"]["place"]["asked"] >= 11
+    assert found["text"]["tokens"] % 127 == 0
+    assert found["text"]["loss"] == pytest.approx(expected["text"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +144,11 @@ def test_the_report_is_one_page_with_the_curves_of_the_compared_runs(diagnosed, 
         ({"num_images": 0}, "num_images=0"),
         ({"num_fit": 1}, "2 images or more"),
         ({"label": "species"}, "label=species is in no record"),
+        ({"layers": "0,last"}, "layers=0,last: give numbers"),
+        ({"layers": "9"}, "9 is not there, the model has 4 layers"),
+        ({"text": "nowhere.txt"}, "text=nowhere.txt is no file"),
+        ({"objects": True}, "objects=true needs scenes of named pictures"),
+        ({"objects": True, "replicas": 2}, "objects=true takes one rank"),
         ({"compare": "nowhere.json"}, "nowhere.json is not a results.json"),
     ],
 )
