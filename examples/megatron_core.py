@@ -24,8 +24,8 @@ from nemo_pre.config.compose import compose_run
 from nemo_pre.config.run import RunConfig
 
 
-def train(run: RunConfig) -> None:
-    """Train on this rank, from the newest checkpoint on."""
+def train(run: RunConfig) -> dict[str, float]:
+    """Train on this rank, from the newest checkpoint on; returns the last step's metrics."""
     on_cpu = cpu_backend.use_cpu(run.platform)
     if on_cpu:
         cpu_backend.apply()  # before Megatron is imported
@@ -53,7 +53,7 @@ def train(run: RunConfig) -> None:
         objectives.steps_done = core.load_checkpoint(folder, model, optimizer, scheduler)
     loader = training_batches(run, objectives.steps_done * run.trainer.global_batch_size)
     micro_batches = run.trainer.global_batch_size // (run.trainer.micro_batch_size * run.parallel.data)
-    schedule = get_forward_backward_func()
+    schedule, metrics = get_forward_backward_func(), dict[str, float]()
     while objectives.steps_done < run.trainer.max_steps:
         for each in model:
             each.zero_grad_buffer()
@@ -72,15 +72,17 @@ def train(run: RunConfig) -> None:
         optimizer.step()
         scheduler.step(1)
         objectives.after_update()
-        if first and objectives.steps_done % run.trainer.log_every == 0:
+        done = objectives.steps_done
+        if first and done % run.trainer.log_every == 0:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print(f"step {objectives.steps_done}  {shown}", flush=True)
+            print(f"step {done}  {shown}", flush=True)
+        if done == run.trainer.max_steps or (run.trainer.checkpoint_every and not done % run.trainer.checkpoint_every):
+            saved = core.save_checkpoint(folder, model, done, run, optimizer, scheduler)
+            if first:
+                print(f"saved {saved}; next: nemo-pre export {saved} HF_DIR", flush=True)
     objectives.finish()
-    if newest_checkpoint(folder) is None or objectives.steps_done not in saved_steps(folder):
-        saved = core.save_checkpoint(folder, model, objectives.steps_done, run, optimizer, scheduler)
-        if first:
-            print(f"saved {saved}; next: nemo-pre export {saved} HF_DIR", flush=True)
     torch.distributed.destroy_process_group()
+    return metrics
 
 
 def start_ranks(run: RunConfig, on_cpu: bool) -> None:
@@ -128,12 +130,6 @@ def training_batches(run: RunConfig, consumed: int) -> Iterator[dict[str, Any]]:
     order = TrainingBatches(ShuffledStream(sum(dataset.sizes), run.data.shuffle_seed), shape, consumed)
     collate = Collate(how.max_text_tokens, padding_id(how.tokenizer), how.native is not None)
     return iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate))  # type: ignore[arg-type]
-
-
-def saved_steps(folder: Any) -> set[int]:
-    from nemo_pre.run_files.checkpoints import numbered_checkpoints
-
-    return set(numbered_checkpoints(folder))
 
 
 if __name__ == "__main__":
