@@ -1,7 +1,7 @@
 import pytest
 
+from nemo_pre.config.module_rates import learning_rate
 from nemo_pre.config.schema import OptimConfig
-from nemo_pre.optim import learning_rate
 
 NAMES = {
     "module.module.vision_model.vision_model.encoder.layers.0.mlp.fc1.weight": "vision",

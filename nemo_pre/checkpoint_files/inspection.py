@@ -82,9 +82,9 @@ def inspect(checkpoint: Path, wanted: Wanted = everything, rank: int = 0, ranks:
         damage = damage_of(Path(checkpoint)) or (damage_of_small_files(Path(checkpoint)) if rank == 0 else "")
         if damage:
             return Finding(damage)
-        check_backends(weights)
+        has_common = check_backends(weights)
         metadata = read_metadata(weights)
-        if rank == 0:
+        if rank == 0 and has_common:
             with (weights / COMMON).open("rb") as file:
                 load_plain(file, weights / COMMON)
         parts = list(_share(metadata, wanted, rank, ranks))

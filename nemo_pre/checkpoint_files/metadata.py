@@ -14,7 +14,8 @@ from nemo_pre.checkpoint_files.pickles import UnsafePickle, load_metadata
 
 WEIGHTS = "weights"
 METADATA, COMMON, BACKENDS, MODEL_OPTIMIZER = ".metadata", "common.pt", "metadata.json", "modelopt_state"
-# What Megatron-Core 0.15 writes beside the tensors, and asks for when it loads.
+# What Megatron-Core 0.15 writes beside the tensors, and asks for when it loads; 0.19 has no file of common state, and
+# does not speak of one.
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -60,8 +61,11 @@ def read_metadata(weights: str | Path) -> Metadata:
     return found
 
 
-def check_backends(weights: str | Path) -> None:
+def check_backends(weights: str | Path) -> bool:
     """Refuse a checkpoint that Megatron would read with other readers than those this module has checked it for.
+
+    Returns:
+        Whether what is common to all ranks lies in a file of its own.
 
     Raises:
         FileNotFoundError: it does not say which.
@@ -80,6 +84,7 @@ def check_backends(weights: str | Path) -> None:
             f"{Path(weights) / MODEL_OPTIMIZER} would be unpickled by NVIDIA's Model Optimizer, which runs what it "
             f"names, and nemo-pre writes none: remove it."
         )
+    return "common_backend" in found or (Path(weights) / COMMON).exists()
 
 
 def places(metadata: Metadata, wanted: Wanted) -> Iterator[tuple[str, bool, _StorageInfo]]:

@@ -89,6 +89,20 @@ def torch_norm():
 
 
 @patch(
+    "torch-norm-of-hybrid-models",
+    why="HybridStack makes its last norm by the name of Transformer Engine's, whatever its specification says.",
+    until="HybridStack takes that norm from its specification.",
+    of={"megatron-core": ("0.15.3", "0.19")},
+    unneeded={"megatron-core 0.15.3": "it has no HybridModel"},
+)
+def torch_norm_of_hybrid_models():
+    import megatron.core.models.hybrid.hybrid_block as hybrid_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    yield Change(hybrid_block, "TENorm", WrappedTorchNorm)
+
+
+@patch(
     "torch-gradient-norms",
     why="Where Transformer Engine or Apex is installed, Megatron's gradient norms, clipping and copies are their CUDA"
     " kernels, for tensors on a CPU too: a CPU run there, as tests/gpu compares with, dies of a CUDA error.",
@@ -186,6 +200,7 @@ def group_step_adamw():
 PATCHES = [
     rng_tracker_on_cpu,
     torch_norm,
+    torch_norm_of_hybrid_models,
     torch_gradient_norms,
     float64_cross_entropy,
     optimizer_type_names,

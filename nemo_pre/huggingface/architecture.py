@@ -228,6 +228,9 @@ ARCHITECTURES = {
 }
 
 
+OLDER_NAMES = ("rope_theta", "rope_scaling")
+
+
 def hf_config(
     model: ModelConfig, image_token_id: int, max_positions: int, dtype: str, markers: tuple[int, int] | None = None
 ) -> dict[str, Any]:
@@ -252,6 +255,8 @@ def hf_config(
         values = _llava_values(model, text, image_token_id)
     config = _config_class(kind).from_dict(values)
     result = {**config.to_dict(), "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
+    if "text_config" in result:  # transformers 5 has other names, of which 4 knows none: it would take defaults
+        result["text_config"] = {name: text[name] for name in OLDER_NAMES if name in text} | result["text_config"]
     if kind in (SPATIAL, SPATIAL_QWEN_VL):
         result["auto_map"] = {
             "AutoConfig": f"configuration_{kind}.{_config_class(kind).__name__}",

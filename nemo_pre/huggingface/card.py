@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,14 @@ def _random_but(vision_from: str | None) -> str:
     return "random weights" if vision_from is None else f"random weights, but the encoder from {vision_from}"
 
 
+def _installed() -> Iterator[str]:
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a backend that is not there
+            yield f"{name} {version(name)}"
+
+
 def _provenance(saved: Any) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(_installed())
     lines = [f"Exported on {datetime.now(timezone.utc):%Y-%m-%d} by nemo-pre {version('nemo-pre')} ({versions})."]
     manifest = Path(saved.data.path) / "manifest.json" if saved.data.path else None
     if manifest is not None and manifest.is_file():

@@ -65,13 +65,27 @@ def write_processor(saved: Any, model: ModelConfig, checkpoint: Path, directory:
     has_bos = _adds_bos(tokenizer) or begins_with_bos(template, tokenizer)
     chat_template = jinja_template(template, has_bos, tag, mark_behind_image(tokenizer, template))
     make = _native_processor if is_native(model.vision) else _processor
-    make(tokenizer, model, saved.data, chat_template).save_pretrained(directory)
+    processor = make(tokenizer, model, saved.data, chat_template)
+    processor.save_pretrained(directory)
+    if not (directory / OWN).exists():  # transformers 5 has it within another file, where 4 does not look
+        processor.image_processor.save_pretrained(directory)
+    _in_words_of_both(directory / "tokenizer_config.json")
     image_token_id = int(tokenizer.convert_tokens_to_ids(tag))
     _write_generation_config(tokenizer, saved.data.chat_template, image_token_id, directory)
     if not template.before_image:
         return ImageTokens(image_token_id)
     start, end = (tokenizer.convert_tokens_to_ids(marker) for marker in (template.before_image, template.after_image))
     return ImageTokens(image_token_id, (start, end))
+
+
+def _in_words_of_both(path: Path) -> None:
+    """Say what transformers 5 wrote of a tokenizer in words that 4 knows, and 5 too."""
+    values = json.loads(path.read_text())
+    if values.get("tokenizer_class") != "TokenizersBackend":
+        return
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    values["additional_special_tokens"] = values.pop("extra_special_tokens", [])
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _keep_pixels(directory: Path, model: ModelConfig, data: Any) -> None:
@@ -121,7 +135,10 @@ def _tokenizer(saved: Any, model: ModelConfig, tag: str) -> Any:
         raise ValueError(f"No tokenizer lies with {saved.data.path}, which the run was trained on: put it back there.")
     tokenizer = load_tokenizer(path)
     if tokenizer.convert_tokens_to_ids(tag) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [tag]}, replace_additional_special_tokens=False)
+        # transformers 5 has another name for them, and for the second argument: keep those that are there.
+        further = ("additional_special_tokens", "extra_special_tokens")
+        name = next(each for each in further if each in tokenizer.SPECIAL_TOKENS_ATTRIBUTES or each is further[-1])
+        tokenizer.add_special_tokens({name: [tag]}, False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"  # batches are for generation

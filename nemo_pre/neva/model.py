@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nemo_pre.config.derived import fp8_multiple
 from nemo_pre.config.schema import RopeScalingConfig
 from nemo_pre.device_copies import to_device
+from nemo_pre.neva.blocks import block_output, num_blocks
 from nemo_pre.neva.chunk import VisionLanguageChunk, unwrapped
 from nemo_pre.neva.mixed_attention import MixedAttention, SplitMixedAttention
 from nemo_pre.neva.rotary import VisualRotaryEmbedding, inverse_frequency
@@ -120,6 +121,11 @@ class VisualNevaConfig(TransformerConfig):
     whole_images: bool = False
     labelled_output: bool = False
 
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of the whole decoder, as users count them."""
+        return num_blocks(self.language_transformer_config)
+
     def __post_init__(self) -> None:
         # Not Megatron's: the decoder's configuration has checked itself, and this one has no layers of its own.
         for name in OF_THE_DECODER:
@@ -134,7 +140,8 @@ class VisualNevaConfig(TransformerConfig):
         """This rank's chunk of the virtual pipeline stage ``vp_stage``, with everything that training adds to it.
 
         Raises:
-            ValueError: a second sequence runs beside the samples, and attention would not keep them apart.
+            ValueError: a second sequence runs beside the samples, and attention would not keep them apart; or the
+                decoder takes no positions of each token.
         """
         language = self.language_transformer_config
         for name in (
@@ -152,6 +159,12 @@ class VisualNevaConfig(TransformerConfig):
             "context_parallel_size",
         ):
             setattr(language, name, getattr(self, name))
+        hybrid = getattr(language, "hybrid_layer_pattern", None) is not None
+        if hybrid and (self.explicit_positions or self.mixed_attention):
+            raise ValueError(
+                "A HybridModel takes neither positions of each token nor attention that keeps images apart: set "
+                "model.rope=1d, model.attention=causal and data.packing=false, and leave out LaVer, which needs them."
+            )
         if self.branch and not self.mixed_attention:
             raise ValueError("A sequence beside the samples needs attention that keeps images apart: mixed attention.")
         if self.explicit_positions:
@@ -249,7 +262,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
 
     def decoder_layer(self, number: int) -> nn.Module | None:
         """The decoder layer with this 1-based number in the whole model, if this chunk has it."""
-        return next((layer for layer in self.language_model.decoder.layers if layer.layer_number == number), None)
+        return block_output(self.language_model, number)
 
     def forward(
         self,

@@ -49,8 +49,9 @@ class VisualRotaryEmbedding(nn.Module):
         self.inverse_frequency = inverse_frequency
         self.axes = torch.tensor(axes)
 
-    def forward(self, positions_3BQ: Tensor, mrope_section: object = None) -> Tensor:
-        """Angles float32 ``[Q, B, 1, head_dim]`` of this rank's tokens. ``mrope_section`` is Megatron's and unused."""
+    def forward(self, positions_3BQ: Tensor, mrope_section: object = None, cp_group: object = None) -> Tensor:
+        """Angles float32 ``[Q, B, 1, head_dim]`` of this rank's tokens. ``mrope_section`` and ``cp_group`` are
+        Megatron's and unused: positions are given, of the tokens that this rank has."""
         if self.inverse_frequency.device != positions_3BQ.device:
             self.inverse_frequency = to_device(self.inverse_frequency, positions_3BQ.device)
             self.axes = to_device(self.axes, positions_3BQ.device)

@@ -20,6 +20,7 @@ from nemo_pre.config.vision_families import (
 )
 from nemo_pre.neva.stored_tower import StoredTower
 
+WITH_INNER_MODEL = ("clip", "siglip")  # of transformers 4: the tower's weights are those of its vision_model
 # Parts of towers that the features of a layer do not depend on: what lies behind all layers, and masking's token.
 BESIDE_LAYERS = ("post_layernorm", "layernorm", "rms_norm", "head", "embeddings.mask_token")
 
@@ -134,6 +135,8 @@ def _tower(vision: VisionConfig) -> nn.Module:
         return build_native_aimv2(vision)
     model_class, config_class = (getattr(transformers, name) for name in classes)
     model: nn.Module = model_class(config_class(**transformers_values(vision)))
+    if vision.family in WITH_INNER_MODEL and not hasattr(model, "vision_model"):
+        model = NamedTower(model)
     return model
 
 
@@ -143,6 +146,7 @@ def _load(tower: Any, directory: str) -> None:
     Raises:
         ValueError: one is missing there, or has another shape.
     """
+    tower = tower.vision_model if isinstance(tower, NamedTower) else tower
     loaded, report = type(tower).from_pretrained(
         directory,
         config=tower.config,
@@ -156,6 +160,18 @@ def _load(tower: Any, directory: str) -> None:
     if unfit:
         raise ValueError(f"{directory} has no weights that fit {unfit[0]} ({len(unfit)} in all): name a whole tower.")
     tower.load_state_dict(loaded.state_dict())
+
+
+class NamedTower(nn.Module):
+    """A tower of transformers 5 under the names that transformers 4 has for its weights: those of checkpoints, which
+    no version of a library may change."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = tower
+
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
+        return self.vision_model(pixel_values, **options)
 
 
 def encoder_features(tower: nn.Module, pixels: Tensor, feature_layer: int, num_tokens: int) -> Tensor:

@@ -4,29 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_pre.config.module_rates import learning_rate
 from nemo_pre.config.run import RunConfig
-from nemo_pre.config.schema import OptimConfig
-from nemo_pre.objectives.registry import trained
 from nemo_pre.whole_numbers import part_nearest
-
-# Which part of the model a parameter belongs to, by its name without the wrappers' "module." prefixes; what objectives
-# train has lr_heads.
-MODULE_RATES = {
-    "vision_model.": "lr_vision",
-    "vision_projection.": "lr_projector",
-    "language_model.": "lr_language",
-}
-
-
-def learning_rate(name: str, optim: OptimConfig) -> float:
-    """Peak learning rate of the parameter called ``name``; a module without a rate of its own has ``optim.lr``."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    for prefix, field in (MODULE_RATES | dict.fromkeys(trained(), "lr_heads")).items():
-        if name.startswith(prefix):
-            own = getattr(optim, field)
-            return optim.lr if own is None else own  # 0 is a rate, not an absent one
-    raise AssertionError(f"parameter {name} belongs to no module with a learning rate")
 
 
 def build_optimizer(config: RunConfig) -> Any:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from nemo_pre.config.run import RunConfig
 from nemo_pre.options import Count, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, Arm, chosen
+from nemo_pre.study.prepare_real import ENCODER, FEATURES, Starts, layers_of, start_directory, write_text
 from nemo_pre.study.real_arms import RANDOM, real_arms, real_depths, real_first_stages, run_order
 from nemo_pre.study.runs import StudyRun
 
@@ -69,7 +70,6 @@ def study(
     """
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.launch.ranks import RankFailure
-    from nemo_pre.study.prepare_real import Starts, layers_of, write_text
     from nemo_pre.study.real_page import write_real
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
 
@@ -145,7 +145,6 @@ def study(
 
 def _read_encoder(root: Path) -> dict[str, Any] | None:
     from nemo_pre.study.naming import DESCRIPTION
-    from nemo_pre.study.prepare_real import ENCODER
 
     file = root / ENCODER / DESCRIPTION
     return json.loads(file.read_text()) if file.is_file() else None
@@ -236,8 +235,6 @@ class Plan:
         return StudyRun(kind, seed, directory, (), 0, 0.0, f"{self.data}/val_style", self.diagnose, model=model)
 
     def _overrides(self, arm: Arm, seed: int, order: int, steps: int, rate: float) -> tuple[str, ...]:
-        from nemo_pre.study.prepare_real import FEATURES
-
         return (
             "experiment=smollm2_135m_emoji_pre",
             "model=of_init_from",
@@ -253,8 +250,3 @@ class Plan:
             f"trainer.micro_batch_size={BATCH}",
             "trainer.log_every=1",
         )
-
-
-def start_directory(root: Path, seed: int, is_random: bool) -> Path:
-    """The model that a seed's first stage starts from."""
-    return root / f"{'random_' if is_random else ''}start_seed{seed}"

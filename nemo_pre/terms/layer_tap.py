@@ -36,15 +36,20 @@ class LayerTap:
     def start_step(self) -> None:
         self._to_recompute.clear()
 
-    def _on_output(self, layer: nn.Module, _: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def _on_output(self, layer: nn.Module, _: Any, output: Any) -> Any:
         if not self._chunk.observed:
             return output
+        if isinstance(output, Tensor):  # a Mamba layer's
+            return self._visited(layer, output)
         hidden_states, context = output
+        return self._visited(layer, hidden_states), context
+
+    def _visited(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         micro_batch = self._chunk.micro_batch
         assert micro_batch is not None
         if layer.training and not torch.is_grad_enabled():
             self._to_recompute.append(micro_batch)
-            return output
+            return hidden_states
         if self._to_recompute and torch.is_grad_enabled():
             micro_batch = self._to_recompute.popleft()
-        return self._visit(self._number, micro_batch, hidden_states), context
+        return self._visit(self._number, micro_batch, hidden_states)

@@ -109,7 +109,7 @@ class LayerTerm(Term):
 
     def prepare(self, model: VisualModelConfig) -> None:
         self.model = model
-        num_layers = model.language_transformer_config.num_layers
+        num_layers = model.decoder_layers
         self.layers = target_layers(self.options.layers, num_layers, f"objective.{self.name}.layers")
         self.prepare_model(model)
 

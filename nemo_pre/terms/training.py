@@ -2,8 +2,8 @@
 
 Nothing in :mod:`nemo_pre.terms` and in an objective's own files imports Lightning or NeMo. Another framework runs them
 all by offering a :class:`Training`, whose chunks are :class:`VisualChunk`, and by calling a term's methods when they
-are due (:class:`nemo_pre.terms.term.Term` says when); NeMo's are :mod:`nemo_pre.callbacks.term_callback` and
-:mod:`nemo_pre.neva.model`.
+are due (:class:`nemo_pre.terms.term.Term` says when). There are two: NeMo's callbacks
+(:mod:`nemo_pre.callbacks.term_callback`), and :mod:`nemo_pre.core` for a loop of one's own.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class VisualModelConfig(Protocol):
         language_transformer_config: Megatron's, of the decoder.
         vision_transformer_config: the tower's, with ``image_mean`` and ``image_std`` of the pixels it is fed.
         vision_projection_config: the projector's, with ``input_size`` and ``configure_model()``.
+        decoder_layers: layers of the whole decoder, as users count them.
         parts: what terms add, each by a name of its own, in the order in which chunks are given it.
         branch: whether a second sequence runs beside the samples.
         whole_images: whether micro-batches say how images that ranks cut are brought together.
@@ -74,6 +75,10 @@ class VisualModelConfig(Protocol):
     language_transformer_config: Any
     vision_transformer_config: Any
     vision_projection_config: Any
+
+    @property
+    def decoder_layers(self) -> int: ...
+
     parts: dict[str, ModelPart]
     branch: bool
     whole_images: bool
@@ -93,7 +98,7 @@ class VisualChunk(Protocol):
         config: of the whole model.
         pre_process: whether the encoder, the projector and the embedding belong to it.
         post_process: whether the output layer does.
-        language_model: its part of the decoder (Megatron's ``GPTModel``).
+        language_model: its part of the decoder (Megatron's ``GPTModel`` or ``HybridModel``).
         vision_projection: the projector, on the first stage.
         on_micro_batch: called when a micro-batch enters this chunk.
         on_visual_tokens: called on the first stage with each micro-batch's visual tokens.

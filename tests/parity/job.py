@@ -1,6 +1,7 @@
-"""The rank's side of a parity test: one NeMo run whose losses and gradients are recorded.
+"""The rank's side of a parity test: one run whose losses and gradients are recorded, on the backend that is there.
 
-It is the product's own run (its trainer, strategy, model and callbacks); only the data and the weights are given.
+With NeMo it is the product's own run (its trainer, strategy, model and callbacks); only the data and the weights are
+given. Without it is a loop on Megatron-Core (:mod:`tests.parity.core_job`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from unittest import mock
 
 from torch import Tensor
 
+from tests.backend import BACKEND, NEMO
 from tests.parity.layouts import world_size
 
 # steps[step][data-parallel rank][micro-batch]: a batch in NeVA's raw format
@@ -31,7 +33,9 @@ class Job:
         laver: fields of LaVerConfig; None runs without LaVer.
         viral: fields of ViralConfig; None runs without VIRAL. Features of an external target come with the data.
         model: fields of ModelConfig (attention, rope).
-        steps: the data; every step sees the same weights.
+        steps: the data; every step sees the same weights, unless the job ``trains``.
+        optim: fields of OptimConfig that differ from the tiny run's.
+        trains: the optimizer's steps stay, and the weights after each are recorded.
         state: the whole model's weights.
         teacher: the weights of LaVer's teacher, named as the student's.
         language: fields of LanguageConfig that differ from the tiny model's.
@@ -41,6 +45,8 @@ class Job:
         settings: attributes of NeVA's and the language model's config, over what the product sets.
         bucket_size: parameters whose gradients are reduced together; None: Megatron's 40 million, here all.
         objective: a module's function that makes a further objective's callback.
+        model_kind: ``own``; on plain Megatron-Core also ``hybrid``, a HybridModel as decoder, and ``llava``, its
+            LLaVAModel.
         gradient_factor: multiplies injected gradients: what the tests must notice.
     """
 
@@ -61,6 +67,9 @@ class Job:
     teacher: dict[str, Tensor] = field(default_factory=dict)
     bucket_size: int | None = None
     objective: Callable[[], Any] | None = None
+    optim: dict[str, Any] = field(default_factory=dict)
+    trains: bool = False
+    model_kind: str = "own"
 
     @property
     def world_size(self) -> int:
@@ -71,20 +80,27 @@ class Job:
 class StepRecord:
     """What a rank saw of one step: the logged metrics, its shards of the gradient, and what LaVer masked.
 
-    ``masks`` has one mask of visual tokens for every micro-batch.
+    ``masks`` has one mask of visual tokens for every micro-batch; ``weights`` are those after the step, of a job that
+    trains.
     """
 
     metrics: dict[str, float]
     gradients: list[Any]
     masks: list[Tensor] = field(default_factory=list)
+    weights: list[Any] = field(default_factory=list)
 
 
 def train(job: Job) -> list[StepRecord]:
-    """On a rank: run ``job``; returns what each step gave."""
-    from nemo_pre.compat import cpu_backend
+    """On a rank: run ``job`` on this environment's backend; returns what each step gave."""
+    if BACKEND == NEMO:
+        return train_with_nemo(job)
+    from tests.parity import core_job
 
-    cpu_backend.apply()
-    from nemo_pre.train import build_model, build_trainer, objective_callbacks
+    return core_job.train(job)
+
+
+def run_of(job: Job) -> Any:
+    """The job as a run's configuration."""
     from tests.parity.shape import tiny_run
 
     micro_batches = job.steps[0][0]
@@ -105,7 +121,21 @@ def train(job: Job) -> list[StepRecord]:
     if job.max_length is not None:
         run.data.sequence_length = job.max_length
     run.data.packing = job.packing
-    recorder = build_recorder(job.state, job.teacher)
+    for name, value in job.optim.items():
+        assert hasattr(run.optim, name), name
+        setattr(run.optim, name, value)
+    return run
+
+
+def train_with_nemo(job: Job) -> list[StepRecord]:
+    from nemo_pre.compat import cpu_backend, learning_rates
+
+    cpu_backend.apply()
+    learning_rates.apply()
+    from nemo_pre.train import build_model, build_trainer, objective_callbacks
+
+    run = run_of(job)
+    recorder = build_recorder(job)
     further = [] if job.objective is None else [job.objective()]
     callbacks = [*objective_callbacks(run), *further, recorder]
     trainer = build_trainer(run, on_gpu=False, callbacks=callbacks)
@@ -120,6 +150,12 @@ def train(job: Job) -> list[StepRecord]:
     return recorder.records
 
 
+def masks_of(batches: list[dict[str, Any]]) -> list[Tensor]:
+    """What LaVer masks of each of a step's planned micro-batches."""
+    planned = [batch["micro_batch"] for batch in batches]
+    return [micro_batch.branch.masked_N for micro_batch in planned if micro_batch.branch is not None]
+
+
 @contextmanager
 def width_of_stored_targets() -> Iterator[None]:
     """No directory of features is there to ask for their width."""
@@ -130,39 +166,37 @@ def width_of_stored_targets() -> Iterator[None]:
         yield
 
 
-def build_recorder(state: dict[str, Tensor], teacher: dict[str, Tensor]) -> Any:
+def build_recorder(job: Job) -> Any:
     from lightning.pytorch.callbacks import Callback
 
     from nemo_pre.callbacks.step_planning import step_planning
     from nemo_pre.neva.model import model_chunks
     from nemo_pre.parallel.micro_batch import raw_batch
-    from tests.ranks.sharded import gather_gradients, gradient_shards, load_full
+    from tests.ranks.sharded import gather_gradients, gradient_shards, weight_shards
 
     class Recorder(Callback):
-        """Puts the given weights in before each step; notes gradients once they are final."""
+        """Puts the given weights in before each step, or the first; notes gradients once they are final."""
 
         def __init__(self) -> None:
             self.records: list[StepRecord] = []
 
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            chunks = model_chunks(trainer)
-            if teacher:
-                load_full(chunks, {**state, **teacher})
-                for chunk in chunks:
-                    chunk.laver_teacher.update(0.0)  # it is the student now
-            load_full(chunks, state)
+            if job.trains and self.records:
+                return
+            load_weights(job, model_chunks(trainer))
             for optimizer in trainer.optimizers:
                 optimizer.mcore_optimizer.reload_model_params()
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             gather_gradients([chunk.module for chunk in trainer.strategy.megatron_parallel])
-            planned = [raw_batch(item)["micro_batch"] for item in step_planning(trainer).items]
-            masks = [micro_batch.branch.masked_N for micro_batch in planned if micro_batch.branch is not None]
-            self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer)), masks))
+            batches = [raw_batch(item) for item in step_planning(trainer).items]
+            self.records.append(StepRecord({}, gradient_shards(model_chunks(trainer)), masks_of(batches)))
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.records[-1].metrics = metrics
+            if job.trains:
+                self.records[-1].weights = weight_shards(model_chunks(trainer))
 
     return Recorder()
 
@@ -195,6 +229,17 @@ def build_data(job: Job, run: Any) -> Any:
             return DataLoader([0])  # type: ignore[arg-type]
 
     return GivenData()
+
+
+def load_weights(job: Job, chunks: list[Any]) -> None:
+    """Put the job's weights in, the teacher's first."""
+    from tests.ranks.sharded import load_full
+
+    if job.teacher:
+        load_full(chunks, {**job.state, **job.teacher})
+        for chunk in chunks:
+            chunk.laver_teacher.update(0.0)  # it is the student now
+    load_full(chunks, job.state)
 
 
 @contextmanager

@@ -6,7 +6,10 @@ Tests name them in a parameter ``layout``; those of one layout run one after the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one-rank": {},
@@ -46,3 +49,13 @@ EVERY_LAYOUT = LAYOUTS | PRODUCTS
 
 def world_size(parallel: dict[str, Any]) -> int:
     return math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipeline", "context", "data"))
+
+
+# Those of the tests that hold on both backends (:mod:`tests.backend`).
+CORE = ("one-rank", "TP2-SP", "PP2", "PP2-VPP2", "CP2", "DP2-sharded-optimizer", "TP2-SP-PP2-CP2-DP2")
+
+
+def on_both(layouts: Iterable[str], core: Iterable[str] = CORE) -> list[Any]:
+    """The layouts as parameters of a test, those in ``core`` marked to be run on plain Megatron-Core too."""
+    chosen = set(core)
+    return [pytest.param(name, marks=pytest.mark.core) if name in chosen else name for name in layouts]

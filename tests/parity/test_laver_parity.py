@@ -23,7 +23,7 @@ import torch
 
 from nemo_pre.objectives.laver.masks import visual_token_masks
 from tests.parity.job import Job
-from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS
+from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS, on_both
 from tests.parity.test_parity import IMAGES, LOSS_LM, LOSS_PRE, batches, disagreements, remembered, run
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
@@ -134,7 +134,7 @@ def check(job: Job, config: LaVerReferenceConfig) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+@pytest.mark.parametrize("layout", on_both(EVERY_LAYOUT))
 def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(layout):
     answers = check(*case(layout))
     assert sum(answer["masked"] for answer in answers) > 10
@@ -145,7 +145,9 @@ def test_losses_and_gradients_of_one_micro_batch_without_pre(layout):
     check(*case(layout, num_microbatches=1, pre_layers=()))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"])
+@pytest.mark.parametrize(
+    "layout", on_both(["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"], ["TP2-SP", "PP2"])
+)
 def test_the_released_codes_variant(layout):
     job, config = case(layout, RELEASED_CODE, rope="mrope")
     check(replace(job, steps=job.steps[:1]), config)  # the centre, which the oracle is not told, is 0 in step 0
@@ -216,7 +218,7 @@ def test_images_cut_off_by_the_maximum_length(layout):
     check(replace(job, steps=steps, max_length=12), replace(config, max_sequence_length=12))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "PP2", "DP2"])
+@pytest.mark.parametrize("layout", on_both(["one-rank", "PP2", "DP2"], ["PP2"]))
 def test_an_injected_gradient_wrong_by_a_factor_of_two_is_noticed_wherever_it_reaches(layout):
     job, config = case(layout, pre_layers=())
     job = replace(job, steps=job.steps[:1])

@@ -16,7 +16,7 @@ import torch
 from nemo_pre.objectives.schedules import ScheduleConfig
 from tests.parity import test_laver_parity as with_laver
 from tests.parity.job import Job
-from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS
+from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS, on_both
 from tests.parity.test_parity import (
     GRADIENT,
     LOSS_LM,
@@ -100,13 +100,13 @@ def check(job: Job, config: ReferenceConfig, weights: Sequence[float] | None = N
         assert not wrong, f"step {step}: {wrong}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", on_both(LAYOUTS))
 def test_the_direct_form_with_a_head_for_each_of_two_layers(layout: str) -> None:
     """Where axes multiply the relational form is compared, which has its heads, target, taps and scale, and more."""
     check(*case(layout, SEPARATE))
 
 
-@pytest.mark.parametrize("layout", EVERY_LAYOUT)
+@pytest.mark.parametrize("layout", on_both(EVERY_LAYOUT))
 def test_the_relational_form_with_a_head_for_each_of_two_layers(layout: str) -> None:
     check(*case(layout, SIMILARITY))
 
@@ -172,7 +172,7 @@ def test_beside_pre(layout: str) -> None:
     check(*case(layout, SIMILARITY, pre_layers=(3,)))
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "CP2"])
+@pytest.mark.parametrize("layout", on_both(["one-rank", "TP2-SP", "PP2", "CP2"], ["PP2"]))
 def test_beside_pre_and_laver(layout: str) -> None:
     """A rank's hidden states hold LaVer's branch behind the samples."""
     job, config = with_laver.case(layout)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from tests.backend import BACKEND, NEMO
+
 # Modules that keep a run's state in their globals, and which globals those are.
 LOOPS = tuple(f"lightning.pytorch.loops.{loop}_loop" for loop in ("fit", "evaluation", "prediction"))
 KEEPERS = {
@@ -23,8 +25,9 @@ KEEPERS = {
     "megatron.core.num_microbatches_calculator": r"_[A-Z0-9_]+",
     "megatron.core.rerun_state_machine": r"_[A-Z0-9_]+",
     "megatron.core.tensor_parallel.random": r"_[A-Z0-9_]+",
-    **dict.fromkeys(LOOPS, "_select_data_fetcher"),  # NeMo's strategy wraps it, once more for every trainer
 }
+if BACKEND == NEMO:  # whose strategy wraps it, once more for every trainer
+    KEEPERS |= dict.fromkeys(LOOPS, "_select_data_fetcher")
 
 
 @dataclass
@@ -52,8 +55,6 @@ class Beginning:
         import torch
         import torch.distributed as dist
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-        from nemo.utils.app_state import AppState
-        from nemo.utils.metaclasses import Singleton
 
         from nemo_pre.compat import distributed_setup
 
@@ -64,7 +65,11 @@ class Beginning:
         _empty_what_holds_groups()
         for name, values in self.globals.items():
             vars(importlib.import_module(name)).update(values)
-        Singleton._Singleton__instances.pop(AppState, None)
+        if BACKEND == NEMO:
+            from nemo.utils.app_state import AppState
+            from nemo.utils.metaclasses import Singleton
+
+            Singleton._Singleton__instances.pop(AppState, None)
         distributed_setup.revert()  # the run's seed and time-out
         os.environ.clear()
         os.environ.update(self.environment)

@@ -164,7 +164,21 @@ def vision_tower(config: ReferenceConfig) -> torch.nn.Module:
         "siglip_vision_model": SiglipVisionModel,
         "aimv2_vision_model": Aimv2VisionModel,
     }
-    return family[config.vision.model_type](config.vision).eval()
+    tower: torch.nn.Module = family[config.vision.model_type](config.vision)
+    if config.vision.model_type in ("clip_vision_model", "siglip_vision_model") and not hasattr(tower, "vision_model"):
+        tower = _Named(tower)
+    return tower.eval()
+
+
+class _Named(torch.nn.Module):
+    """A tower of transformers 5 under the names that transformers 4 has for its weights, which are a checkpoint's."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        super().__init__()
+        self.vision_model = tower
+
+    def forward(self, pixels: Tensor, **options: Any) -> Any:
+        return self.vision_model(pixels, **options)
 
 
 def encode_image(image: Any, tower: torch.nn.Module, state: dict[str, Tensor], config: ReferenceConfig) -> Tensor:
