@@ -1,9 +1,9 @@
 """The record of all recipes' rehearsals: a JSON file, and the table that is made of it.
 
-An entry is as old as the code while these are as they were: the recipe's configuration (its digest), the code that
-rehearses (a digest of its statements), the plan, and what a rehearsal at a layer a chunk finds. The first three are
-compared at every test, for every entry; the last for a few recipes, and for all by ``make rehearse``: a commit that
-changes nothing that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
+An entry is as old as the code while these are as they were: what the recipe sets (a digest), the code that rehearses
+(a digest of its statements), the plan, and what a rehearsal at a layer a chunk finds. The first three are compared at
+every test, for every entry; the last for a few recipes, and for all by ``make rehearse``: a commit that changes nothing
+that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
 """
 
 from __future__ import annotations
@@ -90,11 +90,23 @@ def words_of(run: str) -> list[str]:
 
 
 def digest(config: RunConfig) -> str:
-    """The first 16 hex digits of the SHA-256 of the run's options, but for where it lies and what it is called."""
-    values = asdict(config)
+    """The first 16 hex digits of the SHA-256 of the options that a run sets to other values than their defaults, but
+    for where it lies and what it is called: an option that is new, at its default, makes no entry old."""
+    values = _set(asdict(config), asdict(RunConfig()))
     for name in ("name", "output_dir", "experiment", "init_from", "vision_from", "dry_run", "resume", "platform"):
-        values.pop(name)
+        values.pop(name, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _set(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = _set(value, default), {}
+        if value != default:
+            found[name] = value
+    return found
 
 
 @cache

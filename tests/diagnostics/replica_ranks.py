@@ -28,6 +28,7 @@ class MadeUp:
     fit: list[int]
     test: list[int]
     tasks: Any = (ProbeTask("count", 2),)
+    objects: Any = None
 
     def fit_samples(self) -> Iterator[DiagnosticSample]:
         return map(_sample, self.fit)

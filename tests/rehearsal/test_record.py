@@ -42,6 +42,21 @@ def test_an_entry_is_old_when_the_recipe_changes_or_more_layers_are_asked_for(re
     assert record.why_again(entry, longer, 2) == "its configuration is another"
 
 
+def test_an_option_that_is_new_makes_no_entry_old(rehearsed, monkeypatch):
+    """Entries take minutes each; what another default would change is found as what other code would."""
+    config, asdict = rehearsed.config, record.asdict
+
+    def with_a_new_one(given):
+        values = asdict(given)
+        return {**values, "trainer": {**values["trainer"], "new": given.trainer is config.trainer and 1}}
+
+    before = record.digest(config)
+    monkeypatch.setattr(record, "asdict", lambda given: {**asdict(given), "new": {"a": 1, "b": None}, "newer": 3})
+    assert record.digest(config) == before
+    monkeypatch.setattr(record, "asdict", with_a_new_one)
+    assert record.digest(config) != before, "set to something else than its default"
+
+
 def test_an_entry_is_old_when_the_code_finds_something_else(rehearsed):
     facts = record.facts(rehearsed.found[0])
     assert record.differences([facts], [facts]) == []
