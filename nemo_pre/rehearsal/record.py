@@ -2,8 +2,8 @@
 
 An entry is as old as the code while these are as they were: what the recipe sets (a digest), the code that rehearses
 (a digest of its statements), the plan, and what a rehearsal at a layer a chunk finds. The first three are compared at
-every test, for every entry; the last for a few recipes, and for all by ``make rehearse``: a commit that changes nothing
-that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
+every test, for every entry; the last for a few recipes, and for all by ``make rehearse``: a commit that changes
+nothing that can be measured leaves the record valid, and one that does makes it old whatever file it touches.
 """
 
 from __future__ import annotations
