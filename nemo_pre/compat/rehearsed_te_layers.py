@@ -184,7 +184,7 @@ def _output_gradient(layer: _Layer, gradient: Tensor, recipe: Recipe | None, col
 
 
 def _weight_gradient(gradient: Any, total: Any, layer: _Layer, recipe: Recipe | None) -> tuple[Tensor, Tensor | None]:
-    """The weight's gradient of ``[M, N]`` and ``[M, K]``, and the bias', which comes from the same kernel."""
+    """The product of ``[M, N]`` and ``[M, K]``, and the bias' gradient, which comes from the same kernel."""
     if recipe is None:
         made = torch.mm(gradient.t(), total)
     else:

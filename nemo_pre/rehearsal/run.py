@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nemo_pre.config.run import RunConfig
@@ -131,10 +131,10 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
     config, left_out = rehearsable(config)
     whole = config.model.language.num_layers
     measured = as_rehearsed(config, wishes.layers)
-    matched = as_rehearsed(config, num_chunks(config.parallel))
+    matched = as_matched(config)
     for_memory = places_for_memory(measured, wishes.stages, second=wishes.messages)
     for_messages = places_for_messages(matched) if wishes.messages else []
-    together = measured.model.language.num_layers == matched.model.language.num_layers
+    together = measured == matched
     crews = [(measured, sorted({*for_memory, *(for_messages if together else [])}))]
     if for_messages and not together:
         crews.append((matched, for_messages))
@@ -185,6 +185,17 @@ def as_rehearsed(config: RunConfig, layers: int | None) -> RunConfig:
     if layers is not None:
         config = cut_depth(config, layers)
     return rehearsed_run(config, len(special_kinds(config)))
+
+
+def as_matched(config: RunConfig) -> RunConfig:
+    """The run whose ranks' calls are matched: a layer a chunk, and of an interleaved pipeline, whose passes are many,
+    one round of micro-batches through all chunks."""
+    run, layout = as_rehearsed(config, num_chunks(config.parallel)), config.parallel
+    if not layout.virtual_pipeline:
+        return run
+    micro_batches = -(-(1 + len(special_kinds(config))) // layout.pipeline) * layout.pipeline
+    batch = micro_batches * run.trainer.micro_batch_size * layout.data
+    return replace(run, trainer=replace(run.trainer, global_batch_size=batch))
 
 
 class _Clock:
