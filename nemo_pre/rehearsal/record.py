@@ -253,7 +253,7 @@ the figures are and what a rehearsal cannot see. Peaks are GiB of a rank, with A
 buffers; *plan* is what `nemo-pre plan` says without them, and by how much it is above (+) or under (-) the rehearsed
 peak. *Layers* are the decoder layers that were rehearsed: with fewer than all of them the peak is not the run's.
 *Met* are the messages and collectives of all stages, two replicas and a second tensor-parallel rank that found each
-other, at a layer a chunk. Nothing here was measured on a GPU.
+other, at a layer a chunk. `NAME+fp8_...` is the recipe in FP8. Nothing here was measured on a GPU.
 
 | recipe | layers | rank | peak | plan | | host waits a step | met | problems | commit | verified on a GPU |
 |---|---|---|---|---|---|---|---|---|---|---|

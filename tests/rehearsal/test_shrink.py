@@ -11,6 +11,7 @@ from nemo_pre.objectives.registry import enabled
 from nemo_pre.planner.chunks import chunks_of_stages, num_chunks
 from nemo_pre.planner.schedule import peak
 from nemo_pre.rehearsal.batches import special_kinds
+from nemo_pre.rehearsal.run import as_matched, as_rehearsed
 from nemo_pre.rehearsal.shrink import STEPS, cut_depth, filling_micro_batches, rehearsed_run
 
 
@@ -76,3 +77,17 @@ def test_micro_batches_fill_every_stage_as_any_number_would(pipeline, virtual, e
     for stage in range(pipeline):
         held = [peak(stage, pipeline, count, [1.0] * chunks, [0.0] * chunks) for count in (number, 4 * pipeline)]
         assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(
+    "name, micro_batches",
+    [("siglip2_qwen25_72b_laver_stage2_knowledge", 8), ("digits_tiny_pre", 3), ("llava15_7b_stage1_align", 2)],
+)
+def test_calls_of_an_interleaved_pipeline_are_matched_over_one_round_of_micro_batches(name, micro_batches):
+    """Others with as many as their memory is measured with."""
+    config = compose_run([f"experiment={name}"])
+    run, whole = as_matched(config), as_rehearsed(config, num_chunks(config.parallel))
+    per_micro_batch = run.trainer.micro_batch_size * run.parallel.data
+    assert run.trainer.global_batch_size == micro_batches * per_micro_batch <= whole.trainer.global_batch_size
+    assert (run == whole) is (run.parallel.virtual_pipeline is None)
+    assert run.model.language.num_layers == num_chunks(config.parallel)
