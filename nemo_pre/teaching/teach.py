@@ -80,7 +80,9 @@ def teach(
     words: dict[str, Any] = {"data": data, "experiment": experiment, "name": name, "steps": steps, "batch": batch}
     words |= {"learning_rate": learning_rate, "seed": seed, "precision": precision, "platform": platform}
     given = [f"{key}={value}" for key, value in words.items() if value is not None]
-    facts = provenance(run, manifest, shlex.join(["nemo-pre", "teach", out, *given, *options]), accuracy)
+    # Where it was written is nobody's business who reads it elsewhere.
+    command = shlex.join(["nemo-pre", "teach", Path(out).name, *given, *options])
+    facts = provenance(run, manifest, command, accuracy)
     with appearing(Path(out)) as unfinished:
         write_tower(teacher, run, facts, unfinished)
     for split, found in accuracy.items():

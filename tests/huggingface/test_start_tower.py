@@ -80,27 +80,30 @@ def test_a_tower_within_a_whole_model_will_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, sentence",
+    "words, sentence",
     [
         ("model.vision.num_layers=3", "model.vision.num_layers=3 but the tower of vision_from=digits has 4"),
         ("model.vision.hidden_size=64", "model.vision.hidden_size=64 but the tower of vision_from=digits has 96"),
         ("model.vision.patch_size=16", "set model.vision.patch_size=8, or vision_from=null"),
-        ("model.vision.image_size=96", "model.vision.image_size=96 but"),
-        ("model.vision.family=siglip", "model.vision.family=siglip but the tower of vision_from=digits has clip"),
+        ("model.vision.image_size=96 data.sequence_length=176", "model.vision.image_size=96 but"),
+        (
+            "model.vision.family=siglip model.vision.drop_class_token=false",
+            "model.vision.family=siglip but the tower of vision_from=digits has clip",
+        ),
         ("model.vision.image_mean=[0.5,0.5,0.5]", "set model.vision.image_mean=[0.166,0.166,0.166]"),
         ("data.image_filter=bilinear", "set data.image_filter=bicubic"),
         ("vision_from=nowhere", "vision_from=nowhere is not a directory: .* one that comes along: digits"),
         ("vision_from=./digits", "vision_from=./digits is not a directory"),
     ],
 )
-def test_what_is_another_tower_is_refused_by_name_before_anything_starts(word, sentence, digits, tmp_path):
-    run = compose_run([*TAUGHT, f"data.path={digits}", f"output_dir={tmp_path / 'run'}", word])
+def test_what_is_another_tower_is_refused_by_name_before_anything_starts(words, sentence, digits, tmp_path):
+    run = compose_run([*TAUGHT, f"data.path={digits}", f"output_dir={tmp_path / 'run'}", *words.split()])
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[").replace("/", "[/]")):
         check_run(run)
 
 
 def test_a_family_that_is_built_of_nothing_but_a_run_is_refused(digits, tmp_path):
-    of_patches = ["model.vision.family=patch_mlp", "model.vision.num_layers=0", "optim.freeze_vision=false"]
+    of_patches = ["model.vision.family=patch_mlp", "model.vision.num_layers=0", "model.vision.drop_class_token=false"]
     with pytest.raises(ValueError, match="vision_from=digits starts no patch_mlp: set it to null"):
         check_run(compose_run([*TAUGHT, f"data.path={digits}", f"output_dir={tmp_path / 'run'}", *of_patches]))
 

@@ -74,9 +74,7 @@ def test_the_same_command_gives_the_same_tower_and_says_where_it_is_from(digits,
     assert all(torch.equal(one[key], two[key]) for key in one)
     facts = read_provenance(tmp_path / "one")
     assert facts["seed"] == 3 and facts["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert facts["command"].startswith(
-        f"nemo-pre teach {tmp_path / 'one'} data={digits} experiment=digits_tiny steps=3"
-    )
+    assert facts["command"].startswith(f"nemo-pre teach one data={digits} experiment=digits_tiny steps=3")
     assert facts["command"].endswith("model.vision.num_layers=1")
     assert set(facts["accuracy"]) == {"val"} and facts["accuracy"]["val"]["patches"] > 0
     card = (tmp_path / "one" / "README.md").read_text()
