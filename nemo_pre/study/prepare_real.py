@@ -31,6 +31,11 @@ def layers_of(language: Path) -> int:
         ) from error
 
 
+def start_directory(root: Path, seed: int, is_random: bool) -> Path:
+    """The model that a seed's first stage starts from."""
+    return root / f"{'random_' if is_random else ''}start_seed{seed}"
+
+
 @dataclass(frozen=True)
 class Starts:
     """``common``: overrides of all runs."""
@@ -48,8 +53,6 @@ class Starts:
         Raises:
             RunFailed: a verb failed.
         """
-        from nemo_pre.study.real import start_directory
-
         encoder = self.root / ENCODER
         if not encoder.exists():
             self._run("study encoder", [self.data, self.language, encoder, f"steps={self.encoder_steps}"])

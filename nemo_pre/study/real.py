@@ -222,6 +222,8 @@ class Plan:
         return found
 
     def _first_stage(self, stage: Arm, seed: int) -> StudyRun:
+        from nemo_pre.study.prepare_real import start_directory
+
         start = start_directory(self.root, seed, stage.name.endswith(RANDOM))
         overrides = (
             *self._overrides(stage, seed, seed, self.first_steps, FIRST_RATE),
@@ -236,6 +238,8 @@ class Plan:
         return StudyRun(stage.name, seed, directory, overrides, self.first_steps, 0.7, data, self.diagnose)
 
     def _start(self, kind: str, seed: int) -> StudyRun:
+        from nemo_pre.study.prepare_real import start_directory
+
         model = start_directory(self.root, seed, kind.startswith(RANDOM))
         directory = self.root / f"{kind}_measured_seed{seed}"
         return StudyRun(kind, seed, directory, (), 0, 0.0, f"{self.data}/val_style", self.diagnose, model=model)
@@ -257,8 +261,3 @@ class Plan:
             f"trainer.micro_batch_size={BATCH}",
             "trainer.log_every=1",
         )
-
-
-def start_directory(root: Path, seed: int, is_random: bool) -> Path:
-    """The model that a seed's first stage starts from."""
-    return root / f"{'random_' if is_random else ''}start_seed{seed}"
