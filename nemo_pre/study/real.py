@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.options import Count, PathText, rule_of
+from nemo_pre.options import Count, CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, Arm, chosen
 from nemo_pre.study.naming import IMAGE_SIZE
 from nemo_pre.study.real_arms import RANDOM, real_arms, real_depths, real_first_stages, run_order
@@ -40,7 +40,7 @@ def study(
     num_fit: Count = 1500,
     val_samples: Count = 320,
     at_a_time: Count = 1,
-    most_runs: Count | None = None,
+    most_runs: CountOrNone | None = None,
     precision: str = "bf16",
     platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
     dry_run: bool = False,
