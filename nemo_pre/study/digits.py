@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from nemo_pre.config.run import RunConfig
 from nemo_pre.options import CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, FROZEN, SECOND_STAGE, Arm, chosen, depths, digits_arms, first_stages
-from nemo_pre.study.runs import StudyRun
+from nemo_pre.study.runs import RunFailed, StudyRun
 
 RECORDS = 6  # diagnostics during a run
 
@@ -107,8 +107,11 @@ def study(
         if encoder_steps:
             device = "cuda" if on_gpu else "cpu"
             encoder = prepare_encoder(run_config, data, Path(runs), encoder_steps, device)
-            for seed in sorted({run.seed for run in ordered}):
-                prepare_start(run_config, Path(runs), seed, language_steps, device)
+            try:
+                for seed in sorted({run.seed for run in ordered}):
+                    prepare_start(run_config, Path(runs), seed, language_steps, device)
+            except RunFailed as failure:
+                raise RankFailure(str(failure)) from failure
         failures = do_all(ordered, plan.starts_from, at_a_time or most, on_gpu)
     settings = {
         "encoder": encoder and {name: encoder[name] for name in ("steps", "accuracy")},

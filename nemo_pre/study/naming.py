@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 VISION, DESCRIPTION = "vision", "encoder.json"
 LEARNING_RATE, SCALE, BATCH, AT_A_TIME = 1e-3, 20.0, 40, 128  # the last: scenes, where nothing is learned
 BLANK_WEIGHT, COLOUR_WEIGHT, PIXEL_WEIGHT = 0.2, 0.3, 0.3
+IMAGE_SIZE = 96  # pixels
 BLANK = 0  # the class of a patch that shows no picture; concepts count from 1
 
 
@@ -31,8 +32,8 @@ def encoder(
     data: PathText,
     language: PathText,
     out: PathText,
-    steps: Count = 2400,
-    image_size: Count = 96,
+    steps: Count = 12000,
+    image_size: Count = IMAGE_SIZE,
     patch_size: Count = 16,
     width: Count = 192,
     layers: Count = 6,
@@ -67,7 +68,7 @@ def encoder(
     vision = vision_config(image_size, patch_size, width, layers)
     scenes = {split: read_scenes(data, split, vision) for split in manifest.shards}
     with appearing(target) as unfinished:
-        made = _teach(scenes, Path(language), vision, steps, seed)
+        made = _teach(scenes, Path(language), vision, steps, seed, target.with_name(target.name + ".state.pt"))
         made["tower"].save_pretrained(unfinished / VISION)
         _processor(vision).save_pretrained(unfinished / VISION)
         description = {
@@ -190,7 +191,10 @@ def name_embeddings(language: Path, names: list[str]) -> Tensor:
     return torch.nn.functional.normalize(means - means.mean(0), dim=1)
 
 
-def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, steps: int, seed: int) -> dict[str, Any]:
+def _teach(
+    scenes: dict[str, Scenes], language: Path, vision: VisionConfig, steps: int, seed: int, state: Path
+) -> dict[str, Any]:
+    """The tower, the concepts it was taught, and its accuracy; what a killed teaching has left is gone on from."""
     import torch
     from torch import nn
 
@@ -203,6 +207,7 @@ def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, step
     colours = sorted({colour for of in scenes["train"].colours for colour in of if colour})
     torch.manual_seed(seed)
     tower: Any = VisionTowerConfig(vision, seed).configure_model()
+    tower.set_attn_implementation("eager")  # of few tokens, in two thirds of the time
     heads = Heads(vision.hidden_size, embeddings.shape[1], len(colours))
     targets = _targets(scenes["train"], trained, colours)
     num_patches = scenes["train"].instances.shape[1]
@@ -227,7 +232,8 @@ def _teach(scenes: dict[str, Scenes], language: Path, vision: VisionConfig, step
         of_pixels = nn.functional.mse_loss(heads.pixels(found.float()), _patch_colours(pixels, vision.patch_size))
         return names + COLOUR_WEIGHT * of_colour + PIXEL_WEIGHT * of_pixels
 
-    train([*tower.parameters(), *heads.parameters()], loss_of_a_batch, steps, LEARNING_RATE, "encoder")
+    parameters = [*tower.parameters(), *heads.parameters()]
+    train(parameters, loss_of_a_batch, steps, LEARNING_RATE, "encoder", state)
     tower.eval()
     accuracy = {
         split: _accuracy(of, features, heads, embeddings, [*trained, *unseen], len(trained), colours)

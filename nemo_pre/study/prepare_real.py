@@ -63,7 +63,7 @@ class Starts:
                 parts = [f"vision={encoder / VISION}", f"language={language}", f"out={target}"]
                 self._run("import", [*parts, f"seed={seed}", "feature_layer=-1"])
         first = start_directory(self.root, *wanted[0])
-        run = ["experiment=smollm2_135m_emoji_pre", "model=of_init_from", "objective=none", *self.common]
+        run = ["experiment=smollm2_135m_emoji_pre", "objective=none", *self.common]
         frozen = [f"init_from={first}", "optim.freeze_vision=true", f"data.features={self.root / FEATURES}"]
         self._run("data features", [*run, *frozen])  # which of itself does what is missing
 

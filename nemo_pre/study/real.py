@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from nemo_pre.config.run import RunConfig
-from nemo_pre.options import Count, PathText, rule_of
+from nemo_pre.options import Count, CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, Arm, chosen
+from nemo_pre.study.naming import IMAGE_SIZE
 from nemo_pre.study.prepare_real import ENCODER, FEATURES, Starts, layers_of, start_directory, write_text
 from nemo_pre.study.real_arms import RANDOM, real_arms, real_depths, real_first_stages, run_order
-from nemo_pre.study.runs import StudyRun
+from nemo_pre.study.runs import RunFailed, StudyRun
 
 RECORDS = 8  # checkpoints of a second stage, of which every fourth part is diagnosed
 FIRST_RATE, RATE = 1e-3, 2e-4
 BATCH = 16
+SEES = "model=of_init_from", f"model.vision.image_size={IMAGE_SIZE}"
 OUTPUT = "parallel.labelled_output=true"  # a fourth of a step's work is the output layer at tokens without a label
 
 
@@ -32,14 +34,14 @@ def study(
     arms: str | None = None,
     seeds: Count = 3,
     other_seeds: Count = 1,
-    encoder_steps: Count = 2400,
+    encoder_steps: Count = 12000,
     first_steps: Count = 120,
     steps: Count = 320,
     num_images: Count = 400,
     num_fit: Count = 1500,
     val_samples: Count = 320,
     at_a_time: Count = 1,
-    most_runs: Count | None = None,
+    most_runs: CountOrNone | None = None,
     precision: str = "bf16",
     platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
     dry_run: bool = False,
@@ -97,7 +99,7 @@ def study(
     plan = Plan(
         root,
         data,
-        [f"data.path={data}", f"precision={precision}", f"platform={platform}", OUTPUT, *options],
+        [*SEES, f"data.path={data}", f"precision={precision}", f"platform={platform}", OUTPUT, *options],
         tuple(f"{name}={value}" for name, value in measure.items()),
         first_steps,
         steps,
@@ -120,7 +122,10 @@ def study(
                 write_text(own_text)
             _, on_gpu = most_at_a_time(platform)
             starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, precision)
-            starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in ordered}))
+            try:
+                starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in ordered}))
+            except RunFailed as failure:
+                raise RankFailure(str(failure)) from failure
             todo = [run for run in ordered if not run.is_finished][:most_runs]
             failures = do_all(todo, plan.starts_from, at_a_time, on_gpu)
     settings = {
@@ -237,9 +242,8 @@ class Plan:
     def _overrides(self, arm: Arm, seed: int, order: int, steps: int, rate: float) -> tuple[str, ...]:
         return (
             "experiment=smollm2_135m_emoji_pre",
-            "model=of_init_from",
-            *arm.overrides,
             *self.common,
+            *arm.overrides,
             f"data.features={self.root / FEATURES}",
             "optim.freeze_vision=true",
             f"optim.lr={rate}",

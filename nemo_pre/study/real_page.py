@@ -100,7 +100,7 @@ def _state(summary: Summary) -> str:
 
 
 def _label(summary: Summary, arm: str) -> str:
-    return str(summary["arms"][arm]["label"]) if arm in summary["arms"] else arm
+    return str(summary["labels"].get(arm, arm))
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------

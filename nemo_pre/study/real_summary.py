@@ -59,6 +59,7 @@ def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[s
         "format_version": FORMAT_VERSION,
         **(provenance(finished) if finished else {}),
         "settings": dict(settings),
+        "labels": {arm.name: arm.label for arm in arms},
         "runs": [
             {"arm": run.arm, "seed": run.seed, "steps": run.steps, "done": run.steps_done, "finished": run.is_finished}
             for run in second

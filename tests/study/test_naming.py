@@ -99,3 +99,45 @@ def test_wrong_options_are_one_sentence_each(emoji, language, tmp_path, options,
 def test_scenes_without_names_are_refused(digits, language, tmp_path):
     with pytest.raises(ValueError, match="holds no scenes of named pictures"):
         encoder(str(digits), str(language), str(tmp_path / "out"))
+
+
+def test_a_killed_teaching_goes_on_where_it_was(tmp_path, monkeypatch):
+    from nemo_pre.study import training
+
+    def weights(kill_at: int | None) -> torch.Tensor:
+        """Of a map that is taught for six steps, killed before one of them and taught again."""
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 1)
+        taken = 0
+
+        def loss() -> torch.Tensor:
+            nonlocal taken
+            if taken == kill_at:
+                raise KeyboardInterrupt
+            taken += 1
+            return layer(torch.rand(4, 3)).square().mean()
+
+        state = tmp_path / "state.pt"
+        try:
+            training.train(layer.parameters(), loss, 6, 0.1, "toy", state)
+        except KeyboardInterrupt:
+            assert state.is_file()
+            layer = torch.nn.Linear(3, 1)  # another process's
+            kill_at = None
+            training.train(layer.parameters(), loss, 6, 0.1, "toy", state)
+        assert not state.exists()
+        return layer.weight.detach()
+
+    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)
+    torch.testing.assert_close(weights(kill_at=4), weights(kill_at=None), rtol=0, atol=0)
+    layer = torch.nn.Linear(3, 1)
+    training._save(tmp_path / "state.pt", {}, 1, [*layer.parameters()], torch.optim.SGD([torch.zeros(1)]), _Nothing())
+    with pytest.raises(ValueError, match="is of a training with other options"):
+        training.train(
+            layer.parameters(), lambda: layer(torch.rand(4, 3)).mean(), 6, 0.1, "toy", tmp_path / "state.pt"
+        )
+
+
+class _Nothing:
+    def state_dict(self) -> dict[str, int]:
+        return {}
