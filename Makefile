@@ -1,7 +1,7 @@
 # make demo | make test: everything else is installed on the way. Needs python3 (3.10 to 3.12) and make.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help install demo check test real rehearse lint format lock clean
+.PHONY: help install demo check test real test-core rehearse lint format lock clean
 
 unexport PYTHONDONTWRITEBYTECODE # byte code halves the time NeMo takes to import
 unexport PYTHONPATH
@@ -21,7 +21,7 @@ DEMO_LAYOUT = $(shell $(BIN)/python -c 'from nemo_pre.launch import visible_gpus
 DEMO_RUN := runs/digits_taught_pre
 
 help:
-	@echo "make install | demo | check | test | rehearse | lint | format | lock | clean"
+	@echo "make install | demo | check | test | real | test-core | rehearse | lint | format | lock | clean"
 	@echo "check: lint, types, pure tests and one parity case in under two minutes; test: the whole suite"
 
 install: $(INSTALLED)
@@ -55,6 +55,27 @@ test: $(INSTALLED)
 real: $(INSTALLED)
 	$(INSTALL) --no-deps --require-hashes -r requirements/real.txt
 
+# The extra core: what holds on both backends, on plain Megatron-Core, which needs Python 3.12. Where there is none it is
+# skipped and says so; PYTHON_CORE=/path/to/python3.12 names one.
+PYTHON_CORE ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && command -v $$python && break; done)
+CORE_VENV := .venv-core
+CORE_INSTALLED := $(CORE_VENV)/.installed
+CORE_INSTALL := VIRTUAL_ENV=$(CORE_VENV) $(UV) pip install --compile-bytecode
+
+test-core: $(INSTALLED)
+	@if [ -z "$(PYTHON_CORE)" ]; then \
+		echo "make test-core is skipped: megatron-core 0.19 needs Python 3.12, and none was found (PYTHON_CORE=...)."; \
+	else $(MAKE) --no-print-directory $(CORE_INSTALLED) && $(CORE_VENV)/bin/python -m pytest -m core -n 2 $(CORE_TESTS); fi
+
+CORE_TESTS := tests/core tests/parity
+
+$(CORE_INSTALLED): pyproject.toml requirements/core_test.txt requirements/build.txt
+	@requirements/make_venv.sh "$(PYTHON_CORE)" $(CORE_VENV)
+	$(CORE_INSTALL) --require-hashes --build-constraints requirements/build.txt -r requirements/core_test.txt
+	$(CORE_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
 # While one works: what needs neither ranks nor an import of NeMo, and one case of the comparison with the oracle.
 PURE := tests/checks tests/config tests/losses tests/objectives tests/test_optim.py tests/test_whole_numbers.py \
 	tests/reference/test_laver_oracle.py \
@@ -83,15 +104,19 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 # Hashes, but neither an index nor an address: the lock works with any mirror. See requirements/README.md.
-COMPILE := $(UV) pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url \
-	--no-emit-find-links --custom-compile-command "make lock" --quiet
+COMPILE_FOR := $(UV) pip compile --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" --quiet --python-version
+COMPILE := $(COMPILE_FOR) 3.10
+COMPILE_CORE := $(COMPILE_FOR) 3.12
 
 lock:
 	@test -x $(UV) || { requirements/make_venv.sh "$(PYTHON)" $(VENV); $(BIN)/python -m pip install --quiet uv; }
-	$(COMPILE) pyproject.toml -o requirements/base.txt
-	$(COMPILE) pyproject.toml --extra dev -c requirements/base.txt -o requirements/dev.txt
-	$(COMPILE) pyproject.toml --extra gpu -c requirements/base.txt -o requirements/gpu.txt
-	$(COMPILE) pyproject.toml --extra eval -c requirements/base.txt -o requirements/eval.txt
+	$(COMPILE) pyproject.toml --extra nemo -o requirements/base.txt
+	$(COMPILE) pyproject.toml --extra nemo --extra dev -c requirements/base.txt -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra nemo --extra gpu -c requirements/base.txt -o requirements/gpu.txt
+	$(COMPILE) pyproject.toml --extra nemo --extra eval -c requirements/base.txt -o requirements/eval.txt
+	$(COMPILE_CORE) pyproject.toml --extra core -o requirements/core.txt
+	$(COMPILE_CORE) pyproject.toml --extra core --extra test -c requirements/core.txt -o requirements/core_test.txt
 	echo setuptools | $(COMPILE) - -o requirements/build.txt
 	echo uv | $(COMPILE) - -o requirements/uv.txt
 	@! grep -nE '://|find-links|index-url|file:' requirements/*.txt || { echo "an address got into the lock"; exit 1; }

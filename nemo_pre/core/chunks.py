@@ -15,7 +15,7 @@ from nemo_pre.objectives.objective import Objective
 from nemo_pre.terms.training import VisualChunk
 
 
-def chunk_of(module: nn.Module, **facts: Any) -> VisualChunk:
+def chunk_of(module: nn.Module | ForeignChunk, **facts: Any) -> VisualChunk:
     """A model chunk as terms see it.
 
     Raises:
@@ -24,6 +24,8 @@ def chunk_of(module: nn.Module, **facts: Any) -> VisualChunk:
     if isinstance(module, MCoreVisualNevaModel):
         if facts:
             raise ValueError(f"{', '.join(sorted(facts))}: a chunk of nemo_pre knows this itself, so leave it out.")
+        return module
+    if isinstance(module, ForeignChunk):
         return module
     if isinstance(module, LLaVAModel):
         return LLaVAChunk(module, **facts)

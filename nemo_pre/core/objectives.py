@@ -67,7 +67,7 @@ class Objectives:
         """
         self._prepare(config)
 
-    def attach(self, modules: Iterable[nn.Module], **facts: Any) -> None:
+    def attach(self, modules: Iterable[nn.Module | ForeignChunk], **facts: Any) -> None:
         """Give the rank's chunks what the objectives train, and listen to their forward passes.
 
         Call it before the chunks are wrapped, so that heads get gradient buffers, a place in the optimizer's groups
@@ -75,7 +75,8 @@ class Objectives:
 
         Args:
             modules: the rank's chunks in the order of their virtual pipeline stages, not wrapped by anything:
-                :class:`nemo_pre.neva.model.MCoreVisualNevaModel` or Megatron-Core's ``LLaVAModel``.
+                :class:`nemo_pre.neva.model.MCoreVisualNevaModel`, Megatron-Core's ``LLaVAModel``, or another model in
+                a :class:`nemo_pre.core.foreign.ForeignChunk` of yours.
             facts: of a ``LLaVAModel`` what it does not know itself, see :class:`nemo_pre.core.llava.LLaVAChunk`.
 
         Raises:
