@@ -74,10 +74,12 @@ def planned_form(batch: dict[str, Any], image_token: int) -> dict[str, Any]:
     Laid out again, every image takes the places of its placeholders, so positions are the model's own.
 
     Raises:
-        ValueError: placeholders and grids disagree, or the loss counts a placeholder.
+        ValueError: it holds videos, placeholders and grids disagree, or the loss counts a placeholder.
     """
     tokens = batch.get("tokens") if batch.get("tokens") is not None else batch["input_ids"]
     visual = batch.get("visual_inputs")
+    if getattr(visual, "video_grid_thw", None) is not None:
+        raise ValueError("A batch holds videos, whose tokens objectives do not know: leave them out of the data.")
     grid_thw = None if visual is None else visual.image_grid_thw
     grids = (
         [] if grid_thw is None else [(int(h) // MERGE, int(w) // MERGE) for _, h, w in grid_thw.view(-1, 3).tolist()]

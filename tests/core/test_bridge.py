@@ -72,3 +72,10 @@ def test_a_batch_of_the_bridge_is_laid_out_as_its_model_does():
 def test_a_batch_that_cannot_be_laid_out_is_refused_in_one_sentence(given, words):
     (found,) = run_ranks(planned, 1, given)
     assert words in found and found.endswith(".") and found.count(". ") == 0
+
+
+def test_videos_are_refused():
+    given = batch(ROWS, GRIDS)
+    given["visual_inputs"].video_grid_thw = torch.tensor([[2, 4, 4]])
+    (sentence,) = run_ranks(planned, 1, given)
+    assert sentence == "A batch holds videos, whose tokens objectives do not know: leave them out of the data."
