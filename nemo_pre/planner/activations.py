@@ -372,7 +372,7 @@ def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Count
     size, tiles = activation_bytes(config), load.rows * load.tiles
     return Counter(
         {
-            "vision": 0 if config.optim.freeze_vision else tower_activations(config.model.vision, tiles, size),
+            "vision": 0 if config.optim.freeze_vision else tower_activations(config.model.vision, tiles, size, fused),
             "projector": projector_activations(config, load),
             "embedding": indices,
         }

@@ -116,12 +116,14 @@ def _pooling_flops(vision: VisionConfig) -> float:
 # --- activations ----------------------------------------------------------------------------------------------------
 
 
-def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
+def tower_activations(vision: VisionConfig, tiles: int, size: int, on_gpu: bool = False) -> int:
     """Bytes of a trained tower up to the features' layer: what the layers behind it save is freed at once.
 
     Args:
         size: bytes of an element.
+        on_gpu: norms keep their statistics in float32 there, and on a CPU in the elements' type.
     """
+    statistics = FLOAT if on_gpu else size
     inner, tokens = vision.intermediate_size, tiles * encoder_tokens(vision)
     if vision.family == "qwen25_vl":
         pixels = tiles * pixels_of_tile(vision) * size
@@ -131,17 +133,17 @@ def tower_activations(vision: VisionConfig, tiles: int, size: int) -> int:
         # Of visual tokens: into windows, back at the end, from one order to the other and back.
         back_to_windows = bool(whole) and any(number not in whole for number in range(whole[0], vision.num_layers))
         indices = (2 + bool(whole) + back_to_windows) * INDEX // merge_size(vision) ** 2
-        before_and_behind = angles + _norm(vision, size) + indices
+        before_and_behind = angles + _norm(vision, size, statistics) + indices
         return tokens * (vision.num_layers * _qwen_vl_layer_bytes(vision, size) + before_and_behind) + pixels
     pixels = tiles * pixels_of_tile(vision) * size
     if vision.family == "patch_mlp":
         return 2 * tokens * inner * size + pixels  # the GELU's input and output
     used = vision.num_layers - unused_layers(vision)
-    before_layers = tokens * _norm(vision, size) if vision.family in ("clip", *AIMV2_FAMILIES) else 0
-    return used * tokens * _layer_bytes(vision, size) + before_layers + pixels
+    before_layers = tokens * _norm(vision, size, statistics) if vision.family in ("clip", *AIMV2_FAMILIES) else 0
+    return used * tokens * _layer_bytes(vision, size, statistics) + before_layers + pixels
 
 
-def _layer_bytes(vision: VisionConfig, size: int) -> int:
+def _layer_bytes(vision: VisionConfig, size: int, statistics: int) -> int:
     """Bytes that a token keeps in a layer: norms, inputs of linear layers, activation function, attention."""
     width, inner = vision.hidden_size, vision.intermediate_size
     copies = 5 if vision.family == "aimv2" else 2  # its patches lie transposed: each linear layer makes a copy
@@ -150,7 +152,7 @@ def _layer_bytes(vision: VisionConfig, size: int) -> int:
     activation = (3 if vision.family in AIMV2_FAMILIES else 2 if vision.family == "clip" else 1) * inner * size
     attention = 4 * width * size + vision.num_attention_heads * FLOAT
     scaled = 2 * width * size if vision.family == "dinov2" else 0
-    return 2 * _norm(vision, size) + inputs + activation + attention + scaled
+    return 2 * _norm(vision, size, statistics) + inputs + activation + attention + scaled
 
 
 def _qwen_vl_layer_bytes(vision: VisionConfig, size: int) -> int:
@@ -158,11 +160,11 @@ def _qwen_vl_layer_bytes(vision: VisionConfig, size: int) -> int:
     windows' outputs put together again."""
     width, inner = vision.hidden_size, vision.intermediate_size
     attention = 7 * width * size + vision.num_attention_heads * FLOAT
-    return 2 * _norm(vision, size) + (2 * width + 4 * inner) * size + attention
+    return 2 * _norm(vision, size, FLOAT) + (2 * width + 4 * inner) * size + attention
 
 
-def _norm(vision: VisionConfig, size: int) -> int:
+def _norm(vision: VisionConfig, size: int, statistics: int) -> int:
     """Bytes that a token keeps in a norm: the input and its statistics; an RMSNorm has a float32 copy, and the
     normalised input."""
     width, of_root_mean_square = vision.hidden_size, vision.family in (*AIMV2_FAMILIES, "qwen25_vl")
-    return width * (FLOAT + size) + FLOAT if of_root_mean_square else (width + 2) * size
+    return width * (FLOAT + size) + FLOAT if of_root_mean_square else width * size + 2 * statistics

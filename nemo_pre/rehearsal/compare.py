@@ -84,17 +84,8 @@ def planned_memory(config: RunConfig, stage: int) -> dict[str, int]:
 
 def missed(beside: Beside, found: Found) -> list[str]:
     """The tolerances that a rank misses, as one sentence each."""
-    sentences, where = [], str(beside.place)
-    if beside.over < 0:
-        sentences.append(
-            f"{where}: the plan is {-beside.over:.2%} under the rehearsed peak, {gib(beside.plan)} beside "
-            f"{gib(beside.peak)} GiB."
-        )
-    if beside.over > OVER:
-        sentences.append(
-            f"{where}: the plan is {beside.over:.2%} over the rehearsed peak, {gib(beside.plan)} beside "
-            f"{gib(beside.peak)} GiB; at most {OVER:.0%} is wanted."
-        )
+    where = str(beside.place)
+    sentences = outside_tolerance(where, beside.plan, beside.peak)
     for kind in (*STATE_KINDS, "others that stay"):
         measured, planned = beside.measured.get(kind, 0), beside.planned[kind]
         if abs(measured - planned) > STATE_APART * max(measured, planned) + SMALL:
@@ -103,6 +94,19 @@ def missed(beside: Beside, found: Found) -> list[str]:
         lines = "; ".join(f"{size} bytes of {line}" for line, size in found.grown[:3])
         sentences.append(f"{where}: {found.growth} bytes more are held after a step than after the last: {lines}.")
     return sentences
+
+
+def outside_tolerance(where: str, plan: int, peak: int) -> list[str]:
+    """A sentence where a plan is under a rehearsed peak, or too far over it."""
+    over = plan / peak - 1
+    if over < 0:
+        return [f"{where}: the plan is {-over:.2%} under the rehearsed peak, {gib(plan)} beside {gib(peak)} GiB."]
+    if over > OVER:
+        return [
+            f"{where}: the plan is {over:.2%} over the rehearsed peak, {gib(plan)} beside {gib(peak)} GiB; at most "
+            f"{OVER:.0%} is wanted."
+        ]
+    return []
 
 
 def remarks(beside: Beside, found: Found) -> list[str]:

@@ -25,9 +25,9 @@ def rehearse_all(
 ) -> None:
     """Rehearse every recipe, one of them in FP8 too, and write out/rehearsals.json and out/rehearsals.md after each.
 
-    What is recorded already, of the same configuration and as many layers, is passed over, so that a rehearsal that
-    was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their depth,
-    messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
+    What is recorded already, of the same configuration and as many layers, is passed over but for its plan, so that a
+    rehearsal that was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their
+    depth, messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
     """
     names = record.runs()
     unknown = sorted(set(only) - set(names))
@@ -41,6 +41,7 @@ def rehearse_all(
         whole = config.model.language.num_layers
         why = record.why_again(entries.get(name), config, min(layers or whole, whole), messages)
         if why is None and not again:
+            entries[name] = record.replanned(entries[name], config)
             continue
         tell(f"{name} ({number + 1} of {len(names_asked)}): {why or 'asked for'}")
         try:

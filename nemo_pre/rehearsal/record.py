@@ -22,7 +22,7 @@ from typing import Any
 import recipes
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
-from nemo_pre.rehearsal.compare import gib, planned_memory
+from nemo_pre.rehearsal.compare import gib, outside_tolerance, planned_memory
 from nemo_pre.rehearsal.found import Found
 from nemo_pre.rehearsal.run import Rehearsed, as_rehearsed
 
@@ -202,6 +202,18 @@ def plan_differs(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
         if now != rank["planned"]:
             found.append(f"{rank['place']} is planned as {now} bytes, and was as {rank['planned']}.")
     return found
+
+
+def replanned(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The entry with the plan as it is now beside the peaks that were rehearsed: it is arithmetic."""
+    run, ranks, problems = as_rehearsed(config, recorded["layers"]), [], list(recorded["problems"])
+    for rank in recorded["ranks"]:
+        before = outside_tolerance(rank["place"], rank["planned"], rank["peak"])
+        planned = sum(planned_memory(run, rank["stage"] - 1).values())
+        problems = [sentence for sentence in problems if sentence not in before]
+        problems += outside_tolerance(rank["place"], planned, rank["peak"])
+        ranks.append({**rank, "planned": planned, "over": round(planned / rank["peak"] - 1, 5)})
+    return {**recorded, "ranks": ranks, "problems": problems}
 
 
 def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int, messages: bool = True) -> str | None:

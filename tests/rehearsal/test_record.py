@@ -73,6 +73,15 @@ def test_an_entry_is_old_when_the_plan_is_another(rehearsed):
     now = int(sentence.split()[5])
     entry["ranks"][0]["planned"] = now
     assert record.plan_differs(entry, rehearsed.config) == []
+    under = {
+        **entry,
+        "problems": ["a leak.", "stage 1: the plan is 50.00% under the rehearsed peak, 0.00 beside 0.00 GiB."],
+    }
+    under["ranks"] = [{**entry["ranks"][0], "planned": 50}]
+    again = record.replanned(under, rehearsed.config)  # 100 bytes were rehearsed
+    assert again["ranks"][0]["planned"] == now and again["ranks"][0]["over"] == round(now / 100 - 1, 5)
+    assert again["problems"][0] == "a leak." and "over the rehearsed peak" in again["problems"][1]
+    assert len(again["problems"]) == 2
     wider = replace(rehearsed.config, data=replace(rehearsed.config.data, sequence_length=512))
     assert record.plan_differs(entry, wider) != []
 
@@ -120,17 +129,22 @@ def test_a_file_that_is_no_record_is_refused(tmp_path):
 
 
 def test_all_goes_on_where_it_was_stopped_and_counts_what_has_problems(rehearsed, tmp_path, monkeypatch, capsys):
-    done = []
+    done, planned = [], []
+
+    def replanned(entry, config):
+        planned.append(config.experiment)
+        return entry
 
     def run(config, wishes, tell):
         done.append(config.experiment)
         return replace(rehearsed, layers=wishes.layers, problems=[])
 
     monkeypatch.setattr(everything, "run_rehearsal", run)
+    monkeypatch.setattr(record, "replanned", replanned)
     names = ["digits_tiny", "digits_tiny_pre"]
     everything.rehearse_all(names[:1], out=str(tmp_path), layers=2)
     everything.rehearse_all(names, out=str(tmp_path), layers=2)
-    assert done == names
+    assert done == names and planned == names[:1]
     everything.rehearse_all(names[:1], out=str(tmp_path), layers=2, again=True)
     assert done == [*names, names[0]]
     with pytest.raises(ValueError, match="nothing is no recipe"):
