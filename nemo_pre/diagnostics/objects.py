@@ -45,7 +45,7 @@ class ObjectClasses:
 
     @classmethod
     def of_scenes(cls, scenes: Iterable[Sequence[dict[str, Any]]]) -> ObjectClasses:
-        """Those of the pictures of all ``scenes``, as the records have them."""
+        """The classes of the pictures of all ``scenes``, as the records have them."""
         found: dict[str, set[str]] = {task: set() for task in FIELDS}
         for pictures in scenes:
             for placed in pictures:

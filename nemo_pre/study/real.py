@@ -260,4 +260,5 @@ class Plan:
             f"trainer.global_batch_size={BATCH}",
             f"trainer.micro_batch_size={BATCH}",
             "trainer.log_every=1",
+            "data.num_workers=0",
         )
