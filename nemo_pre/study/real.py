@@ -121,7 +121,7 @@ def study(
             if text is None:
                 write_text(own_text)
             _, on_gpu = most_at_a_time(platform)
-            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, precision)
+            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, platform)
             try:
                 starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in ordered}))
             except RunFailed as failure:
