@@ -157,7 +157,7 @@ class MegatronModel:
         assert self._peers == 1, "on one rank only"
 
         def losses(batch: Batch, logits: Tensor) -> Tensor:
-            """The loss of each row, over the words there are: the vocabulary is padded."""
+            """Losses among the words there are, since the vocabulary is padded."""
             scores = logits[:, :-1, : self.vocabulary].float().transpose(1, 2)
             words = batch.tokens[:, 1:].to(scores.device)
             return torch.nn.functional.cross_entropy(scores, words, reduction="none").double().sum(1, keepdim=True)

@@ -143,7 +143,7 @@ def token_classes(
 
 
 def instance_patches(masks: Sequence[Tensor | None]) -> list[Tensor]:
-    """The objects' numbers of each picture's mask ``[patches, pixels, 3]``, 0 where a processor has padded."""
+    """Objects' numbers from each picture's mask ``[patches, pixels, 3]``, 0 where a processor has padded."""
     return [torch.where(mask[..., 1] == 255, mask[..., 2].long(), 0) for mask in masks if mask is not None]
 
 

@@ -12,9 +12,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from nemo_pre.options import Count, PathText, Seed
+from nemo_pre.config.run import RunConfig
+from nemo_pre.options import Count, PathText, Seed, rule_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,7 @@ def encoder(
     width: Count = 192,
     layers: Count = 6,
     seed: Seed = 0,
+    platform: Annotated[str, rule_of(RunConfig, "platform")] = "auto",
 ) -> None:
     """Teach a small vision transformer to name the pictures of nemo-pre data emoji, and report how well it does.
 
@@ -62,13 +64,15 @@ def encoder(
         raise ValueError(f"data={data} holds no scenes of named pictures: prepare them with nemo-pre data emoji.")
     target = Path(out)
     refuse_existing(target)
-    from nemo_pre.launch.environment import prepare_environment
+    from nemo_pre.launch.environment import prepare_environment, uses_gpu
 
-    prepare_environment("cpu")
+    prepare_environment(platform)
+    device = "cuda" if uses_gpu(platform) else "cpu"
     vision = vision_config(image_size, patch_size, width, layers)
     scenes = {split: read_scenes(data, split, vision) for split in manifest.shards}
     with appearing(target) as unfinished:
-        made = _teach(scenes, Path(language), vision, steps, seed, target.with_name(target.name + ".state.pt"))
+        state = target.with_name(target.name + ".state.pt")
+        made = _teach(scenes, Path(language), vision, steps, seed, state, device)
         made["tower"].save_pretrained(unfinished / VISION)
         _processor(vision).save_pretrained(unfinished / VISION)
         description = {
@@ -192,7 +196,7 @@ def name_embeddings(language: Path, names: list[str]) -> Tensor:
 
 
 def _teach(
-    scenes: dict[str, Scenes], language: Path, vision: VisionConfig, steps: int, seed: int, state: Path
+    scenes: dict[str, Scenes], language: Path, vision: VisionConfig, steps: int, seed: int, state: Path, device: str
 ) -> dict[str, Any]:
     """The tower, the concepts it was taught, and its accuracy; what a killed teaching has left is gone on from."""
     import torch
@@ -203,27 +207,29 @@ def _teach(
 
     trained = sorted({name for names in scenes["train"].names for name in names})
     unseen = sorted({name for split in scenes.values() for names in split.names for name in names} - {*trained})
-    embeddings = name_embeddings(language, [*trained, *unseen])
+    embeddings = name_embeddings(language, [*trained, *unseen]).to(device)
     colours = sorted({colour for of in scenes["train"].colours for colour in of if colour})
     torch.manual_seed(seed)
     tower: Any = VisionTowerConfig(vision, seed).configure_model()
     tower.set_attn_implementation("eager")  # of few tokens, in two thirds of the time
-    heads = Heads(vision.hidden_size, embeddings.shape[1], len(colours))
+    tower.to(device)
+    heads = Heads(vision.hidden_size, embeddings.shape[1], len(colours)).to(device)
     targets = _targets(scenes["train"], trained, colours)
     num_patches = scenes["train"].instances.shape[1]
 
     def features(pixels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            found: Tensor = encoder_features(tower, pixels, vision.feature_layer, num_patches)
+        with torch.autocast(device, torch.bfloat16):
+            found: Tensor = encoder_features(tower, pixels.to(device), vision.feature_layer, num_patches)
         return found
 
     def loss_of_a_batch() -> Tensor:
         chosen = torch.randint(len(targets[0]), (BATCH,))
-        pixels, concepts, colour = scenes["train"].pixels[chosen].float(), targets[0][chosen], targets[1][chosen]
+        parts = (scenes["train"].pixels[chosen].float(), targets[0][chosen], targets[1][chosen])
+        pixels, concepts, colour = (part.to(device) for part in parts)
         if torch.rand(()) < 0.5:
             pixels, concepts, colour = _mirrored(pixels, concepts, colour)
         found = features(_varied(pixels))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             scores = heads.concepts(found, embeddings[: len(trained)])
         names = _naming_loss(scores.float().flatten(0, 1), concepts.flatten())
         of_colour = nn.functional.cross_entropy(
@@ -240,7 +246,7 @@ def _teach(
         for split, of in scenes.items()
         if split != "train"
     }
-    return {"tower": tower, "concepts": trained, "accuracy": accuracy}
+    return {"tower": tower.cpu(), "concepts": trained, "accuracy": accuracy}
 
 
 def _naming_loss(scores: Tensor, concepts: Tensor) -> Tensor:
@@ -305,11 +311,14 @@ def _varied(pixels: Tensor) -> Tensor:
     import torch
 
     n = len(pixels)
-    gain, shift = 1 + 0.4 * (torch.rand(n, 1, 1, 1) - 0.5), 0.4 * (torch.rand(n, 1, 1, 1) - 0.5)
-    grey, colourful = pixels.mean(1, keepdim=True), 1 + 0.8 * (torch.rand(n, 1, 1, 1) - 0.5)
-    tint = 0.1 * torch.randn(n, 3, 1, 1)
+    gain, shift = (
+        1 + 0.4 * (torch.rand(n, 1, 1, 1, device=pixels.device) - 0.5),
+        0.4 * (torch.rand(n, 1, 1, 1, device=pixels.device) - 0.5),
+    )
+    grey, colourful = pixels.mean(1, keepdim=True), 1 + 0.8 * (torch.rand(n, 1, 1, 1, device=pixels.device) - 0.5)
+    tint = 0.1 * torch.randn(n, 3, 1, 1, device=pixels.device)
     changed = (grey + colourful * (pixels - grey)) * gain + shift + tint
-    return changed + 0.1 * torch.rand(n, 1, 1, 1) * torch.randn_like(pixels)
+    return changed + 0.1 * torch.rand(n, 1, 1, 1, device=pixels.device) * torch.randn_like(pixels)
 
 
 def _patch_colours(pixels: Tensor, patch: int) -> Tensor:
@@ -342,9 +351,9 @@ def _accuracy(
             found = features(scenes.pixels[part].float()).float()
             wanted = {name for of in scenes.names[part] for name in of}
             among = num_trained if all(number[name] < num_trained for name in wanted) else len(names)
-            scores = heads.concepts(found, embeddings[:among])[..., 1:]
+            scores = heads.concepts(found, embeddings[:among])[..., 1:].cpu()
             of_pictures = scenes.coverage[part] @ scores
-            of_colours = scenes.coverage[part] @ heads.colour(found)
+            of_colours = scenes.coverage[part] @ heads.colour(found).cpu()
             for scene, (of, told) in enumerate(zip(scenes.names[part], scenes.colours[part], strict=True)):
                 for place, (name, colour) in enumerate(zip(of, told, strict=True)):
                     best = of_pictures[scene, place].topk(5).indices.tolist()

@@ -45,7 +45,7 @@ class Starts:
     data: Path
     common: Sequence[str]
     encoder_steps: int
-    precision: str
+    platform: str
 
     def prepare(self, wanted: Sequence[tuple[int, bool]]) -> None:
         """Encoder, the starts (seed, random weights or not) and the encoder's features, as far as they are missing.
@@ -55,7 +55,8 @@ class Starts:
         """
         encoder = self.root / ENCODER
         if not encoder.exists():
-            self._run("study encoder", [self.data, self.language, encoder, f"steps={self.encoder_steps}"])
+            how = [f"steps={self.encoder_steps}", f"platform={self.platform}"]
+            self._run("study encoder", [self.data, self.language, encoder, *how])
         for seed, is_random in wanted:
             target = start_directory(self.root, seed, is_random)
             if not target.exists():

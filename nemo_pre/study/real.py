@@ -35,11 +35,11 @@ def study(
     seeds: Count = 3,
     other_seeds: Count = 1,
     encoder_steps: Count = 12000,
-    first_steps: Count = 120,
-    steps: Count = 320,
+    first_steps: Count = 100,
+    steps: Count = 280,
     num_images: Count = 400,
-    num_fit: Count = 1500,
-    val_samples: Count = 320,
+    num_fit: Count = 1200,
+    val_samples: Count = 256,
     at_a_time: Count = 1,
     most_runs: CountOrNone | None = None,
     precision: str = "bf16",
@@ -121,7 +121,7 @@ def study(
             if text is None:
                 write_text(own_text)
             _, on_gpu = most_at_a_time(platform)
-            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, precision)
+            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, platform)
             try:
                 starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in ordered}))
             except RunFailed as failure:
@@ -187,7 +187,7 @@ class Plan:
             f"trainer.checkpoint_every={every}",
             f"trainer.keep_checkpoints={RECORDS + 1}",
             f"trainer.val_every={self.steps // 4}",
-            f"trainer.log_grad_norms_every={every}",
+            f"trainer.log_grad_norms_every={2 * every}",
             f"trainer.val_samples={self.val_samples}",
         )
         measured = (self.steps // 4, self.steps // 2, self.steps)
@@ -253,4 +253,5 @@ class Plan:
             f"trainer.global_batch_size={BATCH}",
             f"trainer.micro_batch_size={BATCH}",
             "trainer.log_every=1",
+            "data.num_workers=0",
         )
