@@ -73,7 +73,7 @@ def study(
     """
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.launch.ranks import RankFailure
-    from nemo_pre.study.prepare_real import Starts, layers_of, write_text
+    from nemo_pre.study.prepare_real import Starts, layers_of, most_frequent, write_text
     from nemo_pre.study.real_page import write_real
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
 
@@ -141,6 +141,7 @@ def study(
         "precision": precision,
         "options": list(options),
         "layers": depths,
+        "most_frequent": most_frequent(data, val_samples),
         "encoder": _read_encoder(root),
     }
     write_real([*real_first_stages(), *asked], ordered, settings, Path(out), Path(page))

@@ -111,6 +111,8 @@ def test_what_has_run_is_told_with_intervals_and_what_has_not_is_pending(ask, tm
     assert phases["end"]["layers"]["4"]["objects"]["concept"]["accuracy"] == pytest.approx(0.464)
     page = (tmp_path / "study.md").read_text()
     assert "6 of 6 second stages are finished." in page
+    assert 0 < summary["settings"]["most_frequent"]["exact_match"] < 0.9
+    assert "| always the most frequent answer |" in page
     dip = next(line for line in page.splitlines() if "middle less input, baseline" in line and "concept" in line)
     assert "**seen**" in dip and "| 3 |" in dip and "-3.2%" in dip
     answers = next(line for line in page.splitlines() if "exact match: PRe less baseline" in line)
