@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,22 @@ def random_language(language: Path, root: Path, seed: int) -> Path:
             AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language)).save_pretrained(unfinished)
             AutoTokenizer.from_pretrained(language).save_pretrained(unfinished)
     return target
+
+
+def most_frequent(data: str, val_samples: int) -> dict[str, float]:
+    """The share of the validation questions, all and by type, that the most frequent answer to their type is right
+    for: what one who does not look can reach."""
+    from nemo_pre.data.manifest import read_manifest
+    from nemo_pre.data.shards import ShardedSamples
+
+    samples = ShardedSamples(read_manifest(data, "data").shards["val"])
+    answers: dict[str, Counter[str]] = {}
+    for number in range(min(val_samples, len(samples))):
+        record = samples.read(number, images=False).record
+        answers.setdefault(record["question_types"][0], Counter())[record["conversations"][1]["value"]] += 1
+    best = {kind: max(of.values()) for kind, of in answers.items()}
+    shares = {f"exact_match/{kind}": best[kind] / of.total() for kind, of in answers.items()}
+    return {"exact_match": sum(best.values()) / sum(of.total() for of in answers.values()), **shares}
 
 
 def write_text(file: Path) -> None:

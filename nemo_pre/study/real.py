@@ -12,7 +12,15 @@ from nemo_pre.config.run import RunConfig
 from nemo_pre.options import Count, CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, Arm, chosen
 from nemo_pre.study.naming import IMAGE_SIZE
-from nemo_pre.study.prepare_real import ENCODER, FEATURES, Starts, layers_of, start_directory, write_text
+from nemo_pre.study.prepare_real import (
+    ENCODER,
+    FEATURES,
+    Starts,
+    layers_of,
+    most_frequent,
+    start_directory,
+    write_text,
+)
 from nemo_pre.study.real_arms import RANDOM, real_arms, real_depths, real_first_stages, run_order
 from nemo_pre.study.runs import RunFailed, StudyRun
 
@@ -20,6 +28,8 @@ RECORDS = 8  # checkpoints of a second stage, of which every fourth part is diag
 FIRST_RATE, RATE = 1e-3, 2e-4
 BATCH = 16
 SEES = "model=of_init_from", f"model.vision.image_size={IMAGE_SIZE}"
+# Beside other work, at the lowest priority, a step may take an hour.
+PATIENT = "trainer.hang_timeout=86400", "trainer.rank_timeout=90000"
 OUTPUT = "parallel.labelled_output=true"  # a fourth of a step's work is the output layer at tokens without a label
 
 
@@ -51,7 +61,7 @@ def study(
       nemo-pre data emoji PACKAGES out=data/emoji
       nemo-pre smollm2 out=checkpoints/smollm2
       nemo-pre study real                                          everything, or whatever is not there yet of it
-      nemo-pre study real most_runs=0                              the page and its numbers anew, without a run
+      nemo-pre study real most_runs=0                              the page and its numbers anew, also while it runs
 
     An encoder learns to name pictures (nemo-pre study encoder, unless RUNS/encoder is there) and is frozen; its
     features are computed once. The first stage trains the projector alone for first_steps steps, the second projector
@@ -114,10 +124,10 @@ def study(
             print(f"{run.directory}: nemo-pre train {' '.join(run.overrides)}" if run.overrides else run.directory)
         return
     failures: list[str] = []
-    with alone(root):
-        for run in ordered:
-            run.check()
-        if most_runs is None or most_runs > 0:
+    for run in ordered:
+        run.check()
+    if most_runs is None or most_runs > 0:
+        with alone(root):
             if text is None:
                 write_text(own_text)
             _, on_gpu = most_at_a_time(platform)
@@ -139,6 +149,7 @@ def study(
         "precision": precision,
         "options": list(options),
         "layers": depths,
+        "most_frequent": most_frequent(data, val_samples),
         "encoder": _read_encoder(root),
     }
     write_real([*real_first_stages(), *asked], ordered, settings, Path(out), Path(page))
@@ -254,4 +265,5 @@ class Plan:
             f"trainer.micro_batch_size={BATCH}",
             "trainer.log_every=1",
             "data.num_workers=0",
+            *PATIENT,
         )

@@ -188,7 +188,10 @@ def _arms(summary: Summary) -> str:
     if not kinds:
         return ""
     header = ["arm", "seeds", *(_column(name) for name in columns)]
-    rows = []
+    blind = summary["settings"]["most_frequent"]
+    rows = [
+        ["always the most frequent answer", "", *(f"{blind[name]:.1%}" if name in blind else "-" for name in columns)]
+    ]
     for name, arm in summary["arms"].items():
         cells = [_told(column, over_seeds(summary, name, column)) for column in columns]
         if any(cell != "-" for cell in cells):
@@ -198,7 +201,8 @@ def _arms(summary: Summary) -> str:
                 if any(cell != "-" for cell in less):
                     rows.append([f"less {_label(summary, other)}", "", *less])
     return (
-        f"## All arms at the end\n\n{markdown_table(header, rows)}\n\nLosses are in nats a token: of the validation "
+        f"## All arms at the end\n\n{markdown_table(header, rows)}\n\nOf `larger` one of the two names in the question is "
+        "right half of the time. Losses are in nats a token: of the validation "
         "answers, and on plain text less what it was before the first stage, which is what was forgotten."
     )
 

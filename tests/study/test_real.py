@@ -15,6 +15,7 @@ from nemo_pre.study.claims import NOT_SEEN, OPPOSITE, SEEN, UNDECIDED, Claim
 from nemo_pre.study.prepare_real import write_text
 from nemo_pre.study.real import study
 from nemo_pre.study.real_arms import real_arms, real_first_stages, teacher_momentum
+from nemo_pre.study.schedule import alone
 from tests.data_prep.emoji_packages import write_all
 from tests.study.processes import Processes
 
@@ -110,6 +111,8 @@ def test_what_has_run_is_told_with_intervals_and_what_has_not_is_pending(ask, tm
     assert phases["end"]["layers"]["4"]["objects"]["concept"]["accuracy"] == pytest.approx(0.464)
     page = (tmp_path / "study.md").read_text()
     assert "6 of 6 second stages are finished." in page
+    assert 0 < summary["settings"]["most_frequent"]["exact_match"] < 0.9
+    assert "| always the most frequent answer |" in page
     dip = next(line for line in page.splitlines() if "middle less input, baseline" in line and "concept" in line)
     assert "**seen**" in dip and "| 3 |" in dip and "-3.2%" in dip
     answers = next(line for line in page.splitlines() if "exact match: PRe less baseline" in line)
@@ -119,7 +122,8 @@ def test_what_has_run_is_told_with_intervals_and_what_has_not_is_pending(ask, tm
     for figure in ("phases.png", "layers.png", "trade_off.png", "answers.png"):
         assert (tmp_path / "out" / figure).stat().st_size > 5_000
     (tmp_path / "out" / "remarks.md").write_text("Two steps decide nothing.")
-    ask(seeds=3, most_runs=0)  # nothing is run, and what is not there is told
+    with alone(tmp_path / "runs"):  # a study that runs hinders no look
+        ask(seeds=3, most_runs=0)
     page = (tmp_path / "study.md").read_text()
     assert "6 of 21 second stages are finished." in page and "Two steps decide nothing." in page
     laver = next(line for line in page.splitlines() if "LaVer less the same without its losses" in line)
