@@ -32,6 +32,19 @@ def matching(found: str, versions: Sequence[str]) -> str | None:
     return next((each for each in versions if found == each or found.startswith(each + ".")), None)
 
 
+def check_nemo() -> None:
+    """Refuse what needs NeMo where there is none.
+
+    Raises:
+        ValueError: one sentence that says what to install.
+    """
+    if installed("nemo_toolkit") is None:
+        raise ValueError(
+            "nemo-pre trains and asks models with NeMo, which is not installed: install the extra nemo, or run a loop"
+            " of your own on Megatron-Core (docs/megatron-core.md)."
+        )
+
+
 @functools.cache
 def check() -> None:
     """Refuse versions whose internals may differ from what the patches replace.

@@ -88,6 +88,9 @@ class Objectives:
         if not chunks:
             raise ValueError("There is no model chunk to attach objectives to: give those of this rank.")
         config = chunks[0].config
+        for chunk in chunks:
+            if isinstance(chunk, ForeignChunk):  # one model, of which terms ask something once
+                chunk.config = config
         refuse_what_it_cannot_carry(chunks[0], self._enabled)
         if self._prepared is not config:
             if self._prepared is not None:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nemo_pre.compat.versions import check_nemo
 from nemo_pre.launch.environment import external_job, prepare_environment, uses_gpu
 from nemo_pre.launch.failures import RankFailure, os_sentence
 from nemo_pre.launch.gpu_settings import set_gpu_environment
@@ -35,6 +36,7 @@ from nemo_pre.orphans import forked_processes_die_with_their_parent
 if TYPE_CHECKING:
     from nemo_pre.config.run import RunConfig
 
+WITH_NEMO = "nemo_pre.launch.preload"  # what ranks of NeMo's find already imported
 LEASH = "nemo_pre.launch.leash"
 GRACE = 5.0  # seconds the survivors of a dead rank may go on
 TERM_WAIT = 3.0  # seconds between asking them to end and killing them; Ctrl-C ends a run within five
@@ -42,9 +44,7 @@ SUDDEN = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.S
 MESSAGE_LIMIT, TRACEBACK_LIMIT = 2_000, 20_000  # characters a rank reports; a pipe holds them without a reader
 
 
-def launch(
-    config: RunConfig, entry: str, preload: str | None = "nemo_pre.launch.preload", own_words: bool = False
-) -> None:
+def launch(config: RunConfig, entry: str, preload: str | None = WITH_NEMO, own_words: bool = False) -> None:
     """Run ``entry`` (``"module:function"``, called with ``config``) on every rank of the run's layout.
 
     ``preload`` names the module that CPU ranks find already imported, and others import first. Ranks other than 0
@@ -54,9 +54,13 @@ def launch(
 
     Raises:
         RankFailure: a rank raised, or was ended by a signal.
-        ValueError: the launcher's job and the layout disagree, or several nodes are asked for without a launcher.
+        ValueError: the launcher's job and the layout disagree, several nodes are asked for without a launcher, or the
+            entry needs NeMo and there is none.
     """
     from nemo_pre.config.derived import world_size
+
+    if preload == WITH_NEMO:
+        check_nemo()
 
     ranks = world_size(config.parallel)
     job = external_job(os.environ)

@@ -23,8 +23,8 @@ def backpropagate_with(hidden_states: Tensor, loss: Tensor) -> Tensor:
 
     Megatron computes losses on the last pipeline stage only. An auxiliary loss of an earlier stage, scaled
     as :func:`nemo_pre.objectives.scale.auxiliary_loss_scale` says, reaches the parameters through this instead. The
-    idea is that of Megatron's ``MoEAuxLossAutoScaler``, whose scale is set only for mixture-of-experts models and has
-    no context-parallel factor.
+    idea is that of Megatron's ``MoEAuxLossAutoScaler``, whose scale is set only for mixture-of-experts models, and in
+    0.15 has no context-parallel factor.
     """
     from megatron.core.utils import make_viewless_tensor
 

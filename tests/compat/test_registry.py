@@ -125,6 +125,14 @@ def test_nemo_beside_a_megatron_it_does_not_run_on_is_refused_in_one_sentence(mo
         changing(Change(Target, "limit", 2)).apply()
 
 
+def test_what_needs_nemo_is_refused_before_ranks_start_where_there_is_none(monkeypatch):
+    from nemo_pre.launch.ranks import launch
+
+    pretend(monkeypatch, {"torch": "2.9.1", "megatron-core": "0.19.2"})
+    with pytest.raises(ValueError, match=r"NeMo, which is not installed: install the extra nemo"):
+        launch(SimpleNamespace(parallel=None), "nemo_pre.train:run_rank")
+
+
 def test_torch_has_to_be_there(monkeypatch):
     pretend(monkeypatch, {"megatron-core": "0.19.2"})
     with pytest.raises(ValueError, match="torch is not installed"):

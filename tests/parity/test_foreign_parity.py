@@ -35,7 +35,9 @@ def test_pre_of_whole_images_and_of_the_encoders_features(kind, layout, pre):
     check(replace(job, model_kind=kind), config)
 
 
-@pytest.mark.parametrize("kind, layout", [("hybrid", "PP2"), ("llava", "PP2"), ("llava", "TP2"), ("hybrid", "CP2")])
+@pytest.mark.parametrize(
+    "kind, layout", [("hybrid", "PP2"), ("llava", "PP2-VPP2"), ("llava", "TP2"), ("hybrid", "CP2")]
+)
 def test_viral_with_its_target_read_beside_the_images(kind, layout):
     job, config = viral.case(layout, viral.SIMILARITY)
     viral.check(replace(job, model_kind=kind), config)
