@@ -201,9 +201,10 @@ def _arms(summary: Summary) -> str:
                 if any(cell != "-" for cell in less):
                     rows.append([f"less {_label(summary, other)}", "", *less])
     return (
-        f"## All arms at the end\n\n{markdown_table(header, rows)}\n\nOf `larger` one of the two names in the question is "
-        "right half of the time. Losses are in nats a token: of the validation "
-        "answers, and on plain text less what it was before the first stage, which is what was forgotten."
+        f"## All arms at the end\n\n{markdown_table(header, rows)}\n\n"
+        "Of `larger` one of the two names in the question is right half of the time. Losses are in nats a token: of "
+        "the validation answers, and on plain text less what it was before the first stage, which is what was "
+        "forgotten."
     )
 
 
