@@ -202,9 +202,9 @@ def _arms(summary: Summary) -> str:
                     rows.append([f"less {_label(summary, other)}", "", *less])
     return (
         f"## All arms at the end\n\n{markdown_table(header, rows)}\n\n"
-        "Of `larger` one of the two names in the question is "
-        "right half of the time. Losses are in nats a token: of the validation "
-        "answers, and on plain text less what it was before the first stage, which is what was forgotten."
+        "Of `larger` one of the two names in the question is right half of the time. Losses are in nats a token: of "
+        "the validation answers, and on plain text less what it was before the first stage, which is what was "
+        "forgotten."
     )
 
 

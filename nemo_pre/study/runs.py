@@ -2,7 +2,7 @@
 
 A run's directory says by ``options.json`` what it was started with, by ``trained.json`` and ``diagnosed.json`` that
 these were finished. A run that was killed is started again with the same options and resumes from its checkpoint. It
-may be diagnosed at several of its steps; one that only diagnoses a model, which nothing trains, has no overrides.
+may be diagnosed at several of its steps; one with a model of its own trains nothing and diagnoses that.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class StudyRun:
     """One run, or one model.
 
     Attributes:
-        overrides: of ``nemo-pre train`` but for the directory; empty: nothing is trained, and ``model`` is diagnosed.
+        overrides: of ``nemo-pre train`` but for the directory.
         cost: of a step, in steps of the cheapest arm.
         diagnose: options of ``nemo-pre diagnose``.
         measured: steps whose checkpoints are diagnosed; empty: only the newest.
+        model: diagnosed as it is, without a training; None: the run's own.
         keeps_weights: whether its checkpoints stay when it is finished.
     """
 
@@ -62,7 +63,7 @@ class StudyRun:
 
     @property
     def _is_trained(self) -> bool:
-        if not self.overrides:
+        if self.model is not None:
             return True
         found = _read(self.directory / TRAINED)
         return found is not None and found["options"] == list(self.overrides)
