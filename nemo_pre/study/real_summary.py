@@ -15,22 +15,10 @@ from typing import Any
 from nemo_pre.report.intervals import Estimate, difference, mean_interval
 from nemo_pre.study.arms import Arm
 from nemo_pre.study.runs import TRAINED, StudyRun
-from nemo_pre.study.summary import provenance
+from nemo_pre.study.summary import BY_LAYER, provenance
 
 FORMAT, FORMAT_VERSION = "nemo-pre real study", 1
 PHASES = ("start", "aligned", "1/4", "1/2", "end")
-BY_LAYER = (
-    "pairwise_cosine",
-    "cohesion",
-    "coupling",
-    "contrast_difference",
-    "effective_dimension",
-    "redundancy",
-    "cka_to_layer_0",
-    "length",
-    "distance_to_layer_0",
-    "attention_to_visual",
-)
 OF_OBJECTS = ("concept", "category", "colour", "place")
 SAYS_NAME = ("says_name", "says_name_among_10")
 LAST_STEPS = 40  # whose median a gradient norm is
