@@ -18,7 +18,8 @@ def apply_and_revert() -> list[str]:
     import torch
 
     own = [distributed_setup.seed_of_the_run(7), distributed_setup.timeout_of_the_run(timedelta(seconds=77))]
-    patches = [*cpu_backend.patches(), *learning_rates.PATCHES, *progress.PATCHES, *own]
+    everything = [*cpu_backend.patches(), *learning_rates.PATCHES, *progress.PATCHES, *own]
+    patches = [patch for patch in everything if patch.unneeded_here() is None]
     changes = [change for patch in patches for change in patch._effects() if isinstance(change, Change)]
     targets = {(id(change.owner), change.attribute): change.owner for change in changes}
 
