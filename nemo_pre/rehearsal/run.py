@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from nemo_pre.compat.versions import check_nemo
 from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.chunks import num_chunks
 from nemo_pre.rehearsal.batches import special_kinds
@@ -125,8 +126,9 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
 
     Raises:
         RankFailure: a rank raised, or waits for another's objects for ever.
-        ValueError: the run cannot be rehearsed.
+        ValueError: the run cannot be rehearsed, or NeMo, whose training it is, is not installed.
     """
+    check_nemo()
     started = time.monotonic()
     config, left_out = rehearsable(config)
     whole = config.model.language.num_layers
