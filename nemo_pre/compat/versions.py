@@ -40,8 +40,8 @@ def check_nemo() -> None:
     """
     if installed("nemo_toolkit") is None:
         raise ValueError(
-            "nemo-pre trains, asks and rehearses models with NeMo, which is not installed: install the extra nemo, or run"
-            " a loop of your own on Megatron-Core (docs/megatron-core.md)."
+            "nemo-pre trains, asks and rehearses models with NeMo, which is not installed: install the extra nemo,"
+            " or run a loop of your own on Megatron-Core (docs/megatron-core.md)."
         )
 
 
