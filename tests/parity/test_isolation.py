@@ -115,9 +115,10 @@ def module_globals(imported: list[str]) -> dict[str, Any]:
             except AttributeError:
                 return
 
-    from nemo_pre.compat import cpu_backend
+    from nemo_pre.compat import cpu_backend, learning_rates
 
     cpu_backend.apply()
+    learning_rates.apply()
     found = {}
     for name, module in [(name, importlib.import_module(name)) for name in imported]:
         for attribute, value in list(vars(module).items()):

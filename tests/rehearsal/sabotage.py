@@ -38,9 +38,10 @@ def leak(order: Any, *others: Any) -> Any:
 
 def wrong_shape(order: Any, *others: Any) -> Any:
     """A tensor-parallel rank cuts its part of the sequence as if it were alone."""
-    from nemo_pre.neva.model import MCoreVisualNevaModel
+    from nemo_pre.neva.chunk import VisionLanguageChunk
 
-    MCoreVisualNevaModel._shard = lambda self, hidden_states: hidden_states  # type: ignore[method-assign]
+    assert callable(VisionLanguageChunk.shard)
+    VisionLanguageChunk.shard = lambda self, hidden_states: hidden_states  # type: ignore[method-assign]
     return rehearse(order, *others)
 
 

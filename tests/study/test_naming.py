@@ -102,7 +102,7 @@ def test_scenes_without_names_are_refused(digits, language, tmp_path):
 
 
 def test_a_killed_teaching_goes_on_where_it_was(tmp_path, monkeypatch):
-    from nemo_pre.study import training
+    from nemo_pre.teaching import training
 
     def weights(kill_at: int | None) -> torch.Tensor:
         """Of a map that is taught for six steps, killed before one of them and taught again."""
