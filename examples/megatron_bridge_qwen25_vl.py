@@ -22,6 +22,18 @@ from nemo_pre.parallel.sequence_layout import IGNORE_INDEX, IMAGE_TOKEN_INDEX, G
 MERGE = 2  # patches along each side of a visual token
 
 
+class Unknown:
+    """What this file does not hear of the model; whoever asks is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(
+            f"An objective asks for {name} of the encoder, the projector or the pixels of {QwenChunk.kind}, which are "
+            f"not known here: compare with what enters the language model (objective.pre.anchor=pre_llm)."
+        )
+
+
 class QwenChunk(ForeignChunk):
     """One chunk of Megatron-Bridge's ``Qwen25VLModel``. The anchor is what enters the language model."""
 
@@ -31,9 +43,12 @@ class QwenChunk(ForeignChunk):
         decoder = model.config
         if decoder.context_parallel_size > 1:
             raise ValueError(f"{self.kind} is not cut over context-parallel ranks here: set context_parallel_size=1.")
-        config = ForeignConfig(decoder, None, None, decoder.num_layers)
+        config = ForeignConfig(decoder, Unknown(), Unknown(), decoder.num_layers)
         super().__init__(model, config, model.pre_process, decoder.sequence_parallel)
-        self.handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self.handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end),
+        ]
         if model.pre_process:
             self._right = model.get_image_features
             model.get_image_features = self._image_features
@@ -59,6 +74,9 @@ class QwenChunk(ForeignChunk):
         if self.pre_process and kwargs.get("pixel_values") is None:
             none = next(self.model.visual.parameters()).new_zeros(0, self.config.hidden_size)
             self.receive(none, none, None)
+
+    def _end(self, _: Any, args: tuple[Any, ...], losses: Any) -> Any:
+        return self.weighted(losses) if self.observed and self.model.post_process else losses
 
     def _image_features(self, *args: Any, **kwargs: Any) -> Any:
         found = self._right(*args, **kwargs)

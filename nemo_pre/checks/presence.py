@@ -58,9 +58,8 @@ def check_init_from(config: RunConfig) -> None:
     Raises:
         ValueError: one sentence on what is missing or differs.
     """
-    if not _starts_from_weights(config):
+    if config.init_from is None or _continues(config):
         return
-    assert config.init_from is not None
     if not Path(config.init_from).expanduser().is_dir():
         raise ValueError(
             f"init_from={config.init_from} is not a directory: train the former stage, or import weights, first."
@@ -68,15 +67,17 @@ def check_init_from(config: RunConfig) -> None:
     check_same_weights(config.model, former_stage(config.init_from))
 
 
-def _starts_from_weights(config: RunConfig) -> bool:
-    return config.init_from is not None and not (config.resume and numbered_checkpoints(checkpoint_dir(config)))
+def _continues(config: RunConfig) -> bool:
+    return config.resume and bool(numbered_checkpoints(checkpoint_dir(config)))
 
 
 def _check_words_of_weights(config: RunConfig, with_data: str | Path) -> None:
     """Refuse a tokenizer that lies with the data and whose ids mean other words to the weights of ``init_from``."""
     from nemo_pre.data.tokenizer import conflicting_words, tokenizer_of_weights, tokenizer_problem
 
-    theirs = tokenizer_of_weights(config.init_from) if config.init_from and _starts_from_weights(config) else None
+    if config.init_from is None or _continues(config):
+        return
+    theirs = tokenizer_of_weights(config.init_from)
     if theirs is None or not Path(theirs).expanduser().is_dir() or tokenizer_problem(theirs) is not None:
         return
     found = conflicting_words(with_data, theirs)
@@ -96,9 +97,7 @@ def check_encoder_start(config: RunConfig) -> None:
     Raises:
         ValueError: one sentence on what is missing or differs.
     """
-    if config.vision_from is None or config.init_from is not None:
-        return
-    if config.resume and numbered_checkpoints(checkpoint_dir(config)):
+    if config.vision_from is None or config.init_from is not None or _continues(config):
         return
     from nemo_pre.huggingface.start_tower import check_vision_from
 

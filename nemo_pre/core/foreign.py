@@ -14,9 +14,11 @@ from megatron.core import parallel_state as ps
 from torch import Tensor, nn
 
 from nemo_pre.neva.blocks import block_output
+from nemo_pre.parallel.auxiliary_gradient import scale_gradient
 from nemo_pre.parallel.micro_batch import MicroBatch, VisualTokens
 from nemo_pre.parallel.sequence_layout import IMAGE_TOKEN_INDEX, sequence_layout
 from nemo_pre.parallel.token_streams import StreamShape
+from nemo_pre.terms.step_planner import LANGUAGE_MODEL
 from nemo_pre.terms.training import (
     Branch,
     BranchListener,
@@ -54,8 +56,8 @@ class ForeignChunk(VisualChunk):
 
     What is asked of it and it does not know is asked of the model; modules that are given to it become the model's, so
     that DDP, optimizer and checkpoints find them there. A subclass registers its hooks in ``handles``, calls
-    :meth:`enter` when a forward pass begins and :meth:`receive` when visual tokens are there, and says
-    :meth:`image_tiles` and :meth:`padded_length`.
+    :meth:`enter` when a forward pass begins, :meth:`receive` when visual tokens are there and :meth:`weighted` when
+    losses are, and says :meth:`image_tiles` and :meth:`padded_length`.
 
     Args:
         model: the chunk; its part of the decoder is ``language_model``.
@@ -163,6 +165,11 @@ class ForeignChunk(VisualChunk):
         self.micro_batch = micro_batch
         for listener in self.on_micro_batch:
             listener(micro_batch)
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The language model's losses on the last stage, whose gradient has the weight that the plan gives them."""
+        assert self.micro_batch is not None
+        return scale_gradient(losses, self.micro_batch.plan.weights[LANGUAGE_MODEL])
 
     def receive(self, features: Tensor, tokens: Tensor, images: Tensor | None) -> None:
         """The micro-batch's visual tokens are there, on the first stage; none where it has no image."""

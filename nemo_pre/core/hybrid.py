@@ -30,16 +30,11 @@ class HybridDecoderConfig(DecoderConfig):
         return HybridModel(
             self,
             self.hybrid_stack_spec,
-            self.vocab_size,
-            self.seq_length,
             hybrid_layer_pattern=self.hybrid_layer_pattern,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
-            rotary_base=self.rotary_base,
-            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=vp_stage,
+            **self.of_every_stage(),
         )
 
 

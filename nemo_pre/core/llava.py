@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from nemo_pre.core.foreign import ForeignChunk, ForeignConfig
 from nemo_pre.neva.blocks import num_blocks
-from nemo_pre.parallel.auxiliary_gradient import scale_gradient
 from nemo_pre.parallel.sequence_layout import IMAGE_TOKEN_INDEX, Grid, combined_lengths, square_tiles
-from nemo_pre.terms.step_planner import LANGUAGE_MODEL
 
 # What the model's constructor can be told under which the place of a visual token is not what is worked out here.
 REFUSED = {
@@ -171,9 +169,8 @@ class LLaVAChunk(ForeignChunk):
         """The weight of the language model's loss, on the last stage."""
         if not (self.observed and self.model.post_process):
             return output
-        assert self.micro_batch is not None
         losses, mask = output
-        return scale_gradient(losses, self.micro_batch.plan.weights[LANGUAGE_MODEL]), mask
+        return self.weighted(losses), mask
 
 
 def _is_hybrid(model: Any) -> bool:

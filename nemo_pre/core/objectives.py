@@ -38,7 +38,7 @@ class Objectives:
         sequence_length: what Megatron's schedule is told as ``seq_length`` in the step at hand.
     """
 
-    def __init__(self, options: Any, seed: int = 0, max_steps: int = 1, steps_done: int = 0) -> None:
+    def __init__(self, options: Any, seed: int, max_steps: int, steps_done: int = 0) -> None:
         self._enabled = list(enabled_options(options))
         self._terms: list[Term] = [kind.term_class()(own, seed) for kind, own in self._enabled]
         self._planner = StepPlanner(options.lm_weight)

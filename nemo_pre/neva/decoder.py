@@ -64,16 +64,22 @@ class DecoderConfig(TransformerConfig):
         return GPTModel(
             self,
             transformer_layer_spec=self.transformer_layer_spec(self),
-            vocab_size=self.vocab_size,
-            max_sequence_length=self.seq_length,
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-            position_embedding_type=self.position_embedding_type,
-            rotary_base=self.rotary_base,
-            scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
             vp_stage=vp_stage,
+            **self.of_every_stage(),
         )
+
+    def of_every_stage(self) -> dict[str, Any]:
+        """What Megatron's models take beside the configuration, the same for every chunk."""
+        return {
+            "vocab_size": self.vocab_size,
+            "max_sequence_length": self.seq_length,
+            "share_embeddings_and_output_weights": self.share_embeddings_and_output_weights,
+            "position_embedding_type": self.position_embedding_type,
+            "rotary_base": self.rotary_base,
+            "scatter_embedding_sequence_parallel": self.scatter_embedding_sequence_parallel,
+        }
 
 
 def family_options(family: str) -> dict[str, Any]:

@@ -337,7 +337,8 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
 
     def _losses_of_labelled(self, states_SBd: Tensor, labels_BS: Tensor, labelled_BS: Tensor) -> Tensor:
         """Cross-entropies ``[B, S]`` of the tokens with a label, zeros elsewhere. Of the sequence only these go
-        through the output layer, which a large vocabulary makes a fourth of a small model."""
+        through the output layer, which a large vocabulary makes a fourth of a small model. How many they are the host
+        waits for, on a GPU."""
         language = self.language_model
         shared = language.share_embeddings_and_output_weights
         weight = language.shared_embedding_or_output_weight() if shared else None

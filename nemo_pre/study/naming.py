@@ -287,17 +287,20 @@ def _targets(scenes: Scenes, concepts: list[str], colours: list[str]) -> tuple[T
     """``[N, patches]`` the concept (from 1, 0 for none) and the colour each patch shows, -1 where unknown."""
     import torch
 
+    from nemo_pre.diagnostics.objects import MOST_OBJECTS
+
     number = {name: 1 + place for place, name in enumerate(concepts)}
+    classes = MOST_OBJECTS + 2  # none, each picture, and behind them what is unclear
     found = []
     for names, of_colours in zip(scenes.names, scenes.colours, strict=True):
-        rows = torch.full((2, 7), -1)
+        rows = torch.full((2, classes), -1)
         rows[0, BLANK] = BLANK
         for instance, (name, colour) in enumerate(zip(names, of_colours, strict=True), start=1):
             rows[0, instance] = number[name]
             rows[1, instance] = colours.index(colour) if colour else -1
         found.append(rows)  # a patch that is unclear, -1, takes the last, which is -1
     table = torch.stack(found)
-    return table[:, 0].gather(1, scenes.instances % 7), table[:, 1].gather(1, scenes.instances % 7)
+    return table[:, 0].gather(1, scenes.instances % classes), table[:, 1].gather(1, scenes.instances % classes)
 
 
 def _mirrored(pixels: Tensor, *grids: Tensor) -> tuple[Tensor, ...]:
