@@ -66,7 +66,7 @@ def _limit_files(root: Path) -> Iterator[Path]:
 def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:
     """Set what torch, Megatron and the tokenizers read at import, where the user has not set it, and make Megatron
     importable."""
-    from nemo_pre.compat import unified_memory
+    from nemo_pre.compat import first_use, unified_memory
 
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_ranks)))
@@ -75,6 +75,7 @@ def prepare_environment(platform: str = "auto", local_ranks: int = 1) -> None:
     if platform == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     unified_memory.apply()
+    first_use.apply()
 
 
 def external_job(environment: Mapping[str, str]) -> dict[str, str] | None:

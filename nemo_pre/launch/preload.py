@@ -11,7 +11,7 @@ import contextlib
 import gc
 import importlib
 
-from nemo_pre.compat import unified_memory
+from nemo_pre.compat import first_use, unified_memory
 from nemo_pre.launch.silence import silence
 
 MODULES = (
@@ -30,6 +30,7 @@ MODULES = (
 
 
 unified_memory.apply()
+first_use.apply()
 gc.disable()
 with silence():
     for module in MODULES:

@@ -1,0 +1,83 @@
+"""A package that is imported when something of it is used, and not before. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+from nemo_pre.compat.registry import patch
+
+# importlib.util.LazyLoader runs a package for any name, also for the __file__ that torch's custom operators ask of every
+# imported module.
+USES = ("__all__", "__path__", "__version__")
+
+
+class Later(ModuleType):
+    """A package whose own file runs when the first name of it is used, or the first module in it imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        state = self.__dict__
+        if "_loader" not in state or (name.startswith("__") and name not in USES):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        assert self.__spec__ is not None
+        self.__spec__.loader = state.pop("_loader")
+        self.__path__ = state.pop("_path")
+        self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
+        return getattr(self, name)
+
+
+class LaterLoader:
+    """Makes a :class:`Later` and keeps the package's own loader in it."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Later(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        state = module.__dict__
+        state.update(_loader=self._loader, _path=state.pop("__path__"))
+
+
+class LaterFinder:
+    """Finds one package and sees to it that importing it makes a :class:`Later`."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if name != self._package or (spec := PathFinder.find_spec(name, path)) is None:
+            return None
+        spec.loader = LaterLoader(spec.loader)  # type: ignore[assignment]
+        return spec
+
+    def do(self) -> None:
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+
+    def undo(self) -> None:
+        """A package that was imported meanwhile stays as it is: it runs at its first use."""
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+
+
+@patch(
+    "wandb-at-first-use",
+    why="megatron.core.timers imports Weights & Biases wherever it is installed: two of the eleven CPU seconds in which"
+    " every process of a run starts, whether or not the run reports there.",
+    until="megatron.core.timers imports wandb where a writer is one.",
+    of={"megatron-core": ("0.15.3", "0.19")},
+)
+def wandb_at_first_use():
+    yield LaterFinder("wandb")
+
+
+PATCHES = [wandb_at_first_use]
+
+
+def apply() -> None:
+    """Apply this module's patches, which must happen before the first import of Megatron."""
+    for each in PATCHES:
+        each.apply()
