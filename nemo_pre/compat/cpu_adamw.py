@@ -46,6 +46,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 max_exp_avg_sqs=[],
                 state_steps=[torch.tensor(float(group["step"] - 1)) for _ in params],  # adam() adds the 1
                 foreach=False,
+                fused=True,  # in one pass over the memory instead of eight
+                grad_scale=None,
+                found_inf=None,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,

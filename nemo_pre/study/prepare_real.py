@@ -13,6 +13,7 @@ from nemo_pre.study.naming import VISION
 from nemo_pre.study.runs import run_verb
 
 ENCODER, FEATURES = "encoder", "features"
+LENGTHS = "lengths.measured"  # they lie with the data, by what they were measured for
 LONG_ENOUGH, LETTERS = 200, 0.93  # characters of a paragraph, and which part of it is letters and spaces
 
 
@@ -49,7 +50,8 @@ class Starts:
     platform: str
 
     def prepare(self, wanted: Sequence[tuple[int, bool]]) -> None:
-        """Encoder, the starts (seed, random weights or not) and the encoder's features, as far as they are missing.
+        """Encoder, the starts (seed, random weights or not), the samples' lengths and the encoder's features, as far as
+        they are missing.
 
         Raises:
             RunFailed: a verb failed.
@@ -67,6 +69,9 @@ class Starts:
         first = start_directory(self.root, *wanted[0])
         run = ["experiment=smollm2_135m_emoji_pre", "objective=none", *self.common]
         frozen = [f"init_from={first}", "optim.freeze_vision=true", f"data.features={self.root / FEATURES}"]
+        if not (self.root / LENGTHS).exists():
+            self._run("data lengths", [*run, *frozen])
+            (self.root / LENGTHS).touch()
         self._run("data features", [*run, *frozen])  # which of itself does what is missing
 
     def _run(self, verb: str, words: Sequence[object]) -> None:

@@ -259,7 +259,7 @@ def _method(summary: Summary, files: str) -> str:
     hours = sum(of["seconds"] or 0 for of in _all_seeds(summary)) / 3600
     return (
         f"## How it was done\n\n{seen}Stage 1 trains the projector for {settings['first_steps']} steps of "
-        f"{settings['batch']} scenes, stage 2 projector and language model for {settings['steps']}, in "
+        f"about {settings['batch']} scenes, stage 2 projector and language model for {settings['steps']}, in "
         f"{settings['precision']}, from the first stage of its seed and on other scenes. Layers: {depths}. Probes are "
         f"linear, fitted on the pictures in {settings['num_fit']} scenes of the training styles and tested on those "
         f"in {settings['num_images']} of the style held out; {settings['val_samples']} validation questions are "

@@ -70,16 +70,39 @@ def test_group_step_adamw_is_torchs(adam_w_mode):
     options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}
     groups = [{"params": ours}, {"params": []}]
     optimizer = GroupStepAdamW(groups, **options, adam_w_mode=adam_w_mode)
-    reference = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(theirs, **options, foreach=False)
+    reference = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(theirs, **options, fused=True)
+    slow = [p.detach().double().clone().requires_grad_() for p in ours]
+    plain = (torch.optim.AdamW if adam_w_mode else torch.optim.Adam)(slow, **options, foreach=False)
     for step in range(5):
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q, r in zip(ours, theirs, slow, strict=True):
             p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        optimizer.step()
-        reference.step()
+            q.grad, r.grad = p.grad.clone(), p.grad.double()
+        for each in (optimizer, reference, plain):
+            each.step()
         if step == 2:  # through a state dict, as a checkpoint does
             state = optimizer.state_dict()
             optimizer = GroupStepAdamW(groups, **options, adam_w_mode=adam_w_mode)
             optimizer.load_state_dict(state)
     assert all(p.equal(q) for p, q in zip(ours, theirs, strict=True))
+    for p, r in zip(ours, slow, strict=True):
+        torch.testing.assert_close(p.double(), r, rtol=1e-5, atol=1e-6)
     assert [group["step"] for group in optimizer.param_groups] == [5, 5]
+
+
+@pytest.mark.parametrize("ranks, in_place, copies", [(1, True, 0), (1, False, 1), (2, True, 1)])
+def test_a_rank_alone_sends_itself_nothing(ranks, in_place, copies):
+    import torch
+
+    from nemo_pre.compat.cpu_megatron import within
+
+    class Group:
+        def size(self):
+            return ranks
+
+    calls = []
+    output = torch.arange(4.0)
+    within(lambda *args, **kwargs: calls.append(kwargs))(
+        output, output[: 4 // ranks] if in_place else output.clone(), group=Group(), async_op=True
+    )
+    assert len(calls) == copies
+    assert output.tolist() == [0, 1, 2, 3]

@@ -178,7 +178,15 @@ def test_a_patch_is_refused_where_another_version_is_installed_than_it_was_writt
 
 
 def test_every_patch_of_a_library_names_the_versions_it_was_written_for():
-    from nemo_pre.compat import checkpoints, first_use, learning_rates, progress, safe_reading, telemetry, unified_memory
+    from nemo_pre.compat import (
+        checkpoints,
+        first_use,
+        learning_rates,
+        progress,
+        safe_reading,
+        telemetry,
+        unified_memory,
+    )
 
     modules = (checkpoints, learning_rates, progress, safe_reading, unified_memory, first_use)
     patches = [*cpu_backend.patches(), *(each for module in modules for each in module.PATCHES)]

@@ -86,6 +86,7 @@ def test_a_run_is_measured_before_after_and_along_its_second_stage_and_a_kill_co
         "import",
         "import",
         "data",
+        "data",
     ]
     diagnosed = [
         words[0].removeprefix(str(tmp_path / "runs")) for verb, *words in processes.commands if verb == "diagnose"
