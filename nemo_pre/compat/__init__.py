@@ -7,7 +7,7 @@
 ``distributed_setup``  the run's seed and time-out reach the ranks.
 ``progress``           NeMo's progress printer without the collective that only rank 0 enters.
 ``unified_memory``     Megatron's import without a CUDA helper to compile; applied before it, in every process.
-``first_use``          Weights & Biases imported by those who use it; applied before Megatron's import, in every process.
+``first_use``          Weights & Biases imported where it is used; applied before Megatron's import, in every process.
 ``telemetry``          NeMo's telemetry callback off.
 
 Nothing is patched by importing; the entry point (or a test's conftest) calls ``apply()``.

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemo_pre.compat.registry import patch
 
-# importlib.util.LazyLoader runs a package for any name, also for the __file__ that torch's custom operators ask of every
-# imported module.
+# importlib.util.LazyLoader runs a package for any name, also for the __file__ that torch's custom operators ask of
+# every imported module.
 USES = ("__all__", "__path__", "__version__")
 
 
@@ -65,8 +65,8 @@ class LaterFinder:
 
 @patch(
     "wandb-at-first-use",
-    why="megatron.core.timers imports Weights & Biases wherever it is installed: two of the eleven CPU seconds in which"
-    " every process of a run starts, whether or not the run reports there.",
+    why="megatron.core.timers imports Weights & Biases wherever it is installed: two of the eleven CPU seconds in"
+    " which every process of a run starts, whether or not the run reports there.",
     until="megatron.core.timers imports wandb where a writer is one.",
     of={"megatron-core": ("0.15.3", "0.19")},
 )

@@ -50,8 +50,8 @@ class Starts:
     platform: str
 
     def prepare(self, wanted: Sequence[tuple[int, bool]]) -> None:
-        """Encoder, the starts (seed, random weights or not), the samples' lengths and the encoder's features, as far as
-        they are missing.
+        """Encoder, the starts (seed, random weights or not), the samples' lengths and the encoder's features: what is
+        missing of them.
 
         Raises:
             RunFailed: a verb failed.
