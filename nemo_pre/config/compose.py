@@ -34,10 +34,9 @@ def compose_config(overrides: Sequence[str], held: ModelConfig | None = None) ->
         ValueError: one sentence on an override that names no option, or a value that does not fit.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
+    schema = _schema()
     _search_own_recipes_too()
     _refuse_search_path(overrides)
     with _one_sentence(), initialize_config_dir(config_dir=str(recipes.DIRECTORY), version_base="1.3"):
@@ -53,7 +52,17 @@ def compose_config(overrides: Sequence[str], held: ModelConfig | None = None) ->
         values = OmegaConf.to_container(composed, resolve=False)
         assert isinstance(values, dict)
         values["experiment"] = _with_origin(values.pop("hydra")["runtime"]["choices"].get("experiment"))
-        return OmegaConf.merge(OmegaConf.structured(RunConfig), values)  # refuses what a "+key" override added
+        return OmegaConf.merge(schema, values)  # refuses what a "+key" override added
+
+
+@functools.cache
+def _schema() -> Any:
+    """The dataclasses as OmegaConf reads them, which takes a fifth of composing a run; Hydra finds them by a name."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    ConfigStore.instance().store(name=SCHEMA, node=RunConfig)
+    return OmegaConf.structured(RunConfig)
 
 
 @functools.cache
