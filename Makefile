@@ -68,7 +68,7 @@ test-core: $(INSTALLED)
 		echo "make test-core is skipped: megatron-core 0.19 needs Python 3.12, and none was found (PYTHON_CORE=...)."; \
 	else $(MAKE) --no-print-directory $(CORE_INSTALLED) && $(CORE_VENV)/bin/python -m pytest -m core -n 2 $(CORE_TESTS); fi
 
-CORE_TESTS := tests/core tests/parity
+CORE_TESTS := tests/core tests/parity tests/rehearsal/test_on_core.py
 
 $(CORE_INSTALLED): pyproject.toml requirements/core_test.txt requirements/build.txt
 	@requirements/make_venv.sh "$(PYTHON_CORE)" $(CORE_VENV)

@@ -105,7 +105,7 @@ class LowerRight:
     "fused-adamw",
     why="Transformer Engine's AdamW is what a GPU runs; torch's needs copies beside its states.",
     until="Transformer Engine has kernels for fake tensors.",
-    of={"megatron-core": ("0.15.3",)},
+    of={"megatron-core": ("0.15.3", "0.19")},
 )
 def fused_adamw():
     @torch.no_grad()

@@ -374,14 +374,17 @@ class RMSNorm(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool = False,
         params_dtype: torch.dtype | None = None,
         device: Any = "cuda",
+        hidden_size: int | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
+        hidden_size = normalized_shape if hidden_size is None else hidden_size  # its former name, Megatron 0.15's
+        assert hidden_size is not None
         on = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype, device=on))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]

@@ -48,12 +48,20 @@ MODULES = (
 )
 
 
+# What Megatron-Core 0.19 asks for and 2.9.0 does not have: Megatron goes on without it, as there.
+NOT_IN_2_9 = {
+    "cpu_offload_v1",
+    "moe_permute_and_pad_with_probs",
+    "post_all_gather_processing",
+}
+
+
 class _Package(types.ModuleType):
     """A module whose names without a stand-in are classes that cannot be made, nor called as functions."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if name.startswith("__") or name in NOT_IN_2_9:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         whole = f"{self.__name__}.{name}"
 
         def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +133,7 @@ def _stand_ins() -> dict[str, dict[str, Any]]:
         "pytorch.optimizers": {
             "multi_tensor_applier": multi_tensor_applier,
             "multi_tensor_scale": multi_tensor_scale,
+            "multi_tensor_scale_tensor": multi_tensor_scale,  # later than 2.9; Megatron 0.19's clipping uses it
             "multi_tensor_l2norm": multi_tensor_l2norm,
         },
     }
@@ -190,7 +199,7 @@ def multi_tensor_applier(operation: Callable[..., Any], overflow: Any, lists: An
     return operation(2048 * 32, overflow, lists, *args)
 
 
-def multi_tensor_scale(chunk: int, overflow: Any, lists: Any, scale: float) -> None:
+def multi_tensor_scale(chunk: int, overflow: Any, lists: Any, scale: float | torch.Tensor) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source)  # one kernel reads and writes them all; nothing else is made
 

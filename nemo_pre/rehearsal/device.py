@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from nemo_pre.compat.rehearsed_device import DEVICE, TWIN
-from nemo_pre.rehearsal.groups import Groups
+from nemo_pre.rehearsal.groups import GIVEN, Groups
 from nemo_pre.rehearsal.lines import line_of_code
 from nemo_pre.rehearsal.memory import Memory
 
@@ -126,7 +126,7 @@ class Rehearsed(TorchDispatchMode):
             self._note(func, args, tensors, to)
         real = self._real(func, args, kwargs, tensors, has_fake, to == "cuda")
         if func is aten._local_scalar_dense.default:
-            return real if real is not None else self._guess(args[0])
+            return real if real is not None else self._asked(args[0])
         if func is aten.equal.default:
             return real if real is not None else True
         if func is aten._to_copy.default and to == "cpu" and has_fake:
@@ -200,6 +200,7 @@ class Rehearsed(TorchDispatchMode):
                     written = argument.alias_info is not None and argument.alias_info.is_write
                     if isinstance(tensor, FakeTensor) and written:
                         setattr(tensor, TWIN, None)
+                        setattr(tensor, GIVEN, None)
             return
         fakes = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         reals = [leaf for leaf in tree_leaves(real) if isinstance(leaf, torch.Tensor)]
@@ -232,6 +233,10 @@ class Rehearsed(TorchDispatchMode):
             raise UnknownValue(f"Integers that a rehearsal does not know go to the host at {line_of_code(3)}.")
         self.guesses[line_of_code(2)] += 1
         return torch.ones(tensor.shape, dtype=dtype)
+
+    def _asked(self, tensor: torch.Tensor) -> float | bool:
+        reduced = None if tensor.dtype.is_floating_point else self.groups.reduced(tensor)
+        return self._guess(tensor) if reduced is None else reduced.item()
 
     def _guess(self, tensor: torch.Tensor) -> float | bool:
         self.guesses[line_of_code(2)] += 1

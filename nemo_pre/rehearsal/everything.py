@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from nemo_pre.compat.versions import check_nemo
 from nemo_pre.config.compose import compose_run
 from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.options import Count, PathText
@@ -29,6 +30,7 @@ def rehearse_all(
     rehearsal that was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their
     depth, messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
     """
+    check_nemo()  # the record is of NeMo's training
     names = record.runs()
     unknown = sorted(set(only) - set(names))
     if unknown:

@@ -45,6 +45,7 @@ INPUT_IS_SECOND = {
     "allgather_into_tensor_coalesced_",
     "reduce_scatter_tensor_coalesced_",
 }
+GIVEN = "_given"  # of a tensor that an all-reduce has filled: what this rank gave, the group's ranks, the operation
 WORK_ALONE = {
     "reduce_",
     "alltoall_base_",
@@ -128,7 +129,9 @@ class Groups:
             self._answer(name, args, ranks)
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) and name not in ("send", "barrier"):
+                mine = getattr(tensor, TWIN, None) if name == "allreduce_" else None
                 setattr(tensor, TWIN, None)  # it holds what others sent
+                setattr(tensor, GIVEN, None if mine is None else (mine.clone(), ranks, self._op))
         work = _Noted(self.log, number)
         self._works = [*self._works[-63:], work]
         return work.boxed() if name in WORK_ALONE else (args[0], work.boxed())
@@ -165,6 +168,15 @@ class Groups:
         """What this collective is called among those of the same ranks, on all of them."""
         number = self._objects[ranks] = self._objects.get(ranks, 0) + 1
         return f"{kind} {number}"
+
+    def reduced(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What an all-reduce made of a tensor of the device that nothing has been written to since, worked out when
+        the host asks for it; None where it is not known. All ranks of the group must ask, as they do of a flag."""
+        given = getattr(tensor, GIVEN, None)
+        if given is None:
+            return None
+        mine, ranks, op = given
+        return _reduced(torch.stack(self._ask("allreduce_", mine, ranks)), op).view_as(mine)
 
     # --- calls that torch's dispatcher does not see -----------------------------------------------------------------
 

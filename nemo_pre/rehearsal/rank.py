@@ -1,4 +1,4 @@
-"""One rehearsed rank: the run's own trainer, model, callbacks and optimizer, on a device that is not there."""
+"""One rehearsed rank: the run's own training, of the backend that is installed, on a device that is not there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+from nemo_pre.compat import versions
 from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.rehearsal.found import Found, Order
@@ -82,9 +83,10 @@ def _patches_of_the_run(config: RunConfig) -> Iterator[Any]:
     """The patches of a run on GPUs, and of CPU ranks' those that stand for Transformer Engine's AdamW."""
     from nemo_pre.compat import checkpoints, cpu_megatron, distributed_setup, learning_rates, progress, telemetry
 
-    for patches in (checkpoints, learning_rates, progress, telemetry):
-        patches.apply()
-    distributed_setup.apply(config.seed, timedelta(seconds=config.trainer.rank_timeout))
+    if versions.installed("nemo_toolkit") is not None:
+        for patches in (checkpoints, learning_rates, progress, telemetry):
+            patches.apply()
+        distributed_setup.apply(config.seed, timedelta(seconds=config.trainer.rank_timeout))
     yield cpu_megatron.rng_tracker_on_cpu
     yield cpu_megatron.group_step_adamw  # the same states as FusedAdam's
 
@@ -100,23 +102,14 @@ def _look_at_targets(config: RunConfig) -> None:
 
 
 def _train(order: Order, device: Any, progress: Callable[[str], None]) -> Found:
-    from nemo.utils import logging
-
     from nemo_pre.rehearsal.watch import Watch
-    from nemo_pre.train import build_model, build_trainer, objective_callbacks
 
-    logging.set_verbosity(logging.ERROR)
-    config = order.config
+    if versions.installed("nemo_toolkit") is not None:
+        from nemo_pre.rehearsal.with_nemo import train
+    else:
+        from nemo_pre.rehearsal.with_core import train
     found = Found(order.place, order.rank)
     with device:
-        watch = Watch(order, device, found, progress)
-        trainer = build_trainer(config, True, callbacks=[watch.first(), *objective_callbacks(config), watch])
-        model = build_model(config, True)
-        language = model.config.language_transformer_config
-        for each in (language, model.config, model.config.vision_projection_config):
-            each.use_cpu_initialization = False  # Transformer Engine's layers are made on the GPU
-            each.perform_initialization = False
-        progress("building")
-        trainer.fit(model, watch.data())
+        train(order, Watch(order, device, found, progress))
     found.log = device.groups.log
     return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_pre.compat import versions
 from nemo_pre.config.run import RunConfig
 from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.rehearsal.run import Rehearsed, Wishes, run_rehearsal
@@ -45,7 +46,9 @@ def rehearse(arguments: Sequence[str]) -> None:
         Path(options.json).write_text(json.dumps(rehearsed.as_json(), indent=1) + "\n")
         print(f"written to {options.json}")
     refuse_problems(rehearsed)
-    print(f"{config.name} rehearses without a problem; next: nemo-pre submit {shlex.join(overrides)}")
+    with_nemo = versions.installed("nemo_toolkit") is not None
+    then = f"nemo-pre submit {shlex.join(overrides)}" if with_nemo else "a loop of your own"
+    print(f"{config.name} rehearses without a problem; next: {then}")
 
 
 def refuse_problems(rehearsed: Rehearsed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nemo_pre.compat.versions import check_nemo
+from nemo_pre.compat import versions
 from nemo_pre.config.run import RunConfig
 from nemo_pre.planner.chunks import num_chunks
 from nemo_pre.rehearsal.batches import special_kinds
@@ -47,6 +47,7 @@ class Rehearsed:
     """What a rehearsal found.
 
     Attributes:
+        backend: whose training was rehearsed, with its version.
         config: the run as it was rehearsed.
         layers: its decoder layers, of ``all_layers``.
         micro_batches: of a step.
@@ -59,6 +60,7 @@ class Rehearsed:
     """
 
     name: str
+    backend: str
     config: RunConfig
     layers: int
     all_layers: int
@@ -101,6 +103,7 @@ class Rehearsed:
             )
         return {
             "run": self.name,
+            "backend": self.backend,
             "layout": asdict(self.config.parallel),
             "layers": self.layers,
             "of_layers": self.all_layers,
@@ -115,6 +118,12 @@ class Rehearsed:
         }
 
 
+def backend() -> str:
+    """NeMo, whose training a run is, or without it Megatron-Core, on which a loop of one's own is."""
+    nemo = versions.installed("nemo_toolkit")
+    return f"Megatron-Core {versions.installed('megatron-core')}" if nemo is None else f"NeMo {nemo}"
+
+
 Tell = Callable[[str], None]
 
 
@@ -126,9 +135,8 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
 
     Raises:
         RankFailure: a rank raised, or waits for another's objects for ever.
-        ValueError: the run cannot be rehearsed, or NeMo, whose training it is, is not installed.
+        ValueError: the run cannot be rehearsed.
     """
-    check_nemo()
     started = time.monotonic()
     config, left_out = rehearsable(config)
     whole = config.model.language.num_layers
@@ -150,6 +158,7 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
     found = [each for each in results[0] if each.place in for_memory]
     rehearsed = Rehearsed(
         name=config.name,
+        backend=backend(),
         config=measured,
         layers=measured.model.language.num_layers,
         all_layers=whole,

@@ -70,7 +70,7 @@ def describe(rehearsed: Rehearsed) -> str:
     cut = "" if rehearsed.layers == rehearsed.all_layers else f" of {rehearsed.all_layers}: sizes are not the run's"
     parts = [
         f"rehearsal of {rehearsed.name}: {rehearsed.layers} decoder layers{cut}, {rehearsed.micro_batches} "
-        f"micro-batches a step, {rehearsed.seconds:.0f} s",
+        f"micro-batches a step, trained by {rehearsed.backend}, {rehearsed.seconds:.0f} s",
         *(describe_rank(*each) for each in zip(rehearsed.besides, rehearsed.found, rehearsed.calls, strict=True)),
         _messages(rehearsed),
         "not covered: " + "; ".join(rehearsed.not_covered) + ".",

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 
-from nemo_pre.rehearsal.batches import steps
 from nemo_pre.rehearsal.calls import SETUP
 from nemo_pre.rehearsal.device import Rehearsed
 from nemo_pre.rehearsal.found import Found, Lines, Order
 
 
-class Watch(Callback):
-    """Fills in what a rank has ``found``; the last of a trainer's callbacks, and :meth:`first` the first."""
+class Watch:
+    """Fills in what a rank has ``found``; whoever trains tells it how far a step is, in the order of its methods."""
 
     def __init__(self, order: Order, device: Rehearsed, found: Found, progress: Callable[[str], None]) -> None:
         self.order, self.device, self.found, self.progress = order, device, found, progress
         self._at_start: set[int] = set()
         self._after: set[int] = set()
 
-    def first(self) -> Callback:
-        return _BeginsPhases(self)
-
-    def data(self) -> pl.LightningDataModule:
-        """The rank's synthetic loader."""
-        return _Data(self.order)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def start(self, chunks: Iterable[Any]) -> None:
         """What is there before the first step stays, but for the optimizer's moments, which the first step makes."""
-        from nemo_pre.neva.model import model_chunks
-
         self._at_start = self.device.memory.keys()
-        for chunk in model_chunks(trainer):
+        for chunk in chunks:
             self._count_forward(chunk)
         self.device.memory.start_peak()
 
@@ -61,15 +49,16 @@ class Watch(Callback):
         self.device.groups.phase = str(step)
         self.progress(f"step {step}")
 
-    def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+    def before_update(self) -> None:
         self.found.kernels = self.device.kernels[self.device.phase]
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def after_step(self, models: Iterable[Any], optimizers: Sequence[Any]) -> None:
+        """``models``: the rank's chunks in Megatron's wrappers."""
         gc.collect()
         memory, found = self.device.memory, self.found
         found.peaks.append(memory.most)
         found.held.append(memory.held)
-        state = self._state(trainer)
+        state = self._state(models, optimizers)
         staying = set().union(*state.values())
         staying |= self._at_start & memory.keys()
         held = memory.keys()
@@ -82,7 +71,7 @@ class Watch(Callback):
         self._after = held
         memory.start_peak()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def end(self) -> None:
         device, found, last = self.device, self.found, str(len(self.found.peaks))
         found.flops = device.flops[last]
         found.waits = at_most(device.waits.get(last))
@@ -92,7 +81,7 @@ class Watch(Callback):
         device.groups.phase = SETUP
 
     @staticmethod
-    def _state(trainer: Any) -> dict[str, set[int]]:
+    def _state(models: Iterable[Any], optimizers: Sequence[Any]) -> dict[str, set[int]]:
         """The storages of weights, gradients and the optimizer's state; each belongs to the first that names it."""
         kinds: dict[str, set[int]] = {"weights": set(), "gradients": set(), "optimizer": set(), "FP8 copies": set()}
         seen: set[int] = set()
@@ -104,8 +93,7 @@ class Watch(Callback):
                     seen.add(key)
                     kinds[kind].add(key)
 
-        for chunk in trainer.strategy.megatron_parallel:
-            module = getattr(chunk, "module", chunk)
+        for module in models:
             for wrapper in (module, getattr(module, "module", None)):
                 buffers = vars(wrapper).get("buffers") if wrapper is not None else None
                 more = vars(wrapper).get("expert_parallel_buffers") if wrapper is not None else None
@@ -119,8 +107,7 @@ class Watch(Callback):
                 copies = vars(layer).get("quantized_weight")
                 for tensor in copies.tensors() if copies is not None else ():
                     add("FP8 copies", tensor)
-        for optimizer in trainer.optimizers:
-            core = getattr(optimizer, "mcore_optimizer", optimizer)
+        for core in optimizers:
             for one in getattr(core, "chained_optimizers", [core]):
                 inner = getattr(one, "optimizer", None)
                 if inner is None:  # a rank without a trained parameter
@@ -143,42 +130,3 @@ def _is_averaged(name: str) -> bool:
     from nemo_pre.objectives.registry import known
 
     return any(prefix in name for objective in known().values() for prefix in objective.averaged)
-
-
-class _BeginsPhases(Callback):
-    """The first callback: what others do as a step begins belongs to it."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.watch.begin(trainer.global_step + 1)
-
-
-class _Data(pl.LightningDataModule):
-    """Micro-batches without data, handed on as the run's own data module does."""
-
-    def __init__(self, order: Order) -> None:
-        super().__init__()
-        from nemo.lightning.pytorch.plugins import MegatronDataSampler
-
-        self.order = order
-        config = order.config
-        self.data_sampler = MegatronDataSampler(
-            seq_len=config.data.sequence_length,
-            micro_batch_size=config.trainer.micro_batch_size,
-            global_batch_size=config.trainer.global_batch_size,
-            output_log=False,
-        )
-        self.data_sampler.transform_dataloader = lambda loader, consumed_samples=0: loader
-
-    def train_dataloader(self) -> Any:
-        from torch.utils.data import DataLoader, IterableDataset
-
-        order = self.order
-
-        class Batches(IterableDataset):
-            def __iter__(self) -> Any:
-                return steps(order.config, order.micro_batches, order.place.data)
-
-        return DataLoader(Batches(), batch_size=None)

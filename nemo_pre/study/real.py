@@ -62,7 +62,7 @@ def study(
 ) -> None:
     """Train and diagnose LLaVA's two stages on a language model that has read, then write numbers, figures and page.
 
-      nemo-pre data emoji PACKAGES out=data/emoji
+      nemo-pre data emoji PACKAGES out=data/emoji num_scenes=60000 held_out_style=google
       nemo-pre smollm2 out=checkpoints/smollm2
       nemo-pre study real                                          everything, or whatever is not there yet of it
       nemo-pre study real most_runs=0                              the page and its numbers anew, also while it runs

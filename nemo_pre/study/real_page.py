@@ -266,7 +266,7 @@ def _method(summary: Summary, files: str) -> str:
         f"answered. Second stages took {hours:.1f} hours so far. Options of all runs: "
         f"{', '.join(settings['options']) or 'none'}. "
         f"Every number of every run: [{SUMMARY}]({files}/{SUMMARY}).\n\n"
-        "    nemo-pre data emoji PACKAGES out=data/emoji num_scenes=24000     # docs/emoji.md\n"
+        "    nemo-pre data emoji PACKAGES out=data/emoji num_scenes=60000 held_out_style=google   # docs/emoji.md\n"
         "    nemo-pre smollm2 out=checkpoints/smollm2\n"
         "    nemo-pre study real                       # goes on where it was; most_runs=0 writes this page anew\n"
         "    nemo-pre study real platform=gpu at_a_time=4 # on a GPU"

@@ -8,7 +8,7 @@ import pytest
 from nemo_pre.compat import versions
 from nemo_pre.config.compose import compose_run
 from nemo_pre.rehearsal.compare import LEAK
-from nemo_pre.rehearsal.rehearse import rehearse
+from nemo_pre.rehearsal.everything import rehearse_all
 from nemo_pre.rehearsal.run import Wishes, run_rehearsal
 from nemo_pre.rehearsal.targets import PROCESSOR
 
@@ -57,7 +57,8 @@ def test_an_option_that_no_recipe_takes_is_rehearsed(words, tmp_path):
         assert len(rank.peaks) == 2 and rank.growth < LEAK and rank.kernels > 0 and all(rank.forward_flops)
 
 
-def test_where_there_is_no_nemo_a_rehearsal_says_so(monkeypatch):
+def test_the_record_is_of_nemos_training_and_refused_where_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "installed", lambda package: None)
     with pytest.raises(ValueError, match="rehearses models with NeMo, which is not installed: install the extra nemo"):
-        rehearse(["experiment=digits_tiny"])
+        rehearse_all("digits_tiny", out=str(tmp_path))
+    assert not list(tmp_path.iterdir())

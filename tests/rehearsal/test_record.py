@@ -23,7 +23,9 @@ def rehearsed():
     found = Found(Place(0), 0, state={"weights": 60}, peaks=[90, 100], held=[60, 60], waits=[("a.py:1", 2)], kernels=7)
     beside = Beside(Place(0), {"weights": 60, "a step": 40}, {"weights": 60, "a step": 42})
     met = Met(messages=3, collectives=4)
-    return Rehearsed("digits_tiny", config, 2, 8, 3, [beside], [found], [[]], [found], met, 2, [], [], ["speed"])
+    return Rehearsed(
+        "digits_tiny", "NeMo 2.7.3", config, 2, 8, 3, [beside], [found], [[]], [found], met, 2, [], [], ["speed"]
+    )
 
 
 def test_an_entry_is_old_when_the_recipe_changes_or_more_layers_are_asked_for(rehearsed):

@@ -54,7 +54,7 @@ def found(monkeypatch):
     """What every rehearsal finds here, without a process: change its ``problems``."""
     rank = Found(Place(0), 0, {"weights": 60}, [90, 100], [60, 60])
     beside = Beside(Place(0), {"weights": 60, "a step": 40}, {"weights": 60, "a step": 42})
-    result = Rehearsed("run", None, 2, 8, 3, [beside], [rank], [[]], not_covered=["speed"])
+    result = Rehearsed("run", "NeMo 2.7.3", None, 2, 8, 3, [beside], [rank], [[]], not_covered=["speed"])
 
     def run(config, wishes, tell):
         result.config = config
