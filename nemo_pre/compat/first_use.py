@@ -43,6 +43,20 @@ class LaterLoader:
         state.update(_loader=self._loader, _path=state.pop("__path__"))
 
 
+class ThereLoader:
+    """Gives a module that is there: the import of one in the package asks for the package's path, so that the package
+    runs and imports the same module, before Python goes on to find it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 class LaterFinder:
     """Finds one package and sees to it that importing it makes a :class:`Later`."""
 
@@ -50,6 +64,8 @@ class LaterFinder:
         self._package = package
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if name in sys.modules and name.startswith(f"{self._package}."):
+            return ModuleSpec(name, ThereLoader(sys.modules[name]))  # type: ignore[arg-type]
         if name != self._package or (spec := PathFinder.find_spec(name, path)) is None:
             return None
         spec.loader = LaterLoader(spec.loader)  # type: ignore[assignment]

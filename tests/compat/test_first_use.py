@@ -13,12 +13,12 @@ from nemo_pre.compat.first_use import LaterFinder
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package ``used_later`` with a module, which counts its runs in a file; found by the finder in test."""
+    """A package ``used_later`` with a module, which count their runs in a file; found by the finder in test."""
     folder = tmp_path / "used_later"
     folder.mkdir()
     count = f"with open({str(tmp_path / 'runs')!r}, 'a') as file:\n    file.write('x')\n"
     (folder / "__init__.py").write_text(f"{count}from used_later.inside import what\n__version__ = '3'\n")
-    (folder / "inside.py").write_text("what = 7\n")
+    (folder / "inside.py").write_text(f"{count}what = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
     finder = LaterFinder("used_later")
     finder.do()
@@ -53,8 +53,9 @@ def test_importing_it_and_looking_at_it_does_not_run_it(package: str) -> None:
 def test_the_first_use_runs_it_once(package: str, use: str, found: object) -> None:
     names: dict[str, object] = {}
     exec(f"{use}\nimport used_later", names)
-    assert names["found"] == found and runs(package) == 1
-    assert sys.modules["used_later"].__path__
+    assert names["found"] == found and runs(package) == 2, "each of the two once"
+    package_there, inside = sys.modules["used_later"], sys.modules["used_later.inside"]
+    assert package_there.__path__ and package_there.inside is inside and inside.__spec__.loader.name == inside.__name__
 
 
 def test_what_it_does_not_have_is_said_as_of_any_module(package: str) -> None:
