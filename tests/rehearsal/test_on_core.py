@@ -14,15 +14,16 @@ pytestmark = [
     pytest.mark.skipif(BACKEND != CORE, reason="with NeMo its own training is rehearsed: make test-core"),
 ]
 CASES = {
-    "PRe over two stages": ["experiment=digits_tiny_pre", "parallel=pp2"],
-    "LaVer over tensor ranks": ["experiment=digits-laver", "parallel=tp2_sp"],
-    "VIRAL over interleaved stages": ["experiment=digits-viral", "parallel=pp2_vpp2"],
+    "PRe over two stages": (["experiment=digits_tiny_pre", "parallel=pp2"], None),
+    "LaVer over tensor ranks": (["experiment=digits-laver", "parallel=tp2_sp"], 4),
+    "VIRAL over interleaved stages": (["experiment=digits-viral", "parallel=pp2_vpp2"], None),
 }
 
 
-@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
-def test_the_plan_holds_and_the_ranks_meet(words):
-    found = run_rehearsal(compose_run(words), Wishes(layers=4, jobs=2))
+@pytest.mark.parametrize("words, layers", CASES.values(), ids=CASES)
+def test_the_plan_holds_and_the_ranks_meet(words, layers):
+    """At full depth, or as many layers: of fewer, what a plan rounds up is over 3% of ten megabytes."""
+    found = run_rehearsal(compose_run(words), Wishes(layers=layers, jobs=2))
     assert found.problems == [] and found.met is not None and found.met.messages + found.met.collectives > 0
     assert found.backend.startswith("Megatron-Core 0.19")
     for beside, rank in zip(found.besides, found.found, strict=True):
