@@ -132,7 +132,11 @@ class Scenes:
 
 
 def read_scenes(data: PathText, split: str, vision: VisionConfig) -> Scenes:
-    """The scenes with pictures of a prepared split, resized for the tower."""
+    """The scenes with pictures of a prepared split, resized for the tower.
+
+    Raises:
+        ValueError: no scene has a picture.
+    """
     import torch
 
     from nemo_pre.data.manifest import read_manifest, verify_shards
@@ -141,9 +145,21 @@ def read_scenes(data: PathText, split: str, vision: VisionConfig) -> Scenes:
     shards = read_manifest(data, "data").shards[split]
     verify_shards(shards)
     samples = ShardedSamples(shards)
-    found = [scene for number in range(len(samples)) for scene in _read_one(samples, number, vision)]
-    pixels, instances, coverage, names, colours = zip(*found, strict=True)
-    return Scenes(torch.stack(pixels), torch.stack(instances), torch.stack(coverage), list(names), list(colours))
+    read = (scene for number in range(len(samples)) for scene in _read_one(samples, number, vision))
+    # Filled one by one: a list of the parts beside what is stacked of them would take gigabytes twice.
+    whole: list[Tensor] = []
+    names, colours = [], []
+    for number, (*parts, of_names, of_colours) in enumerate(read):
+        if not whole:
+            whole = [torch.empty(len(samples), *part.shape, dtype=part.dtype) for part in parts]
+        for of_all, part in zip(whole, parts, strict=True):
+            of_all[number] = part
+        names.append(of_names)
+        colours.append(of_colours)
+    if not whole:
+        raise ValueError(f"data={data} has no picture in its split {split}: prepare it anew with nemo-pre data emoji.")
+    pixels, instances, coverage = (of_all[: len(names)] for of_all in whole)
+    return Scenes(pixels, instances, coverage, names, colours)
 
 
 def _read_one(samples: Any, number: int, vision: VisionConfig) -> Iterator[tuple[Any, ...]]:

@@ -101,6 +101,12 @@ def test_scenes_without_names_are_refused(digits, language, tmp_path):
         encoder(str(digits), str(language), str(tmp_path / "out"))
 
 
+def test_a_split_without_a_picture_is_refused(emoji, monkeypatch):
+    monkeypatch.setattr(naming, "_read_one", lambda *_: iter(()))
+    with pytest.raises(ValueError, match=r"has no picture in its split val: prepare it anew with nemo-pre data emoji"):
+        read_scenes(str(emoji), "val", vision_config(96, 16, 64, 1))
+
+
 def test_a_killed_teaching_goes_on_where_it_was(tmp_path, monkeypatch):
     from nemo_pre.teaching import training
 
