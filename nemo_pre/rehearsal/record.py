@@ -24,7 +24,7 @@ from nemo_pre.config.derived import world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.rehearsal.compare import gib, outside_tolerance, planned_memory
 from nemo_pre.rehearsal.found import Found
-from nemo_pre.rehearsal.run import Rehearsed, as_rehearsed
+from nemo_pre.rehearsal.run import Rehearsed, as_rehearsed, rehearsable
 
 FILE, TABLE = "rehearsals.json", "rehearsals.md"
 FORMAT = 2
@@ -35,7 +35,7 @@ INSTRUMENTS = (
     "compat/rehearsed_*.py",
     *(
         f"rehearsal/{name}.py"
-        for name in ("batches", "device", "groups", "memory", "rank", "seams", "shrink", "watch")
+        for name in ("batches", "device", "groups", "memory", "rank", "seams", "shrink", "watch", "with_nemo")
     ),
 )
 APART = 0.002  # by which bytes of two rehearsals of the same code may differ: garbage is collected when it is
@@ -195,7 +195,7 @@ def differences(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str
 
 def plan_differs(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Where the plan is another than when the recipe was rehearsed; one sentence for each rank."""
-    run = as_rehearsed(config, recorded["layers"])
+    run = as_rehearsed(rehearsable(config)[0], recorded["layers"])
     found = []
     for rank in recorded["ranks"]:
         now = sum(planned_memory(run, rank["stage"] - 1).values())
@@ -206,7 +206,7 @@ def plan_differs(recorded: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 def replanned(recorded: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     """The entry with the plan as it is now beside the peaks that were rehearsed: it is arithmetic."""
-    run, ranks, problems = as_rehearsed(config, recorded["layers"]), [], list(recorded["problems"])
+    run, ranks, problems = as_rehearsed(rehearsable(config)[0], recorded["layers"]), [], list(recorded["problems"])
     for rank in recorded["ranks"]:
         before = outside_tolerance(rank["place"], rank["planned"], rank["peak"])
         planned = sum(planned_memory(run, rank["stage"] - 1).values())
