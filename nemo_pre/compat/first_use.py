@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -13,20 +14,33 @@ from nemo_pre.compat.registry import patch
 # importlib.util.LazyLoader runs a package for any name, also for the __file__ that torch's custom operators ask of
 # every imported module.
 USES = ("__all__", "__path__", "__version__")
+RUNNING = threading.RLock()
 
 
 class Later(ModuleType):
     """A package whose own file runs when the first name of it is used, or the first module in it imported."""
 
     def __getattr__(self, name: str) -> Any:
-        state = self.__dict__
-        if "_loader" not in state or (name.startswith("__") and name not in USES):
+        if name.startswith("__") and name not in USES:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        assert self.__spec__ is not None
-        self.__spec__.loader = state.pop("_loader")
-        self.__path__ = state.pop("_path")
-        self.__spec__.loader.exec_module(self)  # type: ignore[union-attr]
-        return getattr(self, name)
+        with RUNNING:  # another thread's first use may be under way
+            if "_loader" in self.__dict__:
+                self._run()
+        return super().__getattribute__(name)
+
+    def _run(self) -> None:
+        """Run the package; one that fails is as it was, so that the next use tells the same error."""
+        state, spec = self.__dict__, self.__spec__
+        assert spec is not None
+        before = dict(state)
+        later, spec.loader, self.__path__ = spec.loader, state.pop("_loader"), state.pop("_path")
+        try:
+            spec.loader.exec_module(self)  # type: ignore[union-attr]
+        except BaseException:
+            state.clear()
+            state.update(before)
+            spec.loader = later
+            raise
 
 
 class LaterLoader:

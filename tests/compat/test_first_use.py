@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from nemo_pre.compat.first_use import LaterFinder
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A package ``used_later`` with a module, which count their runs in a file; found by the finder in test."""
     folder = tmp_path / "used_later"
     folder.mkdir()
@@ -66,6 +68,28 @@ def test_what_it_does_not_have_is_said_as_of_any_module(package: str) -> None:
             _ = used_later.nothing
     with pytest.raises(ImportError, match="nothing"):
         from used_later import nothing  # noqa: F401
+
+
+def test_a_package_that_fails_tells_its_error_at_every_use(package: str, tmp_path: Path) -> None:
+    (tmp_path / "used_later" / "__init__.py").write_text("raise ImportError('needs another version')\n")
+    import used_later
+
+    for _ in range(2):
+        with pytest.raises(ImportError, match="needs another version"):
+            _ = used_later.what
+
+
+def test_two_threads_use_it_first(package: str, tmp_path: Path) -> None:
+    (tmp_path / "used_later" / "__init__.py").write_text("import time\ntime.sleep(0.3)\nwhat = 7\n")
+    import used_later
+
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(used_later.what)) for _ in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == [7, 7]
 
 
 def test_megatrons_import_does_not_run_weights_and_biases_and_a_use_does() -> None:

@@ -179,6 +179,12 @@ def test_an_output_layer_at_labelled_tokens_alone_computes_the_same(layout):
     check(*case(layout, parallel={"labelled_output": True}))
 
 
+@pytest.mark.parametrize("layout", on_both(["one-rank", "PP2"], ["one-rank"]))
+def test_a_replica_alone_has_its_gradients_with_a_sharded_optimizer_too(layout):
+    """On CPUs it does not send them to itself."""
+    check(*case(layout, (3,), parallel={"distributed_optimizer": True}))
+
+
 @pytest.mark.parametrize("layout", ["DP2", "DP2-sharded-optimizer"])
 def test_gradients_that_are_reduced_after_the_backward_pass_are_the_same(layout):
     check(*case(layout, (3,), parallel={"overlap_grad_reduce": False}))

@@ -60,5 +60,5 @@ def test_an_option_that_no_recipe_takes_is_rehearsed(words, tmp_path):
 def test_the_record_is_of_nemos_training_and_refused_where_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "installed", lambda package: None)
     with pytest.raises(ValueError, match="rehearses models with NeMo, which is not installed: install the extra nemo"):
-        rehearse_all("digits_tiny", out=str(tmp_path))
+        rehearse_all(["digits_tiny"], out=str(tmp_path))
     assert not list(tmp_path.iterdir())
