@@ -188,6 +188,8 @@ def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
         left_out.append("messages and buffers of Transformer Engine's attention over context ranks")
     if config.precision.name == "fp8_delayed":
         left_out.append("the reduction of FP8's largest values over ranks")
+    if versions.installed("nemo_toolkit") is None:
+        left_out.append("multi_tensor_scale_tensor, by which Megatron clips and which 2.9.0 does not have")
     config, stand_ins = with_stand_ins(config)
     return config, [*left_out, *stand_ins]
 

@@ -13,7 +13,6 @@ from nemo_pre.study.naming import VISION
 from nemo_pre.study.runs import run_verb
 
 ENCODER, FEATURES = "encoder", "features"
-LENGTHS = "lengths.measured"  # they lie with the data, by what they were measured for
 LONG_ENOUGH, LETTERS = 200, 0.93  # characters of a paragraph, and which part of it is letters and spaces
 
 
@@ -69,10 +68,8 @@ class Starts:
         first = start_directory(self.root, *wanted[0])
         run = ["experiment=smollm2_135m_emoji_pre", "objective=none", *self.common]
         frozen = [f"init_from={first}", "optim.freeze_vision=true", f"data.features={self.root / FEATURES}"]
-        if not (self.root / LENGTHS).exists():
-            self._run("data lengths", [*run, *frozen])
-            (self.root / LENGTHS).touch()
-        self._run("data features", [*run, *frozen])  # which of itself does what is missing
+        for verb in ("data lengths", "data features"):  # which of themselves do what is missing
+            self._run(verb, [*run, *frozen])
 
     def _run(self, verb: str, words: Sequence[object]) -> None:
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

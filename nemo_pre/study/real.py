@@ -27,8 +27,8 @@ from nemo_pre.study.runs import RunFailed, StudyRun
 RECORDS = 8  # checkpoints of a second stage, of which every fourth part is diagnosed
 FIRST_RATE, RATE = 1e-3, 2e-4
 BATCH = 16  # scenes
-# Scenes are 57 tokens of text and 36 visual ones long, and 140 at most: packed, six rows hold sixteen of them, and a
-# step takes three quarters of the time that sixteen rows of their own would, of which two fifths are padding.
+# With their 36 visual tokens scenes are 91 tokens long, 142 at most. In rows of 160 of their own two fifths would be
+# padding: packed, six rows hold about sixteen of them.
 ROWS, ROW_LENGTH = 6, 256
 PACKED = "data.packing=true", f"data.sequence_length={ROW_LENGTH}"
 SEES = "model=of_init_from", f"model.vision.image_size={IMAGE_SIZE}"

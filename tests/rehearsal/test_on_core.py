@@ -34,4 +34,8 @@ def test_the_plan_holds_and_the_ranks_meet(words, layers):
 def test_a_loop_of_ones_own_is_what_comes_next(capsys):
     rehearse(["experiment=digits_tiny_pre", "parallel=single", "layers=1"])
     said = capsys.readouterr().out
-    assert "trained by Megatron-Core 0.19" in said and said.rstrip().endswith("next: a loop of your own")
+    assert (
+        "trained by Megatron-Core 0.19" in said
+        and "multi_tensor_scale_tensor" in said
+        and said.rstrip().endswith("next: a loop of your own")
+    )
