@@ -316,6 +316,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
                 labels=labels if has_labels and not few else None,
                 runtime_gather_output=runtime_gather_output,
             )
+        self.language_model.set_input_tensor(None)  # Megatron would keep it, with its gradient, until the next
         if few:
             assert labels is not None and loss_mask is not None
             output = self._losses_of_labelled(output, labels, loss_mask > 0)
@@ -391,7 +392,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
             if masked is not None:
                 student = torch.cat([student, self.shard(masked)])
             return student, None if unmasked is None else self.shard(unmasked)
-        received, teacher = self._received, None
+        received, self._received, teacher = self._received, None, None
         if micro_batch.branch is not None:
             assert micro_batch.streams is not None
             student_length = sum(micro_batch.streams.lengths)

@@ -6,15 +6,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_pre.config.derived import fp8_recipe
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import enabled
-from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations
+from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations, image_bytes
 from nemo_pre.planner.chunks import chunks_of_stages
 from nemo_pre.planner.load import FLOAT, INDEX, Load, has_explicit_positions, uses_token_structure
 from nemo_pre.planner.parameters import (
     costs,
     fp8_layers_among,
-    layer_parameters,
+    layer_matrices,
     rank_parameters,
     trainable_parameters,
 )
@@ -113,8 +114,17 @@ def _fp8_copies(config: RunConfig, stage: int) -> int:
     """Bytes of the FP8 layers' weights, kept from the step's first micro-batch on, row by row and column by column;
     further copies of the layers, which compute and are not trained, have theirs by rows alone."""
     layers = sum(fp8_layers_among(config, chunk.layers) for chunk in chunks_of_stages(config)[stage])
-    copies = 2 + sum(cost.decoder_copies for cost in costs(config))
-    return copies * layers * layer_parameters(config, config.parallel.tensor)
+    weights = layer_matrices(config, config.parallel.tensor)
+    by_rows = sum(_fp8_copy(config, *weight) for weight in weights)
+    by_columns = sum(_fp8_copy(config, *reversed(weight)) for weight in weights)
+    return layers * (by_columns + by_rows * (1 + sum(cost.decoder_copies for cost in costs(config))))
+
+
+def _fp8_copy(config: RunConfig, lines: int, width: int) -> int:
+    """Bytes of a weight's copy: a byte an element, and by blocks a float32 for 128 x 128, in lines of multiples of 4
+    (Transformer Engine 2.9.0, ``tensor/float8_blockwise_tensor.py``)."""
+    blocks = -(-lines // 128) * (-(-width // 512) * 4) if fp8_recipe(config.precision) == "blockwise" else 0
+    return lines * width + blocks * FLOAT
 
 
 # --- activations ----------------------------------------------------------------------------------------------------
@@ -175,6 +185,8 @@ def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> di
         "sent to later stages": sent,
         "communication": messages + gathered,
         "layout": layout_bytes(config, load, max(in_flight), len(chunks)),
+        # The last micro-batch's stay with its step's arguments while the other chunks compute.
+        "images": image_bytes(config, load) if stage == 0 and layout.pipeline > 1 else 0,
         "gradients under way": round(with_working - saved),
         "libraries": GPU_LIBRARIES if fused else 0,
     }

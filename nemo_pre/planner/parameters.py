@@ -86,11 +86,19 @@ def trainable_parameters(config: RunConfig, parameters: dict[str, int]) -> dict[
 
 def layer_parameters(config: RunConfig, tensor: int = 1) -> int:
     """Number of parameters of a decoder layer on a tensor-parallel rank."""
+    language, matrices = config.model.language, layer_matrices(config, tensor)
+    qkv_rows, width = matrices[0]
+    biases = qkv_rows if language.family == "qwen2" else 0
+    return sum(rows * columns for rows, columns in matrices) + biases + 2 * width
+
+
+def layer_matrices(config: RunConfig, tensor: int = 1) -> list[tuple[int, int]]:
+    """Rows and columns of the weights of a decoder layer's linear layers on a tensor-parallel rank."""
     language = config.model.language
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     qkv_rows = (language.num_attention_heads + 2 * language.num_query_groups) * head // tensor
-    attention = qkv_rows * (width + (language.family == "qwen2")) + width * width // tensor
-    return attention + 3 * width * language.ffn_hidden_size // tensor + 2 * width
+    inner = language.ffn_hidden_size // tensor
+    return [(qkv_rows, width), (width, width // tensor), (2 * inner, width), (width, inner)]
 
 
 def projector_parameters(config: RunConfig) -> int:

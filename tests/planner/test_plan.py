@@ -137,8 +137,14 @@ def test_fp8_halves_the_time_of_the_layers_that_have_it_and_keeps_copies_of_thei
     [(slow, _)] = [pass_seconds(bf16, load, parts, layers, replace(H100, nvlink=1e30), alone)]
     [(fast, _)] = [pass_seconds(fp8, load, parts, layers, replace(H100, nvlink=1e30), alone)]
     assert fast == pytest.approx(slow * (2 + 30 * 989 / 1979) / 32)  # one layer at each end stays bf16
-    copies = state_memory(fp8, 0)["FP8 copies"]
-    assert copies == 2 * 30 * layer_parameters(fp8, fp8.parallel.tensor) and not state_memory(bf16, 0)["FP8 copies"]
+    assert not state_memory(bf16, 0)["FP8 copies"] and fp8.parallel.tensor == 2
+    linear = 4096 * (3 * 4096 + 4096 + 3 * 11008) // 2  # no norm's weights
+    assert state_memory(fp8, 0)["FP8 copies"] == 2 * 30 * linear
+    fp8.precision.name = "fp8_blockwise"
+    blocks = 2 * 48 * 32 + 2 * 32 * 16  # of 128 x 128: query, key and value 6144 x 4096; the projection 4096 x 2048
+    blocks += 86 * 32 + 32 * 88  # gate and value, 11008 x 4096, and its transpose, in lines of multiples of 4
+    blocks += 32 * 44 + 43 * 32  # the last one, 4096 x 5504, and its transpose
+    assert state_memory(fp8, 0)["FP8 copies"] == 2 * 30 * linear + 30 * 4 * blocks
     with pytest.raises(ValueError, match="needs FP8, which a100 lacks"):
         step_time(fp8, load, DEVICES["a100"], ASSUMED)
 

@@ -95,7 +95,9 @@ class Teacher(nn.Module):
     def forward(self, hidden_states: Tensor, structure: Tensor | None, rotary_pos_emb: Tensor | None) -> Tensor:
         """``hidden_states`` of the unmasked branch through this chunk's layers."""
         self.decoder.set_input_tensor(hidden_states)
-        return self.decoder(hidden_states=hidden_states, attention_mask=structure, rotary_pos_emb=rotary_pos_emb)
+        output = self.decoder(hidden_states=hidden_states, attention_mask=structure, rotary_pos_emb=rotary_pos_emb)
+        self.decoder.set_input_tensor(None)  # or it would be kept until the next
+        return output
 
     @torch.no_grad()
     def predict(self, visual_tokens: Tensor) -> Tensor:
