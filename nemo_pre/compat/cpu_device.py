@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils._device import _device_constructors
 
 from nemo_pre.compat.registry import Change, patch
 
@@ -22,53 +23,59 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)  # an ordinal is a GPU's
 
 
-def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make``, a function that is given a device by name, with a CPU tensor where a CUDA one is asked for."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return make(*args, **kwargs)
+
+    return made
 
 
-class CudaMeansCpu(TorchFunctionMode):
-    """Answers every request for a CUDA tensor with a CPU tensor."""
+def _moved(move: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.to`` with the CPU in the place of a GPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.backward:
-            with self:  # torch leaves the mode inside a handled call, where recomputed layers run
-                return _backward(*args, **(kwargs or {}))
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if kwargs:
-            if kwargs.get("device") is not None and _is_cuda(kwargs["device"]):
-                kwargs = {**kwargs, "device": _CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-            return func(*args, **kwargs)
-        return func(*args)
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        elif kwargs.get("device") is not None and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        return move(self, *args, **kwargs)
+
+    return to
 
 
-class _Mode:
-    """Enter a TorchFunctionMode for good; leaving it needs it to be the innermost one."""
-
-    def __init__(self, mode: TorchFunctionMode):
-        self.mode = mode
-
-    def do(self) -> None:
-        self.mode.__enter__()
-
-    def undo(self) -> None:
-        assert _get_current_function_mode() is self.mode, "another TorchFunctionMode was entered and not left"
-        self.mode.__exit__(None, None, None)
+def _itself(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self
 
 
 @patch(
     "cuda-device-is-cpu",
-    why="Megatron-Core and NeMo write device='cuda', .cuda() and pin_memory=True at about 120 places in 40 files;"
-    " one TorchFunctionMode turns them all into CPU tensors where single patches would be copies of those files.",
+    why="Megatron-Core and NeMo write device='cuda', .cuda() and pin_memory=True at about 120 places in 40 files; the"
+    " functions of torch that make or move tensors answer with CPU tensors, where single patches would be copies of"
+    " those files, and a TorchFunctionMode would take a quarter of a small model's step.",
     until="Megatron-Core takes its device from the configuration.",
     of={"torch": ("2.9", "2.11")},
 )
 def cuda_device_is_cpu():
-    yield _Mode(CudaMeansCpu())
+    # torch keeps the set that it finds at the first call: it must be of its own functions, or `with torch.device(...)`
+    # would not know them.
+    constructors = _device_constructors()
+    alike = {name for name in vars(torch) if name.endswith("_like") and not name.startswith("_")}
+    for name, function in list(vars(torch).items()):
+        if name in alike or (callable(function) and function in constructors):
+            yield Change(torch, name, _on_cpu(function))
+    for name in ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"):
+        yield Change(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    yield Change(torch.Tensor, "to", _moved(torch.Tensor.to))
+    yield Change(torch.Tensor, "cuda", _itself)
+    yield Change(torch.Tensor, "pin_memory", _itself)
 
 
 class NullStream:
