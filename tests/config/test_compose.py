@@ -12,12 +12,13 @@ from nemo_pre.config.compose import compose_config, compose_run, missing_values,
 from nemo_pre.config.derived import num_visual_tokens, world_size
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import known
+from tests.composed import experiment
 
 
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(name, monkeypatch):
     monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
-    run = compose_run([f"experiment={name}"])
+    run = experiment(name)
     assert (run.name, run.experiment, run.output_dir) == (name, name, f"runs/{name}")
     assert check_options(run) == []
 
@@ -25,7 +26,7 @@ def test_every_experiment_composes_to_a_run_without_problems_or_ignored_options(
 @pytest.mark.parametrize("name", recipes.choices("experiment"))
 def test_an_objective_is_on_exactly_where_the_name_says_so(name):
     """LaVer's stages are named after it, and the second of them has it on."""
-    objective, words = compose_run([f"experiment={name}"]).objective, re.split("[-_]", name)
+    objective, words = experiment(name).objective, re.split("[-_]", name)
     for kind in known():
         said = "laver_stage2" in name if kind == "laver" and "stage" in name else kind in words
         assert getattr(objective, kind).enabled == said, kind

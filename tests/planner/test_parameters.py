@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import recipes
-from nemo_pre.config.compose import compose_run
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.registry import enabled
 from nemo_pre.planner.chunks import Chunk, chunks_of_stages
@@ -19,6 +18,7 @@ from nemo_pre.planner.parameters import (
     model_parameters,
     rank_parameters,
 )
+from tests.composed import experiment
 from tests.planner.built import parameters_of_stages
 from tests.planner.shapes import llama3_70b, qwen25_72b, tiny
 from tests.ranks import run_on_standing_ranks
@@ -27,7 +27,7 @@ LARGE = {"llama3_70b": llama3_70b, "qwen25_72b": qwen25_72b}
 
 
 def config_named(name: str) -> RunConfig:
-    return LARGE[name]() if name in LARGE else compose_run([f"experiment={name}"])
+    return LARGE[name]() if name in LARGE else experiment(name)
 
 
 def one_recipe_for_each(*distinguish: Callable[[RunConfig], object]) -> list[str]:

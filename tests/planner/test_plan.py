@@ -23,6 +23,7 @@ from nemo_pre.planner.parameters import layer_parameters
 from nemo_pre.planner.plan import plan_layout
 from nemo_pre.planner.step_time import calibrated, pass_seconds, step_time
 from nemo_pre.verbs.plan import plan, plan_help, read_options
+from tests.composed import experiment
 from tests.planner.shapes import llama3_70b
 
 H100, ASSUMED = DEVICES["h100"], Efficiency()
@@ -241,6 +242,6 @@ def test_the_plan_of_every_recipe_can_be_made() -> None:
     import recipes
 
     for name in recipes.choices("experiment"):
-        config = compose_run([f"experiment={name}"])
+        config = experiment(name)
         made = plan_layout(config, H100, ASSUMED)
         assert made.problem is None and made.time is not None and made.fullest[1].total > 0

@@ -14,12 +14,12 @@ from nemo_pre.checks.memory import estimate_memory
 from nemo_pre.checks.run import check_options
 from nemo_pre.config.compose import compose_config, compose_run
 from nemo_pre.config.derived import num_visual_tokens, world_size
-from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import PrecisionConfig
 from nemo_pre.objectives.objective import target_layers
 from nemo_pre.planner.devices import DEVICES, Efficiency
 from nemo_pre.planner.load import largest_load
 from nemo_pre.planner.step_time import step_time
+from tests.composed import experiment
 
 EXPERIMENTS = recipes.choices("experiment")
 ON_GPUS = [name for name in EXPERIMENTS if not name.startswith(("digits", "smollm2"))]
@@ -57,11 +57,6 @@ LONGER = {"siglip2_llama3_70b_stage1_align", "siglip2_qwen25_72b_stage1_align"}
 
 
 @cache
-def run(name: str) -> RunConfig:
-    return compose_run([f"experiment={name}"])
-
-
-@cache
 def recipe_of(precision: str) -> PrecisionConfig:
     chosen = compose_config([f"precision={precision}"]).precision
     return PrecisionConfig(name=chosen.name, bf16_layers=chosen.bf16_layers)
@@ -73,7 +68,7 @@ def stage_of(name: str) -> str:
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_hyperparameters_are_the_papers(name):
-    config, stage = run(name), stage_of(name)
+    config, stage = experiment(name), stage_of(name)
     optim, trainer, objective = config.optim, config.trainer, config.objective
     frozen = tuple(part for part in ("vision", "projector", "language") if getattr(optim, f"freeze_{part}"))
     lr, lr_vision, batch, steps, warmup, parts, pre, laver = STAGES[stage]
@@ -110,7 +105,7 @@ def test_hyperparameters_are_the_papers(name):
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_data_and_template_are_those_of_the_stage_and_the_language_model(name):
-    config, stage = run(name), stage_of(name)
+    config, stage = experiment(name), stage_of(name)
     data = (
         "llava_pretrain"
         if "align" in stage
@@ -128,7 +123,7 @@ def test_data_and_template_are_those_of_the_stage_and_the_language_model(name):
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, monkeypatch):
     monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
-    config = run(name)
+    config = experiment(name)
     assert check_options(config) == []
     cluster = config.cluster
     assert world_size(config.parallel) == cluster.nodes * (cluster.devices_per_node or 0)
@@ -143,7 +138,7 @@ def test_it_fits_its_gpus_and_keeps_the_stages_of_its_pipeline_busy_alike(name, 
 def test_it_is_legal_in_fp8_and_fits_some_with_half_the_micro_batch(name, precision, monkeypatch):
     """FP8 copies of the weights take what bf16 left free in one of them."""
     monkeypatch.setattr("nemo_pre.checks.run.visible_gpus", lambda: 0)
-    config = replace(run(name), platform="gpu", dry_run=True, precision=recipe_of(precision))
+    config = replace(experiment(name), platform="gpu", dry_run=True, precision=recipe_of(precision))
     if name in LONGER and precision == "fp8_blockwise":
         with pytest.raises(ValueError, match="data.sequence_length=768 must be a multiple of 512"):
             check_options(config)
@@ -159,7 +154,7 @@ def test_it_is_legal_in_fp8_and_fits_some_with_half_the_micro_batch(name, precis
 
 def test_a_stage_starts_from_the_stage_before_it_or_from_imported_weights():
     for name in ON_GPUS:
-        config, stage = run(name), stage_of(name)
+        config, stage = experiment(name), stage_of(name)
         before = {"stage1": None, "stage2": "stage1_align", "stage3": "stage2_knowledge"}[
             re.findall(r"stage\d", stage)[0]
         ]
@@ -172,8 +167,8 @@ def test_a_stage_starts_from_the_stage_before_it_or_from_imported_weights():
 def test_names_are_model_and_stage_and_every_model_has_an_experiment():
     stages = defaultdict(set)
     for name in ON_GPUS:
-        stages[run(name).model.name].add(stage_of(name))
-        assert name == f"{run(name).model.name}_{stage_of(name)}"
+        stages[experiment(name).model.name].add(stage_of(name))
+        assert name == f"{experiment(name).model.name}_{stage_of(name)}"
     others = {"digits_tiny", "of_init_from", "patch_mlp_smollm2_135m"}
     assert set(stages) == set(recipes.choices("model")) - others
     assert all({"stage1_align", "laver_stage1_align"} & found for found in stages.values()), "where each begins"
