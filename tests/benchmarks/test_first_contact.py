@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import pack_upload
-from benchmarks.gpu.first_contact import contact, record
+from benchmarks.gpu.first_contact import contact, record, surroundings
 from benchmarks.gpu.first_contact.harness import Outcome
 from benchmarks.gpu.first_contact.summary import SCREEN, WIDTH, summarise
 
@@ -129,7 +130,7 @@ def test_a_harness_that_is_told_to_end_writes_its_summary(tmp_path):
     assert "cut off: SIGTERM" in summary and "dropped" in summary
 
 
-# --- the summary -----------------------------------------------------------------------------------------------------
+# --- the summary ----------------------------------------------------------------------------------------------------
 
 
 def test_a_summary_is_one_screen_however_much_is_off():
@@ -177,7 +178,66 @@ def test_a_part_that_fails_is_told_and_the_next_runs_unless_the_device_is_lost(t
     ]
 
 
-# --- the table of the steps ------------------------------------------------------------------------------------------
+# --- what the steps find ---------------------------------------------------------------------------------------------
+
+
+def python_that(tmp_path: Path, condition: str) -> str:
+    """A stand-in for the interpreter: whether Transformer Engine imports depends on the environment, and there is no
+    GPU."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!/bin/sh\ncase $2 in *transformer_engine*) {condition};; esac\necho 'no driver' >&2; exit 1\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.fixture
+def packs(tmp_path):
+    for name in ("engine", "rest"):
+        inside = tmp_path / name / ("transformer_engine" if name == "engine" else "nemo")
+        inside.mkdir(parents=True)
+        (inside / "__init__.py").write_text("")
+        subprocess.run(["tar", "-cJf", tmp_path / f"{name}.tar.xz", "-C", tmp_path / name, inside.name], check=True)
+    with zipfile.ZipFile(tmp_path / "small-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("small.py", "")
+    return surroundings.unpack(tmp_path, tmp_path / "site")
+
+
+@pytest.mark.parametrize(
+    "condition, home, said, left",
+    [
+        ("exit 0", False, "imports: as it is", 3),
+        ('[ -n "$CUDA_HOME" ] && exit 0', True, "imports: CUDA_HOME set to torch's packages", 3),
+        ("exit 1", False, "left out", 2),
+    ],
+)
+def test_cuda_home_is_set_only_where_it_helps_and_what_does_not_import_is_left_out(
+    tmp_path, packs, condition, home, said, left
+):
+    environment, found = surroundings.settle(python_that(tmp_path, condition), {"PYTHONPATH": "/ours"}, packs)
+    assert ("CUDA_HOME" in environment) == home
+    assert found["Transformer Engine"] == said and found["no GPU"] == "no driver"
+    ours, *theirs = environment["PYTHONPATH"].split(":")
+    assert ours == "/ours" and len(theirs) == left
+    assert {path.name for folder in theirs for path in Path(folder).iterdir()} >= {"nemo", "small.py"}
+
+
+@pytest.mark.parametrize(
+    "words, said", [(["--only", "lossses"], "lossses is no step"), ([], "holds the results of another call")]
+)
+def test_the_call_refuses_in_one_sentence(tmp_path, words, said):
+    if not words:
+        (tmp_path / "results.jsonl").write_text("{}\n")
+    call = Path(contact.__file__).parents[1] / "first_contact.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    run = subprocess.run(
+        ["bash", call, tmp_path, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and said in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+# --- the table of the steps -----------------------------------------------------------------------------------------
 
 
 def test_every_step_is_a_function_that_is_there():
@@ -188,12 +248,12 @@ def test_every_step_is_a_function_that_is_there():
         assert 0 < each.least < each.limit
 
 
-def test_a_step_that_is_none_is_refused(tmp_path):
+def test_a_step_that_is_none_is_refused():
     with pytest.raises(ValueError, match="lossses is no step: choose from machine, imports"):
-        contact.steps(["lossses"], tmp_path, False)
+        contact.check(["lossses"])
 
 
-# --- the upload ------------------------------------------------------------------------------------------------------
+# --- the upload -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -28,34 +28,34 @@ def main() -> None:
     parser.add_argument("--only", type=lambda names: names.split(","), default=[], help="steps, with commas")
     parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    on_cpu = arguments.on_cpu or not visible_gpus()
     began = time.monotonic() - (time.time() - arguments.began)
-    deadline = began + (arguments.deadline or (86_400 if on_cpu else DEADLINE))
     out: Path = arguments.out
     results = out / "results.jsonl"
     if results.exists():
         sys.exit(f"{out} holds the results of another call: name another folder.")
     try:
-        steps = contact.steps(arguments.only, results, on_cpu)
+        contact.check(arguments.only)
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="first-contact-") as scratch:
             environment = {**os.environ, "TMPDIR": scratch, "HF_HUB_OFFLINE": "1"}
-            if on_cpu:
-                environment["CUDA_VISIBLE_DEVICES"] = ""
             packs = surroundings.unpack(arguments.packs, Path(scratch) / "site") if arguments.packs else []
             environment, found = surroundings.settle(sys.executable, environment, packs)
+            # Both must say so: a GPU that is taken for none would cost the call.
+            on_cpu = arguments.on_cpu or (found["no GPU"] is not None and not visible_gpus())
+            if on_cpu:
+                environment["CUDA_VISIBLE_DEVICES"] = ""
             seconds = round(time.monotonic() - began, 1)
             record.append(results, {"step": "call", "event": "fact", "name": "surroundings", "value": found})
             record.append(results, {"step": "call", "event": "fact", "name": "seconds before", "value": seconds})
-            where = "a rehearsal on a CPU: no GPU was used" if on_cpu else "on a GPU"
+            where = f"a rehearsal on a CPU ({found['no GPU'] or 'as asked for'})" if on_cpu else "on a GPU"
             title = (
-                f"First contact, {where}; {time.strftime('%F %T', time.gmtime())} UTC; {seconds} s before the steps"
+                f"First contact, {where}, {time.strftime('%F %T', time.gmtime())} UTC, {seconds} s before the steps"
             )
-            title += f"; Transformer Engine {found['Transformer Engine']}"
+            title += f"\nTransformer Engine {found['Transformer Engine']}"
             harness = Harness(
-                steps,
+                contact.steps(arguments.only, results, on_cpu),
                 out,
-                deadline,
+                began + (arguments.deadline or (86_400 if on_cpu else DEADLINE)),
                 lambda outcomes, lines: summarise(title, outcomes, lines),
                 int(OF_MEMORY * machine_memory()),
                 ahead=len(os.sched_getaffinity(0)) // 4,

@@ -67,15 +67,19 @@ CONTACTS = (
 BY_NAME = {contact.name: contact for contact in CONTACTS}
 
 
-def steps(names: Sequence[str], results: Path, on_cpu: bool) -> list[Step]:
-    """The harness's steps. A CPU is slower: ten times as long may each take there, and none is dropped.
+def check(names: Sequence[str]) -> None:
+    """Refuse a name that is no step's.
 
     Raises:
-        ValueError: one sentence on a name that is no step's.
+        ValueError: one sentence that names it.
     """
     for name in names:
         if name not in BY_NAME:
             raise ValueError(f"{name} is no step: choose from {', '.join(BY_NAME)}.")
+
+
+def steps(names: Sequence[str], results: Path, on_cpu: bool) -> list[Step]:
+    """The harness's steps, all where none is named. A CPU is slower: ten times as long may each take there."""
     where = "cpu" if on_cpu else "gpu"
     return [
         Step(

@@ -27,7 +27,7 @@ DIED, HUNG, FULL, DROPPED = "died", "hung", "memory", "dropped"
 BAD = (OFF, DIED, HUNG, FULL, DROPPED)
 HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a step's output that are kept, of its beginning and of its end
 SHOWN = 1500  # characters of the tail that go into the results
-LOOK = 0.1  # seconds between looks at a step
+LOOK = 0.2  # seconds between looks at a step
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "MemoryError", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -118,10 +118,16 @@ class Running:
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(0.5)
 
+    def end_group(self) -> None:
+        """Kill who is left of its session, also where orphans cannot be adopted."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def end(self) -> bool:
         """Kill it and all it started; whether it is gone."""
         others = [each for each in processes.family(self.process.pid) if each != self.process.pid]
         self.process.kill()
+        self.end_group()
         processes.kill(others)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=5)
@@ -211,6 +217,7 @@ class Harness:
         known = [other.process.pid for other in self._started.values()]
         word, why = self._judge(running, cut)
         # What it left behind would take memory from the next.
+        running.end_group()
         processes.kill([each for each in processes.family(os.getpid(), known) if each != os.getpid()])
         self._keep_log(running, f"{word} after {seconds:.1f} s {why}".rstrip())
         self._current = None

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 IMPORTS = "import torch, transformer_engine.pytorch"
-PATIENCE = 60
+SEES_A_GPU = "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; torch.ones(1, device='cuda').item()"
+PATIENCE = 90
 
 
 def unpack(packs: Path, into: Path) -> list[Path]:
@@ -62,31 +63,30 @@ def cuda_of_torch() -> Path:
 
 
 def settle(python: str, environment: Mapping[str, str], packs: list[Path]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The environment in which most can be imported, and what was found out on the way."""
+    """The environment in which most can be imported, and what was found out on the way: also why no GPU computes
+    (``no GPU``, None if one does)."""
     plain = with_path(environment, packs)
     home = cuda_of_torch()
     pointed = {**plain, "CUDA_HOME": str(home), "NVTE_CUDA_INCLUDE_DIR": str(home / "include")}
     tried = {"as it is": plain, "CUDA_HOME set to torch's packages": pointed}
     with ThreadPoolExecutor() as pool:
-        errors = dict(zip(tried, pool.map(lambda each: _error(python, each), tried.values()), strict=True))
+        gpu = pool.submit(_error, python, environment, SEES_A_GPU)
+        errors = dict(zip(tried, pool.map(lambda each: _error(python, each, IMPORTS), tried.values()), strict=True))
+        found: dict[str, Any] = {"no GPU": gpu.result(), "tried": errors}
     for name, each in tried.items():
         if errors[name] is None:
-            return each, {"Transformer Engine": f"imports: {name}", "tried": errors}
+            return each, {**found, "Transformer Engine": f"imports: {name}"}
     left = [folder for folder in packs if not (folder / "transformer_engine").is_dir()]
     said = "left out" if len(left) < len(packs) else "cannot be imported"
-    return with_path(environment, left), {"Transformer Engine": said, "tried": errors}
+    return with_path(environment, left), {**found, "Transformer Engine": said}
 
 
-def _error(python: str, environment: Mapping[str, str]) -> str | None:
-    """Why the import fails; None: it does not."""
+def _error(python: str, environment: Mapping[str, str], statement: str) -> str | None:
+    """Why the statement fails; None: it does not."""
+    command = [python, "-c", statement]
     try:
         run = subprocess.run(
-            [python, "-c", IMPORTS],
-            env=dict(environment),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
+            command, env=dict(environment), capture_output=True, text=True, timeout=PATIENCE, check=False
         )
     except subprocess.TimeoutExpired:
         return f"no end after {PATIENCE} s"
