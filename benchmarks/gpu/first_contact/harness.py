@@ -224,7 +224,7 @@ class Harness:
         self._note(Outcome(step.name, step.what, word, seconds, why))
 
     def _watch(self, running: Running, limit: float) -> tuple[str, str] | None:
-        """Until its end; if it was ended, as what and why."""
+        """Waits until its end; what it was ended as and why, None if it ended by itself."""
         began = time.monotonic()
         while running.process.poll() is None:
             if time.monotonic() - began > limit:

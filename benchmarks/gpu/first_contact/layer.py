@@ -151,7 +151,7 @@ def _causal(length: int, device: str) -> Any:
 
 
 def _errors(record: Record, name: str, reference: Any, layer: Any, run: Any, least: float, most: float) -> None:
-    """Without the residual, which would hide what the layer adds."""
+    """Errors are those without the residual, which would hide what the layer adds."""
     import torch
 
     expected, of_input, _ = run(reference, torch.float32)

@@ -42,20 +42,15 @@ def free_port() -> int:
 
 def digits(record: Record) -> None:
     """The demo's command line, with PRe and with LaVer, side by side: on the device in both types, on the CPU in
-    float32. On a CPU the same runs once more stand in for the device's."""
+    float32. In a rehearsal the device is the CPU, and bf16 alone has something to be compared with."""
     with tempfile.TemporaryDirectory(prefix="digits-") as scratch:
         data = Path(scratch) / "digits"
         made = ["data", "demo", f"out={data}", "num_scenes=200", "val_fraction=0.2", "scenes_per_shard=64"]
-        error = _command(made, {})
+        error = _command(made, {}, 60)
         record.check("nemo-pre data demo", error or "made", "made", not error)
         here = "cpu" if record.on_cpu else "gpu"
-        runs = {
-            (method, platform, precision)
-            for method in EXPERIMENTS
-            for platform, precision in ((here, "fp32"), ("cpu", "fp32"), *(() if record.on_cpu else ((here, "bf16"),)))
-        }
-        if record.on_cpu:
-            runs |= {(method, "cpu", "bf16") for method in EXPERIMENTS}
+        kinds = {(here, "fp32"), (here, "bf16"), ("cpu", "fp32")}
+        runs = sorted((method, *kind) for method in EXPERIMENTS for kind in kinds)
         cores = str(max(len(os.sched_getaffinity(0)) // len(runs), 1))
 
         def train(run: tuple[str, str, str]) -> tuple[str, list[dict[str, float]]]:
@@ -63,18 +58,18 @@ def digits(record: Record) -> None:
             output = Path(scratch) / "-".join(run)
             words = [f"experiment={EXPERIMENTS[method]}", f"platform={platform}", f"precision={precision}"]
             words += [f"output_dir={output}", f"data.path={data}", f"trainer.max_steps={STEPS}", *SHAPE]
-            error = _command(["train", *words], {"OMP_NUM_THREADS": cores})
+            error = _command(["train", *words], {"OMP_NUM_THREADS": cores}, 900 if record.on_cpu else 85)
             return error, [] if error else _metrics(output)
 
         with ThreadPoolExecutor(len(runs) if not record.on_cpu else 2) as pool:
-            found = dict(zip(sorted(runs), pool.map(train, sorted(runs)), strict=True))
+            found = dict(zip(runs, pool.map(train, runs), strict=True))
     for (method, platform, precision), (error, rows) in found.items():
         label = f"{method}, {precision} on the {platform}"
         record.check(f"{label}: {STEPS} steps", error or f"{len(rows)} steps", f"{STEPS} steps", len(rows) == STEPS)
-        reference = found[method, "cpu", "fp32"][1]
-        if (platform, precision) == ("cpu", "fp32") and not record.on_cpu:
-            continue
-        _compare(record, label, rows, reference, WITHIN[precision])
+        curves = {name: [round(row[name], 5) for row in rows if name in row] for name in QUANTITIES}
+        record.fact(label, {name: values for name, values in curves.items() if values})
+        if (platform, precision) != ("cpu", "fp32"):  # which is what the others are compared with
+            _compare(record, label, rows, found[method, "cpu", "fp32"][1], WITHIN[precision])
 
 
 def _compare(
@@ -84,7 +79,8 @@ def _compare(
     if not rows or len(rows) != len(reference):
         return  # which has been told
     for name in QUANTITIES:
-        pairs = [(row[name], other[name]) for row, other in zip(rows, reference, strict=True) if name in other]
+        both = zip(rows, reference, strict=True)
+        pairs = [(row.get(name, float("nan")), other[name]) for row, other in both if name in other]
         if pairs:
             bound = within * (OF_LAVER if name.startswith("laver/") else 2 if name == "grad_norm" else 1)
             # max() would pass over a NaN.
@@ -101,12 +97,26 @@ def _metrics(output: Path) -> list[dict[str, float]]:
     return [row for row in rows if "lm/loss" in row]
 
 
-def _command(words: Sequence[str], variables: dict[str, str]) -> str:
-    """Run ``nemo-pre`` with the words; the last line of what it said if it failed."""
+def _command(words: Sequence[str], variables: dict[str, str], limit: float) -> str:
+    """Run ``nemo-pre`` with the words; the last line of what it said if it failed. One that hangs is not to take along
+    what those beside it found."""
     command = [sys.executable, "-m", "nemo_pre.cli", *words]
     environment = {**os.environ, **variables}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(f"----- nemo-pre {' '.join(words)}: exit code {run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}")
+    try:
+        run = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as expired:
+        said = [text.decode(errors="replace") for text in (expired.stdout, expired.stderr) if isinstance(text, bytes)]
+        print(f"----- nemo-pre {' '.join(words)}: no end after {limit} s\n{''.join(said)[-4000:]}", flush=True)
+        return f"no end after {limit:g} s"
+    told = f"exit code {run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
+    print(f"----- nemo-pre {' '.join(words)}: {told}", flush=True)
     if run.returncode == 0:
         return ""
     return ([line for line in run.stderr.splitlines() if line.strip()] or [f"exit code {run.returncode}"])[-1][:200]
