@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from benchmarks.gpu.first_contact.kernels import apart
+from benchmarks.gpu.first_contact.machine import data_sheet
 from benchmarks.gpu.first_contact.record import Record
 
 TOKENS, ON_CPU = 1024, 64
@@ -32,12 +33,8 @@ def bf16(record: Record) -> None:
     seconds = _seconds(layer, run, record.on_cpu)
     record.fact("milliseconds, forward and backward", round(1000 * seconds, 2))
     record.only_with_a_gpu("the time of a layer of Transformer Engine's")
-    from nemo_pre.planner.devices import DEVICES
-
-    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
-    sheet = next(device for known, device in DEVICES.items() if name.startswith(known))
     matrices = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
-    rate = 6 * matrices * TOKENS * TIMED_ROWS / seconds / sheet.bf16
+    rate = 6 * matrices * TOKENS * TIMED_ROWS / seconds / data_sheet().bf16
     record.between("part of the data sheet's bf16 rate", rate, 0.3, 0.95, "the planner takes 0.5")
 
 

@@ -6,14 +6,18 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from benchmarks.gpu.first_contact.record import Absent, Record
 from nemo_pre.compat import versions as supported
 from nemo_pre.launch.environment import machine_memory
+from nemo_pre.planner.devices import DEVICES, Device
 
 DISTRIBUTIONS = (
     "torch",
@@ -69,20 +73,28 @@ def versions(record: Record) -> None:
     _rates(record)
 
 
+def data_sheet() -> Device:
+    """The planner's data sheet of this process's GPU.
+
+    Raises:
+        ValueError: the planner does not know it.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    for known, device in DEVICES.items():
+        if name.startswith(known):
+            return device
+    raise ValueError(f"The planner has no data sheet of {name}, beside which its figures could be put.")
+
+
 def _rates(record: Record) -> None:
     import torch
 
-    from nemo_pre.planner.devices import DEVICES
-
     properties = torch.cuda.get_device_properties(0)
-    record.fact(
-        "gpu", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, sm_{properties.major}{properties.minor}"
-    )
-    name = properties.name.lower().removeprefix("nvidia ")
-    sheet = next((device for known, device in DEVICES.items() if name.startswith(known)), None)
-    if sheet is None:
-        record.check("the planner's data sheet", properties.name, "a GPU that the planner knows", False)
-        return
+    capability = f"sm_{properties.major}{properties.minor}"
+    record.fact("gpu", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, {capability}")
+    sheet = data_sheet()
     record.near("device memory, GB", properties.total_memory / 1e9, sheet.memory / 1e9, 0.08, "the data sheet's")
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / _seconds(lambda: left @ right)
@@ -93,13 +105,10 @@ def _rates(record: Record) -> None:
     record.between("copy of 4 GiB, part of the data sheet's bandwidth", moved / sheet.bandwidth, 0.7, 1.0)
 
 
-def _seconds(act: object) -> float:
+def _seconds(act: Callable[[], Any]) -> float:
     """Median of ten, after three."""
-    import statistics
-
     import torch
 
-    assert callable(act)
     times = []
     for _ in range(13):
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.first_contact.machine import data_sheet
 from benchmarks.gpu.first_contact.record import Record
 
 STEPS = 5
@@ -143,7 +144,7 @@ def _beside(record: Record, plain: str, side: str) -> None:
     from benchmarks.overhead import WALL, Settings, compared, measure_in_turns, run_config
     from benchmarks.step_anatomy import part_sides
     from nemo_pre.config.derived import num_visual_tokens
-    from nemo_pre.planner.devices import DEVICES, Efficiency
+    from nemo_pre.planner.devices import Efficiency
     from nemo_pre.planner.load import largest_load
     from nemo_pre.planner.step_time import step_time
 
@@ -174,7 +175,7 @@ def _beside(record: Record, plain: str, side: str) -> None:
     asked = settings.blocks * settings.steps_per_block
     record.check("steps timed", counted, f"{asked} a side", set(counted.values()) == {asked})
     record.only_with_a_gpu("the time of a step at 7B width")
-    sheet = DEVICES["h200"]
+    sheet = data_sheet()
     planned = {
         name: step_time(config, largest_load(config), sheet, Efficiency()).seconds for name, config in configs.items()
     }
