@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import pack_upload
-from benchmarks.gpu.first_contact import contact, record, surroundings
+from benchmarks.gpu.first_contact import contact, memory, record, surroundings
 from benchmarks.gpu.first_contact.harness import Outcome
 from benchmarks.gpu.first_contact.summary import SCREEN, WIDTH, summarise
+from benchmarks.planned_memory import describe
+from nemo_pre.rehearsal.record import digest
 
 MISBEHAVING = (  # in this order
     "exits,segfaults,half_a_line,device_full,hangs,leaves,fills,floods,off,nan,silent,absent,good,later"
@@ -130,7 +132,7 @@ def test_a_harness_that_is_told_to_end_writes_its_summary(tmp_path):
     assert "cut off: SIGTERM" in summary and "dropped" in summary
 
 
-# --- the summary ----------------------------------------------------------------------------------------------------
+# --- the summary ---------------------------------------------------------------------------------------------------
 
 
 def test_a_summary_is_one_screen_however_much_is_off():
@@ -178,7 +180,7 @@ def test_a_part_that_fails_is_told_and_the_next_runs_unless_the_device_is_lost(t
     ]
 
 
-# --- what the steps find ---------------------------------------------------------------------------------------------
+# --- what the steps find --------------------------------------------------------------------------------------------
 
 
 def python_that(tmp_path: Path, condition: str) -> str:
@@ -237,7 +239,7 @@ def test_the_call_refuses_in_one_sentence(tmp_path, words, said):
     assert run.returncode == 1 and said in run.stderr and len(run.stderr.splitlines()) == 1
 
 
-# --- the table of the steps -----------------------------------------------------------------------------------------
+# --- the table of the steps ----------------------------------------------------------------------------------------
 
 
 def test_every_step_is_a_function_that_is_there():
@@ -253,7 +255,17 @@ def test_a_step_that_is_none_is_refused():
         contact.check(["lossses"])
 
 
-# --- the upload -----------------------------------------------------------------------------------------------------
+def test_the_rehearsed_peaks_are_those_of_the_runs_that_are_measured():
+    rehearsed = json.loads(memory.REHEARSED.read_text())
+    assert set(rehearsed) == {describe(case) for case in memory.CASES}
+    for case in memory.CASES:
+        config, planned = memory.planned_case(case)
+        entry = rehearsed[describe(case)]
+        assert entry["digest"] == digest(config), "python -m benchmarks.gpu.first_contact.rehearsed"
+        assert 0 <= planned / entry["peak"] - 1 < 0.03
+
+
+# --- the upload ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

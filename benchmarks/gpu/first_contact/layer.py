@@ -26,8 +26,6 @@ NORMS = {
 
 def bf16(record: Record) -> None:
     """Error and time in bf16."""
-    import torch
-
     reference, layer, run = _blocks(record, "bf16")
     _errors(record, "bf16", reference, layer, run, 0.0, OF_BF16)
     seconds = _seconds(layer, run, record.on_cpu)
@@ -115,20 +113,22 @@ def _blocks(record: Record, precision: str) -> tuple[Any, Any, Any]:
     record.check("weights of the reference that the layer took", "all" if not lost else str(lost), "all", not lost)
     rotary = RotaryEmbedding(layer.config.kv_channels, 1.0, rotary_base=layer.config.rotary_base).to(device)
 
-    def run(block: Any, dtype: Any, rows: int = 1) -> tuple[Any, Any, Any]:
-        """The layer's inputs, what it adds to them, and its weights' gradients."""
-        length = ON_CPU if record.on_cpu else TOKENS
-        drawn = torch.Generator().manual_seed(1)
-        inputs, upstream = (
-            torch.randn(length, rows, block.config.hidden_size, generator=drawn).bfloat16().to(device, dtype)
-            for _ in range(2)
-        )
-        inputs.requires_grad_()
+    given: dict[tuple[Any, int], tuple[Any, Any]] = {}  # drawn once: a time is not to be the generator's
+    length = ON_CPU if record.on_cpu else TOKENS
+    mask, angles = _causal(length, device), rotary(length)
+
+    def run(block: Any, dtype: Any, rows: int = 1) -> tuple[Any, Any]:
+        """Computes what the block adds to its inputs, and the gradient of the inputs beside the residual's."""
+        if (dtype, rows) not in given:
+            drawn, shape = torch.Generator().manual_seed(1), (length, rows, block.config.hidden_size)
+            one, other = (torch.randn(shape, generator=drawn).bfloat16().to(device, dtype) for _ in range(2))
+            given[dtype, rows] = one, other
+        inputs, upstream = given[dtype, rows]
+        inputs = inputs.detach().requires_grad_()
         block.zero_grad()
-        mask = None if fused and block is layer else _causal(length, device)
-        output = block(inputs, mask, rotary_pos_emb=rotary(length))
+        output = block(inputs, None if fused and block is layer else mask, rotary_pos_emb=angles)
         output.backward(upstream)
-        return output.detach().float() - inputs.detach().float(), inputs.grad - upstream, block
+        return output.detach().float() - inputs.detach().float(), inputs.grad - upstream
 
     return reference, layer, run
 
@@ -151,15 +151,16 @@ def _errors(record: Record, name: str, reference: Any, layer: Any, run: Any, lea
     """Errors are those without the residual, which would hide what the layer adds."""
     import torch
 
-    expected, of_input, _ = run(reference, torch.float32)
+    expected, of_input = run(reference, torch.float32)
     for _ in range(2):  # delayed scales are those of the step before
-        found, its_input, _ = run(layer, torch.bfloat16)
+        found, its_input = run(layer, torch.bfloat16)
     record.between(f"{name}: what the layer adds", apart(found, expected), least, most, "from float32")
     record.between(f"{name}: gradient of the input", apart(its_input, of_input), least, most, "from float32")
     theirs = {_renamed(each): weight.grad for each, weight in reference.named_parameters()}
     ours = {_renamed(each): weight.grad for each, weight in layer.named_parameters()}
-    worst = max((apart(grad, theirs[each]), each) for each, grad in ours.items() if grad.dim() == 2)
-    record.between(f"{name}: the worst weight's gradient", worst[0], least, most, worst[1])
+    errors = [(apart(grad, theirs[each]), each) for each, grad in ours.items() if grad.dim() == 2]
+    worst, where = max(errors, key=lambda error: (error[0] != error[0], error[0]))  # NaN above all
+    record.between(f"{name}: the worst weight's gradient", worst, least, most, where)
 
 
 def _seconds(layer: Any, run: Any, on_cpu: bool) -> float:
