@@ -308,3 +308,17 @@ def test_an_upload_without_packs_a_clone_or_a_file_is_refused(clone, tmp_path):
     (root / "small.py").unlink()
     with pytest.raises(ValueError, match="git tracks small.py, which is not there"):
         pack_upload.tracked(root)
+
+
+def test_a_rehearsed_call_knows_nothing_of_this_environment(tmp_path, monkeypatch, capfd):
+    call = tmp_path / "call.sh"
+    call.write_text('mkdir -p "$1" && echo "$PYTHON $PACKS ${PYTHONPATH-none} $2 $3 $4" > "$1/said" && exit 7')
+    pack_upload.write({pack_upload.CALL: call, "packs/one.whl": call}, tmp_path / "upload.tar.gz")
+    monkeypatch.setenv("PYTHONPATH", "/of/this/machine")
+    folder = tmp_path / "there"
+    assert pack_upload.rehearse(tmp_path / "upload.tar.gz", folder, "python3.12", ["--only", "te"]) == 7
+    said = (folder / "out" / "said").read_text().split()
+    assert said == ["python3.12", str(folder / "tree" / "packs"), "none", "--on-cpu", "--only", "te"]
+    assert "brings back 1 files" in capfd.readouterr().out
+    with pytest.raises(ValueError, match="is not empty"):
+        pack_upload.rehearse(tmp_path / "upload.tar.gz", folder, "python3.12", [])

@@ -31,6 +31,8 @@ DISTRIBUTIONS = (
     "megatron-bridge",
     "hydra-core",
 )
+# Megatron-Core compiles an extension where it is imported alone; nemo-pre, and every step here, keeps it from that.
+BEFORE = "from nemo_pre.launch.environment import prepare_environment; prepare_environment(); "
 # In this order in its process: Transformer Engine finds its libraries behind torch alone.
 IMPORTS = {
     "torch": "import torch",
@@ -130,7 +132,9 @@ def imports(record: Record) -> None:
 
 def _import(statement: str) -> tuple[str, str, float]:
     began = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", statement + AFTERWARDS], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE + statement + AFTERWARDS], capture_output=True, text=True, check=False
+    )
     seconds = time.monotonic() - began
     if run.returncode == 0:
         return "", (run.stdout.strip().splitlines() or [""])[-1], seconds
