@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import pack_upload
-from benchmarks.gpu.first_contact import contact, memory, record, surroundings
+from benchmarks.gpu.first_contact import contact, kernels, memory, record, runs, surroundings
 from benchmarks.gpu.first_contact.harness import Outcome
 from benchmarks.gpu.first_contact.summary import SCREEN, WIDTH, summarise
 from benchmarks.planned_memory import describe
+from nemo_pre.planner.devices import DEVICES
 from nemo_pre.rehearsal.record import digest
 
 MISBEHAVING = (  # in this order
@@ -132,7 +133,7 @@ def test_a_harness_that_is_told_to_end_writes_its_summary(tmp_path):
     assert "cut off: SIGTERM" in summary and "dropped" in summary
 
 
-# --- the summary ---------------------------------------------------------------------------------------------------
+# --- the summary --------------------------------------------------------------------------------------------------
 
 
 def test_a_summary_is_one_screen_however_much_is_off():
@@ -180,7 +181,7 @@ def test_a_part_that_fails_is_told_and_the_next_runs_unless_the_device_is_lost(t
     ]
 
 
-# --- what the steps find --------------------------------------------------------------------------------------------
+# --- what the steps find -------------------------------------------------------------------------------------------
 
 
 def python_that(tmp_path: Path, condition: str) -> str:
@@ -239,7 +240,7 @@ def test_the_call_refuses_in_one_sentence(tmp_path, words, said):
     assert run.returncode == 1 and said in run.stderr and len(run.stderr.splitlines()) == 1
 
 
-# --- the table of the steps ----------------------------------------------------------------------------------------
+# --- the table of the steps ---------------------------------------------------------------------------------------
 
 
 def test_every_step_is_a_function_that_is_there():
@@ -265,7 +266,55 @@ def test_the_rehearsed_peaks_are_those_of_the_runs_that_are_measured():
         assert 0 <= planned / entry["peak"] - 1 < 0.03
 
 
-# --- the upload ----------------------------------------------------------------------------------------------------
+def off(tmp_path: Path) -> list[str]:
+    return [line["name"] for line in record.read(tmp_path / "r.jsonl") if line["event"] == "check" and not line["ok"]]
+
+
+@pytest.mark.parametrize(
+    "slower, is_off",
+    [(1.0, []), (1.04, ["pre: step time of neva's"]), (float("nan"), ["pre: step time of neva's", "pre: ms a step"])],
+)
+def test_a_step_on_a_gpu_is_held_against_the_plans(tmp_path, monkeypatch, slower, is_off):
+    """What only a GPU can measure is made up here: nobody has seen those lines run on one."""
+    planned = 0.118
+
+    def measured(_, settings, scratch):
+        times = {side: [[(planned * (slower if side == "pre" else 1), 0.1)] * 4] * 6 for side in settings.sides}
+        return times, dict.fromkeys(settings.sides, 30 << 30), {"gpu": "NVIDIA H200"}
+
+    monkeypatch.setattr("benchmarks.overhead.measure_in_turns", measured)
+    monkeypatch.setattr(runs, "data_sheet", lambda: DEVICES["h200"])
+    runs.pre_step(record.Record(tmp_path / "r.jsonl", "pre_step", on_cpu=False))
+    assert off(tmp_path) == is_off
+
+
+def test_a_peak_on_a_gpu_is_held_against_plan_and_rehearsal(tmp_path, monkeypatch):
+    one = next(iter(json.loads(memory.REHEARSED.read_text()).values()))
+    found = [{"measured_bytes": int(one["peak"] * 1.2), "planned_bytes": one["plan"]}, None]
+    monkeypatch.setattr(memory, "in_processes", lambda target, arguments: found)
+    memory.peaks(record.Record(tmp_path / "r.jsonl", "memory", on_cpu=False))
+    first, second = memory.CASES
+    assert off(tmp_path) == [
+        f"case {first}: plan over measured",
+        f"case {first}: rehearsal over measured",
+        f"case {second}",
+    ]
+
+
+@pytest.mark.parametrize("speed, is_off", [(0.9, 0), (0.5, 2)])
+def test_flexattention_is_held_against_causal_attention(tmp_path, monkeypatch, speed, is_off):
+    one = {f"{way}_{what}": value for way in ("forward", "backward") for what, value in TIMES.items()}
+    flex = {**one, **{f"{way}_speed_per_pair_of_causal": speed for way in ("forward", "backward")}, "forward_ms": 0.5}
+    found = {"causal": one, "dense": one, "split": one, "flex": {**flex, "backward_ms": 0.5}}
+    monkeypatch.setattr("benchmarks.mixed_attention.measure", lambda length, on_gpu: found)
+    kernels.flex(record.Record(tmp_path / "r.jsonl", "flex", on_cpu=False))
+    assert len(off(tmp_path)) == is_off
+
+
+TIMES = {"ms": 1.0, "speed_per_pair_of_causal": 0.4}
+
+
+# --- the upload ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
