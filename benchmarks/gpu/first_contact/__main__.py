@@ -36,6 +36,9 @@ def main() -> None:
     try:
         contact.check(arguments.only)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.txt").write_text(
+            "First contact: the packs are unpacked and CUDA is looked for; no step began.\n"
+        )
         with tempfile.TemporaryDirectory(prefix="first-contact-") as scratch:
             environment = {**os.environ, "TMPDIR": scratch, "HF_HUB_OFFLINE": "1"}
             packs = surroundings.unpack(arguments.packs, Path(scratch) / "site") if arguments.packs else []

@@ -2,7 +2,8 @@
 
 The processes of the steps that come next are started ahead: they import what they need and wait at a gate (a line on
 their input), so that ten seconds of imports pass while another step computes, and nothing is shared that one of them
-could poison. A step's time begins at its gate.
+could poison. Forks of one process that has imported everything would not do: importing NeMo asks CUDA for the device's
+capability, after which no fork may use it. A step's time begins at its gate.
 """
 
 from __future__ import annotations
