@@ -17,7 +17,7 @@ def summarise(title: str, outcomes: Sequence[Outcome], results: Sequence[dict[st
         title: of the machine and of the call.
         results: lines of the results.
     """
-    lines = [title, ""]
+    lines = [*title.splitlines(), ""]
     for outcome in outcomes:
         mark = "*" if outcome.word in BAD else " "
         lines.append(f"{mark} {outcome.word:10} {outcome.seconds:6.1f} s  {outcome.step:16} {outcome.what}")
