@@ -91,6 +91,7 @@ def test_the_installed_wheel_makes_the_demos_data_and_trains_two_steps(installed
         json.loads(line) for line in (tmp_path / "runs/digits_taught_pre/metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in metrics if "pre/loss" in line] == [1, 2]
+    assert (tmp_path / "runs/digits_taught_pre/curves.png").is_file()
 
 
 # What libraries say of what a run knows: none of it helps the one who reads.
