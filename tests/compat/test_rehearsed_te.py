@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nemo_pre.compat import rehearsed_te_layers as layers
+from nemo_pre.compat.rehearsed_te_autocast import Autocast, LargestValues, Recipe
 from nemo_pre.compat.rehearsed_te_package import _Package
-from nemo_pre.compat.rehearsed_te_quantized import Autocast, NotTransformerEngines, Recipe, quantized
+from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines, quantized
 
 TOKENS, WIDTH, INNER = 256, 128, 384
 RECIPES = (None, "delayed", "tensorwise", "blockwise")
@@ -137,6 +138,87 @@ def test_weights_have_both_copies_where_a_gradient_goes_through_them(recipe):
         (INNER, WIDTH),
         (WIDTH, INNER),
     }
+
+
+class Ranks:
+    """A group of so many ranks."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def size(self):
+        return self.number
+
+
+@pytest.fixture
+def group(sent, monkeypatch):
+    """Two ranks that scale by the same largest values, in a process where nothing has computed yet."""
+    monkeypatch.setattr(layers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(layers.dist, "get_world_size", lambda group: group.size())
+    LargestValues.forget()
+    yield Ranks(2)
+    LargestValues.forget()
+
+
+def run(group, *chain, tokens=TOKENS, wanted=True, recipe="delayed"):
+    """What leaves an autocast of the layers, whose backward pass has not run."""
+    hidden = torch.zeros(tokens, 1, WIDTH, dtype=torch.bfloat16, requires_grad=wanted)
+    with Autocast.entered(Recipe(recipe), group):
+        for layer in chain:
+            hidden = layer(hidden)
+    return hidden
+
+
+def test_delayed_scaling_reduces_all_layers_largest_values_once_in_each_pass(group, sent):
+    first, second = column(), row()
+    out = run(group, first, second)
+    assert sent == [("reduce", 2 * 3 * 4)], "as the autocast is left: input, weight and output of both, in float32"
+    out.sum().backward()
+    assert sent[1:] == [("reduce", 2 * 2 * 4)], "as the first layer's backward pass ends: two gradients of both"
+    sent.clear()
+    run(group, column(), second).sum().backward()
+    assert sent == [("reduce", 3 * 3 * 4), ("reduce", 3 * 2 * 4)], "of all layers that ever computed"
+
+
+def test_the_layer_that_reduces_in_the_backward_pass_is_the_first_that_has_one(group, sent):
+    """Of a frozen layer without a gradient to its input nothing runs in the backward pass."""
+    frozen, trained = column(trained=False), row()
+    frozen.layer_norm_weight.requires_grad_(False)
+    run(group, frozen, trained, wanted=False).sum().backward()
+    assert [kind for kind, _ in sent] == ["reduce", "reduce"]
+
+
+def test_largest_values_are_sent_by_delayed_scaling_with_gradients_and_to_others_alone(group, sent):
+    with torch.no_grad():
+        run(group, column(), row())
+    assert sent == []
+    LargestValues.forget()
+    for recipe in ("tensorwise", "blockwise"):
+        run(group, column(), row(), recipe=recipe).sum().backward()
+    assert sent == []
+    LargestValues.forget()
+    run(Ranks(1), column(), row()).sum().backward()
+    assert sent == []
+
+
+def test_a_recomputed_layer_sends_them_again_and_each_of_its_layers_in_the_backward_pass(group, sent):
+    first, second = column(), row()
+    with Autocast.entered(Recipe("delayed"), group), torch.no_grad(), Autocast.recomputing(again=False):
+        second(first(torch.zeros(TOKENS, 1, WIDTH, dtype=torch.bfloat16)))
+    assert sent == [("reduce", 2 * 3 * 4)], "as the autocast is left"
+    sent.clear()
+    with Autocast.recomputing(again=True):
+        out = run(None, first, second)  # its own autocast knows no group, its layers do
+    out.sum().backward()
+    assert sent == [("reduce", 2 * 3 * 4), ("reduce", 2 * 2 * 4), ("reduce", 2 * 2 * 4)]
+
+
+def test_attention_in_bf16_has_largest_values_of_three_products(group, sent):
+    attention = layers.DotProductAttention(8, 32)
+    tensors = [torch.zeros(64, 2, 8, 32, dtype=torch.bfloat16) for _ in range(3)]
+    with Autocast.entered(Recipe("delayed"), group):
+        attention(*tensors)
+    assert sent == [("reduce", 9 * 4)]
 
 
 @pytest.mark.parametrize("groups", [2, 8])
