@@ -10,8 +10,8 @@ Linear               module/linear.py:389 and :423         the input if the weig
 RMSNorm              ops/basic/rmsnorm.py:202              the input, a float32 a token
 DotProductAttention  dot_product_attention/backends.py:    queries, keys, values, the output, a float32 a query and
                      1309, utils.py:2003, and with         head (cuDNN's); values that are a view are copied first.
-                     context parallelism                   Over context ranks keys and values as the last message
-                     context_parallel.py:1784              brought them: as many
+                     context parallelism                   Over context ranks rehearsed_te_ring.py: keys and values as
+                     context_parallel.py:1784              the last message brought them, which are as many
 rotary embedding     attention/rope.py:152                 the angles
 ===================  ====================================  ============================================================
 
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from nemo_pre.compat.rehearsed_kernels import attention, pairs_of
 from nemo_pre.compat.rehearsed_te_autocast import BACKWARD, Autocast, LargestValues, Recipe
 from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines, Quantized, gathered, quantized
+from nemo_pre.compat.rehearsed_te_ring import Ring, ring_attention
 
 
 def count_flops(flops: float) -> None:
@@ -404,9 +405,21 @@ class DotProductAttention(nn.Module):
         NotTransformerEngines: what our models never ask of it.
     """
 
-    def __init__(self, num_attention_heads: int, kv_channels: int, cp_group: Any = None, **others: Any) -> None:
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        cp_group: Any = None,
+        cp_global_ranks: Any = None,
+        cp_comm_type: str = "p2p",
+        **others: Any,
+    ) -> None:
         super().__init__()
-        self.cp_size = cp_group.size() if cp_group is not None else 1
+        self.ring: Ring | None = None
+        if cp_group is not None and cp_group.size() > 1:
+            if cp_comm_type != "p2p":
+                raise NotTransformerEngines(f"Attention over context ranks with {cp_comm_type} has no stand-in.")
+            self.ring = Ring(cp_group, tuple(cp_global_ranks), dist.get_rank(cp_group))
         self.notes_largest_values = False
 
     def forward(
@@ -423,9 +436,13 @@ class DotProductAttention(nn.Module):
         LargestValues.of(self, products=3, device=query.device)
         # A layout that cuDNN takes: three tensors, each in one piece (utils.py:2003).
         query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        if self.ring is not None:
+            if query.dtype is torch.float32:
+                raise NotTransformerEngines("Attention over context ranks has no kernel for float32.")
+            return ring_attention(query, key, value, self.ring, count_flops)
         if query.dtype is torch.float32:
             return _unfused(query, key, value)
-        pairs = query.shape[1] * pairs_of(query.shape[0], key.shape[0], causal=True) * self.cp_size
+        pairs = query.shape[1] * pairs_of(query.shape[0], key.shape[0], causal=True)
         layout = (1, 2, 0, 3)
         query, key, value = (tensor.permute(layout) for tensor in (query, key, value))
         out = attention(query, key, value, pairs, count_flops)

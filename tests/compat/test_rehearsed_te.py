@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_pre.compat import rehearsed_te_layers as layers
+from nemo_pre.compat import rehearsed_te_ring as ring
 from nemo_pre.compat.rehearsed_te_autocast import Autocast, LargestValues, Recipe
 from nemo_pre.compat.rehearsed_te_package import _Package
 from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines, quantized
@@ -251,3 +252,65 @@ def test_what_has_no_stand_in_can_be_imported_and_not_called():
         quantized(torch.zeros(12, 16), Recipe("delayed"))
     with pytest.raises(NotTransformerEngines, match="LayerNormLinear with LayerNorm has no stand-in"):
         column(normalization="LayerNorm")
+
+
+@pytest.fixture
+def exchanged(monkeypatch):
+    """The bytes that a context rank sends, to which of the others; all arrives at once."""
+    found = []
+
+    class Handle:
+        def wait(self):
+            return True
+
+    def send(tensor, peer, group):
+        found.append((peer, tensor.numel() * tensor.element_size()))
+        return Handle()
+
+    def batch(operations):
+        return [each.op(each.tensor, each.peer, each.group) for each in operations]
+
+    monkeypatch.setattr(ring.dist, "isend", send)
+    monkeypatch.setattr(ring.dist, "irecv", lambda tensor, peer, group: Handle())
+    monkeypatch.setattr(
+        ring.dist,
+        "P2POp",
+        lambda op, tensor, peer, group: SimpleNamespace(op=op, tensor=tensor, peer=peer, group=group),
+    )
+    monkeypatch.setattr(ring.dist, "batch_isend_irecv", batch)
+    return found
+
+
+@pytest.mark.parametrize("ranks, rank", [((3, 5), 0), ((3, 5), 1), ((0, 2, 4, 6), 2)])
+def test_attention_over_context_ranks_sends_keys_on_and_gradients_back(ranks, rank, exchanged):
+    tokens, rows, heads, groups, width = 64, 2, 8, 2, 32
+    query = torch.zeros(tokens, rows, heads, width, dtype=torch.bfloat16, requires_grad=True)
+    key, value = (torch.zeros(tokens, rows, groups, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    kept, flops = {}, []
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = ring.ring_attention(query, key, value, ring.Ring(None, ranks, rank), flops.append)
+    pair, queries = 2 * tokens * rows * groups * width * 2, tokens * rows * heads * width * 2
+    ahead, behind = ranks[(rank + 1) % len(ranks)], ranks[rank - 1]
+    assert exchanged == [(ahead, pair)] * (len(ranks) - 1), "each step but the last sends keys and values on"
+    assert sum(kept.values()) == 2 * queries + pair + tokens * rows * heads * 4, "as much as without context ranks"
+    seen = tokens * (tokens + 1) / 2 + (len(ranks) - 1) * tokens * tokens / 2
+    assert sum(flops) == 4 * rows * heads * width * seen
+    exchanged.clear()
+    out.sum().backward()
+    assert exchanged == [(behind, pair), *[(behind, 2 * pair)] * (len(ranks) - 2), (behind, pair)]
+    assert all(each.grad.shape == each.shape for each in (query, key, value))
+    assert sum(flops) == 3 * 4 * rows * heads * width * seen
+
+
+def test_attention_over_context_ranks_is_refused_where_transformer_engine_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(layers.dist, "get_rank", lambda group: 0)
+    attention = layers.DotProductAttention(8, 32, cp_group=Ranks(2), cp_global_ranks=[0, 1])
+    with pytest.raises(NotTransformerEngines, match="no kernel for float32"):
+        attention(*(torch.zeros(64, 2, 8, 32) for _ in range(3)))
+    with pytest.raises(NotTransformerEngines, match="with a2a has no stand-in"):
+        layers.DotProductAttention(8, 32, cp_group=Ranks(2), cp_global_ranks=[0, 1], cp_comm_type="a2a")
