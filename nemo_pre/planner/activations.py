@@ -356,8 +356,8 @@ class LayerActivations:
 
     @property
     def _moments_of_the_ring(self) -> list[int]:
-        """The same in Transformer Engine's attention over context ranks, forward and backward, of the last of them;
-        none where it is not taken."""
+        """Bytes beside what is kept in Transformer Engine's attention over context ranks, forward and backward, of the
+        last of them; none where it is not taken."""
         ranks = self.load.replicas
         if not self.fused or self.structured or ranks == 1:
             return []
