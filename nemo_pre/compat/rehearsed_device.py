@@ -9,24 +9,45 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch.utils._device import _device_constructors
 
+from nemo_pre.compat import versions
 from nemo_pre.compat.cpu_device import NullEvent, NullStream, get_rng_state, manual_seed, set_rng_state
 from nemo_pre.compat.registry import Change, Patch, patch
 
 TWIN = "real_twin"  # attribute of a fake tensor: a real tensor with its values, where they are known
 DEVICE = torch.device("cuda", 0)
-GUARD_WRITTEN_FOR = "2.9"  # the slots below are places in the compiled classes of this release
+_CUDA, _META = 1, 14  # c10::DeviceType
 
-# c10::impl::DeviceGuardImplInterface: the virtual functions of a device's guard, by their place.
-_CUDA, _META, _GUARD_SLOTS = 1, 14, 23
-_TYPE, _EXCHANGE_DEVICE, _GET_DEVICE, _SET_DEVICE, _DEVICE_COUNT = 0, 1, 2, 3, 14
-_STREAMS, _EVENTS = (5, 6, 7, 8, 9), (10, 11, 12, 17)
-# at::CUDAHooksInterface, the same.
+
+@dataclass(frozen=True)
+class _Guard:
+    """Where c10::impl::DeviceGuardImplInterface (c10/core/impl/DeviceGuardImplInterface.h) has the virtual functions
+    of a device's guard, by their place.
+
+    Attributes:
+        streams: what gives or takes a stream. ``events``: what makes one, waits for it or ends it.
+        count: of devices. ``slots``: of the table, with both destructors.
+    """
+
+    streams: tuple[int, ...]
+    events: tuple[int, ...]
+    count: int
+    slots: int
+
+
+# torch 2.11 has getStreamNativeHandle behind exchangeStream, and getDeviceCapability behind deviceCount.
+GUARDS = {
+    "2.9": _Guard(streams=(5, 6, 7, 8, 9), events=(10, 11, 12, 17), count=14, slots=23),
+    "2.11": _Guard(streams=(5, 6, 7, 8, 9), events=(11, 12, 13, 19), count=15, slots=25),
+}
+_TYPE, _EXCHANGE_DEVICE, _GET_DEVICE, _SET_DEVICE = 0, 1, 2, 3  # in all of them
+# at::CUDAHooksInterface, the same; its first functions are at::AcceleratorHooksInterface's, alike in all of them.
 _IS_AVAILABLE, _HAS_PRIMARY_CONTEXT, _HOOK_SLOTS = 3, 4, 96
 
 
@@ -35,7 +56,14 @@ def _library(name: str) -> ctypes.CDLL:
 
 
 class _NoOpGuard:
-    """The meta device's guard, which does nothing, in CUDA's place, with its answers changed to "CUDA, device 0"."""
+    """The meta device's guard, which does nothing, in CUDA's place, with its answers changed to "CUDA, device 0".
+
+    Args:
+        places: of its functions.
+    """
+
+    def __init__(self, places: _Guard) -> None:
+        self._places = places
 
     def do(self) -> None:
         registry_name = "_ZN3c104impl26device_guard_impl_registryE"
@@ -44,11 +72,12 @@ class _NoOpGuard:
         assert address is not None
         meta = ctypes.c_void_p.from_address(address).value
         assert meta is not None
-        own = (ctypes.c_void_p * _GUARD_SLOTS)(*(ctypes.c_void_p * _GUARD_SLOTS).from_address(meta))
+        places = self._places
+        own = (ctypes.c_void_p * places.slots)(*(ctypes.c_void_p * places.slots).from_address(meta))
         # The meta device counts one device. The same 1 is, as a device's type, CUDA; as a device, cuda:0.
-        for slot in (_TYPE, _EXCHANGE_DEVICE, _GET_DEVICE, *_STREAMS):
-            own[slot] = own[_DEVICE_COUNT]
-        for slot in _EVENTS:
+        for slot in (_TYPE, _EXCHANGE_DEVICE, _GET_DEVICE, *places.streams):
+            own[slot] = own[places.count]
+        for slot in places.events:
             own[slot] = own[_SET_DEVICE]  # does nothing
         guard = (ctypes.c_void_p * 1)(ctypes.addressof(own))
         self._kept = (own, guard)
@@ -80,16 +109,14 @@ class _NoPrimaryContext:
     "device-guard-without-driver",
     why="Autograd and torch's own streams ask CUDA's device guard for the current device, which raises without a"
     " driver, for fake tensors too.",
-    until="torch 2.10's torch._C._ensureCUDADeviceGuardSet, which does the same, is in all versions that we support.",
-    of={"torch": ("2.9", "2.11")},
+    until="torch 2.10's torch._C._ensureCUDADeviceGuardSet, which does the same where no GPU is, is in all versions"
+    " that we support and does it where one is.",
+    of={"torch": tuple(GUARDS)},
 )
 def device_guard_without_driver():
-    if not torch.__version__.startswith(GUARD_WRITTEN_FOR + "."):
-        raise ValueError(
-            f"torch {torch.__version__} is installed, but rehearsals change compiled classes of torch "
-            f"{GUARD_WRITTEN_FOR}: rehearse with the versions of the lock file."
-        )
-    yield _NoOpGuard()
+    found = versions.matching(str(versions.installed("torch")), tuple(GUARDS))
+    assert found is not None, "the patch is of these versions"
+    yield _NoOpGuard(GUARDS[found])
     yield _NoPrimaryContext()
 
 
@@ -236,8 +263,10 @@ def _type_with_device(right: Callable[..., Any]) -> Callable[..., Any]:
     "fake-data",
     why="Assigning to the data of a fake tensor leaves the device it says it is on as it was, and NeMo and Megatron"
     " move parameters by assigning to their data; a list of one asks for its elements one by one; and all of them say"
-    " that they lie at one address, by which masks of different micro-batches are told apart.",
-    until="FakeTensor's data takes over the fake device, its tolist copies once, its data_ptr tells storages apart.",
+    " that they lie at one address, by which masks of different micro-batches are told apart. torch 2.11 keeps a weak"
+    " reference to a detached tensor (2.9 to another object of it), and does not move a parameter that has one.",
+    until="FakeTensor's data takes over the fake device, its tolist copies once, its data_ptr tells storages apart,"
+    " and a parameter that is made of a detached one can be moved.",
     of={"torch": ("2.9", "2.11")},
 )
 def fake_data():
@@ -257,6 +286,8 @@ def fake_data():
     yield Change(fake_tensor.FakeTensor, "data_ptr", address)
     yield Change(fake_tensor.FakeTensor, "tolist", _in_one_copy(fake_tensor.FakeTensor.tolist))
     yield Change(fake_tensor, "init_gpu_context", _quiet())
+    # Called where a result is made of a meta tensor that nobody else has: what is remembered of it is never asked for.
+    yield Change(fake_tensor.FakeTensorConverter, "set_tensor_memo", _quiet())
 
 
 @patch(

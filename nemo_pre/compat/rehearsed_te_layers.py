@@ -10,15 +10,16 @@ Linear               module/linear.py:389 and :423         the input if the weig
 RMSNorm              ops/basic/rmsnorm.py:202              the input, a float32 a token
 DotProductAttention  dot_product_attention/backends.py:    queries, keys, values, the output, a float32 a query and
                      1309, utils.py:2003, and with         head (cuDNN's); values that are a view are copied first.
-                     context parallelism                   Over context ranks keys and values as the last message
-                     context_parallel.py:1784              brought them: as many
+                     context parallelism                   Over context ranks rehearsed_te_ring.py: keys and values as
+                     context_parallel.py:1784              the last message brought them, which are as many
 rotary embedding     attention/rope.py:152                 the angles
 ===================  ====================================  ============================================================
 
 In FP8 matrices are kept as :mod:`nemo_pre.compat.rehearsed_te_quantized` says: of an input the transposed copy alone
 (layernorm_linear.py:410, linear.py:377-385), or the rows where it is gathered again over sequence-parallel ranks and
 scales are a tensor's; weights beside their bf16 ones, both ways where a gradient goes through them
-(layernorm_linear.py:285, linear.py:243), from the step's first micro-batch on (base.py:1333). Attention stays bf16.
+(layernorm_linear.py:285, linear.py:243), from the step's first micro-batch on (base.py:1333). Attention stays bf16;
+with delayed scaling it notes largest values of three products all the same (dot_product_attention.py:978 and :756).
 
 What is assumed, and is not in these sources: that cuDNN's attention is chosen, as on Hopper without flash-attn; what
 kernels take while they run, and cuBLAS' workspace of 32 MiB.
@@ -34,14 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_pre.compat.rehearsed_kernels import attention, pairs_of
-from nemo_pre.compat.rehearsed_te_quantized import (
-    Autocast,
-    NotTransformerEngines,
-    Quantized,
-    Recipe,
-    gathered,
-    quantized,
-)
+from nemo_pre.compat.rehearsed_te_autocast import BACKWARD, Autocast, LargestValues, Recipe
+from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines, Quantized, gathered, quantized
+from nemo_pre.compat.rehearsed_te_ring import Ring, ring_attention
 
 
 def count_flops(flops: float) -> None:
@@ -122,6 +118,7 @@ class _Layer(nn.Module):
         self.use_bias, self.return_bias = bias, return_bias
         self.save_original_input = False
         self.quantized_weight: Quantized | None = None
+        self.notes_largest_values = False
         on = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, dtype=params_dtype, device=on))
         self._mark(self.weight, parallel_mode is not None, 1 if parallel_mode == "row" else 0)
@@ -218,6 +215,7 @@ class _LinearFunction(torch.autograd.Function):
         if graph:
             ctx.layer, ctx.recipe, ctx.shape = layer, recipe, inp.shape
             ctx.weight = multiplied
+            ctx.reduces = Autocast.reduces_in_backward(any(ctx.needs_input_grad))
             if not keeps:
                 kept = []
             elif recipe is None or layer.save_original_input:
@@ -249,6 +247,8 @@ class _LinearFunction(torch.autograd.Function):
             summed = _sum_of_ranks(layer, whole)
         if wants_weight:
             made, bias_made = _weight_gradient(gradient, total, layer, recipe)
+        if ctx.reduces:
+            LargestValues.reduce(BACKWARD)
         return summed.view(ctx.shape) if wants_input else None, made, bias_made, None, None
 
 
@@ -257,6 +257,7 @@ class Linear(_Layer):
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         graph = torch.is_grad_enabled()
+        LargestValues.of(self, products=1, device=inp.device)
         return self._biased(_LinearFunction.apply(inp, self.weight, self.bias, self, graph))
 
 
@@ -291,6 +292,7 @@ class _NormLinearFunction(torch.autograd.Function):
                 normed.drop_rows()
             kept = [] if normed is None else [normed] if recipe is None else normed.tensors()
             ctx.layer, ctx.recipe, ctx.weight, ctx.shape = layer, recipe, multiplied, inp.shape
+            ctx.reduces = Autocast.reduces_in_backward(any(ctx.needs_input_grad))
             ctx.save_for_backward(flat, statistics, *kept)
         return out.view(-1, *inp.shape[1:-1], out.shape[-1])
 
@@ -312,6 +314,8 @@ class _NormLinearFunction(torch.autograd.Function):
             if layer.gathers:
                 total = None  # layernorm_linear.py:915
         found = summed.clone()  # the norm's backward pass
+        if ctx.reduces:
+            LargestValues.reduce(BACKWARD)
         return found.view(ctx.shape), flat.new_empty(flat.shape[1]), made, bias_made, None, None
 
 
@@ -352,6 +356,7 @@ class LayerNormLinear(_Layer):
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Any:
         graph = torch.is_grad_enabled()
+        LargestValues.of(self, products=1, device=inp.device)
         out = _NormLinearFunction.apply(inp, self.layer_norm_weight, self.weight, self.bias, self, graph)
         return self._biased(out)
 
@@ -400,9 +405,22 @@ class DotProductAttention(nn.Module):
         NotTransformerEngines: what our models never ask of it.
     """
 
-    def __init__(self, num_attention_heads: int, kv_channels: int, cp_group: Any = None, **others: Any) -> None:
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        cp_group: Any = None,
+        cp_global_ranks: Any = None,
+        cp_comm_type: str = "p2p",
+        **others: Any,
+    ) -> None:
         super().__init__()
-        self.cp_size = cp_group.size() if cp_group is not None else 1
+        self.ring: Ring | None = None
+        if cp_group is not None and cp_group.size() > 1:
+            if cp_comm_type != "p2p":
+                raise NotTransformerEngines(f"Attention over context ranks with {cp_comm_type} has no stand-in.")
+            self.ring = Ring(cp_group, tuple(cp_global_ranks), dist.get_rank(cp_group))
+        self.notes_largest_values = False
 
     def forward(
         self,
@@ -415,11 +433,16 @@ class DotProductAttention(nn.Module):
     ) -> Tensor:
         if attn_mask_type != "causal" or others:
             raise NotTransformerEngines(f"Attention with attn_mask_type={attn_mask_type} {others} has no stand-in.")
+        LargestValues.of(self, products=3, device=query.device)
         # A layout that cuDNN takes: three tensors, each in one piece (utils.py:2003).
         query, key, value = (tensor.contiguous() for tensor in (query, key, value))
+        if self.ring is not None:
+            if query.dtype is torch.float32:
+                raise NotTransformerEngines("Attention over context ranks has no kernel for float32.")
+            return ring_attention(query, key, value, self.ring, count_flops)
         if query.dtype is torch.float32:
             return _unfused(query, key, value)
-        pairs = query.shape[1] * pairs_of(query.shape[0], key.shape[0], causal=True) * self.cp_size
+        pairs = query.shape[1] * pairs_of(query.shape[0], key.shape[0], causal=True)
         layout = (1, 2, 0, 3)
         query, key, value = (tensor.permute(layout) for tensor in (query, key, value))
         out = attention(query, key, value, pairs, count_flops)

@@ -13,13 +13,14 @@ import importlib.metadata
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from nemo_pre.compat import rehearsed_te_layers as layers
-from nemo_pre.compat.rehearsed_te_quantized import Autocast, NotTransformerEngines, Recipe
+from nemo_pre.compat.rehearsed_te_autocast import Autocast, Recipe
+from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines
 
 VERSION = "2.9.0"
 NAME = "transformer_engine"
@@ -147,9 +148,11 @@ def _scaling(name: str) -> type[Recipe]:
 
 
 @contextmanager
-def fp8_autocast(enabled: bool = True, fp8_recipe: Recipe | None = None, **others: Any) -> Iterator[None]:
-    """Layers inside multiply in FP8, scaled by the recipe."""
-    with Autocast.entered(fp8_recipe if enabled else None):
+def fp8_autocast(
+    enabled: bool = True, fp8_recipe: Recipe | None = None, fp8_group: Any = None, **others: Any
+) -> Iterator[None]:
+    """Layers inside multiply in FP8, scaled by the recipe, by the largest values of the group's ranks."""
+    with Autocast.entered(fp8_recipe if enabled else None, fp8_group):
         yield
 
 
@@ -178,19 +181,17 @@ def checkpoint(
 ) -> Any:
     """Recomputation within FP8 (``pytorch/distributed.py``): what Megatron's keeps, which is the function's inputs.
 
-    In the first pass weights have both copies made, for the backward pass (``module/linear.py:243``).
+    In the first pass weights have both copies made, for the backward pass (``module/linear.py:243``). The second has
+    an autocast of its own, without a group (``distributed.py:422``), at whose end largest values are sent once more.
     """
     from megatron.core import tensor_parallel
 
     recipe = Autocast.recipe
 
     def run(*inputs: Any) -> Any:
-        before, Autocast.recomputed = Autocast.recomputed, not torch.is_grad_enabled()
-        try:
-            with Autocast.entered(recipe):
-                return function(*inputs)
-        finally:
-            Autocast.recomputed = before
+        again = torch.is_grad_enabled()
+        with Autocast.recomputing(again), Autocast.entered(recipe) if again else nullcontext():
+            return function(*inputs)
 
     return tensor_parallel.checkpoint(run, distribute_saved_activations, *args)
 

@@ -11,8 +11,6 @@ What scales a tensor as a whole, a float32, is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,43 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_pre.compat.rehearsed_te_autocast import Recipe
+
 BLOCK = 128  # elements that share a scale
 
 
 class NotTransformerEngines(ValueError):
     """A shape or an option that Transformer Engine refuses, or that has no stand-in."""
-
-
-@dataclass
-class Recipe:
-    """How FP8 tensors are scaled: Transformer Engine's class of the same name, without its numbers."""
-
-    name: str
-
-    @property
-    def blockwise(self) -> bool:
-        return self.name == "blockwise"
-
-
-class Autocast:
-    """Within which recipe layers compute, and whether what they do now is done again in the backward pass.
-
-    Attributes:
-        recipe: None: in the precision of their weights.
-        recomputed: the first pass of a recomputed layer, without a graph.
-    """
-
-    recipe: Recipe | None = None
-    recomputed = False
-
-    @classmethod
-    @contextmanager
-    def entered(cls, recipe: Recipe | None) -> Iterator[None]:
-        before, cls.recipe = cls.recipe, recipe
-        try:
-            yield
-        finally:
-            cls.recipe = before
 
 
 @dataclass

@@ -338,8 +338,8 @@ class LayerActivations:
 
     @property
     def most_under_way(self) -> int:
-        """Bytes beside what is kept at the worst moment of the layer's backward pass, which is in its MLP: the sooner,
-        the less has been freed."""
+        """Bytes beside what is kept at the worst moment of the layer, which is in its MLP's backward pass (the sooner,
+        the less has been freed), or where keys and values go from context rank to context rank, in attention."""
         gathers, trained = self.load.shards > 1, self.trained
         hidden, whole, inner = self.input, self.whole_input, self.gate_and_value // 2
         weight = self.inner * self.width * self.bytes * trained
@@ -352,7 +352,22 @@ class LayerActivations:
         # its gradient, before and after it is cut; the weight's.
         parts = whole * (1 + (gathers and trained)) + hidden * gathers
         first = hidden + 2 * inner * quantized + parts + 2 * weight - self.activated
-        return max(last, activation, first)
+        return max(last, activation, first, *self._moments_of_the_ring)
+
+    @property
+    def _moments_of_the_ring(self) -> list[int]:
+        """Bytes beside what is kept in Transformer Engine's attention over context ranks, forward and backward, of the
+        last of them; none where it is not taken."""
+        ranks = self.load.replicas
+        if not self.fused or self.structured or ranks == 1:
+            return []
+        around = self.mlp + self.norm + self.norm_output  # not made yet; freed
+        # Forward: all ranks' keys and values, and an output and statistics of each; the projection's output.
+        forward = 2 * ranks * self.key + ranks * (self.queries + self.statistics) + self.fused_qkv
+        # Backward: gradients of the hidden states, of the output and, twice, of the queries; keys and values with
+        # their gradients, of two ranks; those of this step.
+        backward = self.input + 3 * self.queries + 10 * self.key + self.statistics // 2
+        return [forward - around, backward - around]
 
 
 # --- the first chunk ------------------------------------------------------------------------------------------------

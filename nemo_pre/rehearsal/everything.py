@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_pre.compat.versions import check_nemo
 from nemo_pre.config.compose import compose_run
 from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.options import Count, PathText
+from nemo_pre.planner.chunks import num_chunks
 from nemo_pre.rehearsal import record
 from nemo_pre.rehearsal.rehearse import default_jobs, tell
 from nemo_pre.rehearsal.run import Wishes, run_rehearsal
@@ -23,12 +25,16 @@ def rehearse_all(
     messages: bool = True,
     jobs: Count | None = None,
     again: bool = False,
+    confirm: bool = False,
 ) -> None:
     """Rehearse every recipe, one of them in FP8 too, and write out/rehearsals.json and out/rehearsals.md after each.
 
     What is recorded already, of the same configuration and as many layers, is passed over but for its plan, so that a
     rehearsal that was stopped goes on; only=NAME (or several names, bare) takes some recipes, layers=N cuts their
     depth, messages=false matches no calls, jobs=N ranks run at a time, again=true passes over nothing.
+    confirm=true rehearses, at a layer a chunk, what is recorded and old because what rehearses is other code: where
+    bytes, kernels, waits and calls are as recorded, the entry is of this code; else it stays old, and what differs is
+    told.
     """
     check_nemo()  # the record is of NeMo's training
     names = record.runs()
@@ -37,6 +43,13 @@ def rehearse_all(
         raise ValueError(f"{unknown[0]} is no recipe: choose of {', '.join(names)}.")
     entries = {name: each for name, each in record.read(out).items() if name in names}
     names_asked = list(only or names)
+    if confirm:
+        if again or layers is not None or not messages:
+            raise ValueError(
+                "confirm=true rehearses at a layer a chunk and matches calls: leave out again=, layers= and messages=."
+            )
+        _confirm(list(only) or [name for name in names if name in entries], entries, out, jobs)
+        return
     started, done, failed = time.monotonic(), 0, []
     for number, name in enumerate(names_asked):
         config = compose_run(record.words_of(name))  # a second each
@@ -73,3 +86,40 @@ def rehearse_all(
         )
     then = f", {len(missing)} missing; next: nemo-pre rehearse all out={out}" if missing else "; next: nemo-pre submit"
     print(f"{len(entries)} recipes in {out}/{record.TABLE}{then}")
+
+
+def _confirm(asked: Sequence[str], entries: dict[str, Any], out: PathText, jobs: Count | None) -> None:
+    """Confirm the entries that are asked for, and write the record after each.
+
+    Raises:
+        RankFailure: some could not be confirmed, for reasons that were told.
+    """
+    left, done = [], 0
+    for number, name in enumerate(asked):
+        config, entry = compose_run(record.words_of(name)), entries.get(name)
+        why = record.why_unconfirmable(entry, config)
+        if entry is not None and not why:
+            if entry["instruments"] == record.instruments():
+                continue
+            tell(f"{name} ({number + 1} of {len(asked)}): {record.OTHER_CODE}")
+            try:
+                wishes = Wishes(layers=num_chunks(config.parallel), jobs=jobs or default_jobs())
+                now = run_rehearsal(config, wishes, tell)
+            except (RankFailure, ValueError) as error:
+                why = [str(error)]
+            else:
+                why = record.why_unconfirmed(entry, now)
+        if why or entry is None:
+            left.append(name)
+            tell(f"{name} is not confirmed: {'; '.join(sentence.rstrip('.') for sentence in why)}.")
+            continue
+        entries[name] = record.confirmed(entry, now)
+        record.write(out, entries)
+        done += 1
+    record.write(out, entries)
+    if left:
+        raise RankFailure(
+            f"{len(left)} of {len(asked)} entries could not be confirmed: nemo-pre rehearse all {' '.join(left)}"
+            f" out={out} rehearses them anew."
+        )
+    print(f"{done} entries confirmed, {len(asked)} are of this code; next: nemo-pre rehearse all out={out}")

@@ -42,17 +42,19 @@ def place_of(layout: ParallelConfig, rank: int) -> Place:
 
 
 def places_for_memory(config: RunConfig, stages: Sequence[int] | None = None, second: bool = True) -> list[Place]:
-    """A rank of every stage that differs, and on the first and the last stage a second tensor-parallel rank.
+    """A rank of every stage that differs, and on the first and the last stage a second tensor-parallel rank; of
+    context ranks the last, whose attention holds the most.
 
     Args:
         stages: those instead, from 0.
         second: whether the second ranks are wanted.
     """
     chosen = sorted(set(stages_that_differ(config) if stages is None else stages))
-    places = [Place(stage) for stage in chosen]
+    last = config.parallel.context - 1
+    places = [Place(stage, context=last) for stage in chosen]
     ends = {0, config.parallel.pipeline - 1} & set(chosen)
     if config.parallel.tensor > 1 and second:
-        places += [Place(stage, tensor=config.parallel.tensor - 1) for stage in sorted(ends)]
+        places += [Place(stage, context=last, tensor=config.parallel.tensor - 1) for stage in sorted(ends)]
     return places
 
 

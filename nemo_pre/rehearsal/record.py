@@ -39,6 +39,7 @@ INSTRUMENTS = (
     ),
 )
 APART = 0.002  # by which bytes of two rehearsals of the same code may differ: garbage is collected when it is
+OTHER_CODE = "what rehearses is other code"  # the one reason that a rehearsal at a layer a chunk can clear up
 AGAIN = "run nemo-pre rehearse all, which rehearses what is missing or old"
 
 
@@ -133,6 +134,7 @@ def entry(config: RunConfig, rehearsed: Rehearsed) -> dict[str, Any]:
     met = rehearsed.met
     return {
         "commit": commit(),
+        "confirmed": None,
         "instruments": instruments(),
         "config": digest(config),
         "layers": rehearsed.layers,
@@ -179,8 +181,9 @@ def facts(found: Found) -> dict[str, Any]:
 
 
 def differences(recorded: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where two rehearsals at a layer a chunk differ, rank by rank of those that both have; one sentence each."""
+    """Where two rehearsals at a layer a chunk differ, rank by rank; one sentence each."""
     found, before = [], {each["rank"]: each for each in recorded}
+    found += [f"rank {rank} is recorded only" for rank in sorted(set(before) - {each["rank"] for each in now})]
     for each in now:
         old = before.get(each["rank"])
         if old is None:
@@ -228,12 +231,42 @@ def why_again(recorded: Mapping[str, Any] | None, config: RunConfig, layers: int
     if recorded["config"] != digest(config):
         return "its configuration is another"
     if recorded["instruments"] != instruments():
-        return "what rehearses is other code"
+        return OTHER_CODE
     if recorded["layers"] < layers:
         return f"recorded with {recorded['layers']} layers"
     if messages and recorded["messages"] is None and world_size(config.parallel) > 1:
         return "recorded without messages"
     return None
+
+
+def why_unconfirmable(recorded: Mapping[str, Any] | None, config: RunConfig) -> list[str]:
+    """Why no rehearsal at a layer a chunk can confirm an entry, of any depth, without rehearsing it; none: it may."""
+    why = why_again(recorded, config, layers=1)
+    if recorded is None or why not in (None, OTHER_CODE):
+        return [str(why)]
+    if not recorded["at_a_layer_a_chunk"]:
+        return ["recorded without messages"]
+    return plan_differs(recorded, config)
+
+
+def why_unconfirmed(recorded: Mapping[str, Any], now: Rehearsed) -> list[str]:
+    """Where a rehearsal at a layer a chunk found something else than is recorded; one sentence each."""
+    found = differences(recorded["at_a_layer_a_chunk"], [facts(each) for each in now.cut])
+    met = now.met
+    for name, value in (
+        ("messages", None if met is None else met.messages),
+        ("collectives", None if met is None else met.collectives),
+        ("met_ranks", now.met_ranks),
+    ):
+        if value != recorded[name]:
+            found.append(f"{name} were {recorded[name]} and are {value}")
+    return [*found, met.problem] if met is not None and met.problem is not None else found
+
+
+def confirmed(recorded: Mapping[str, Any], now: Rehearsed) -> dict[str, Any]:
+    """The entry as one of the code as it is, which found the same at a layer a chunk: what was rehearsed at its depth,
+    and the commit that did, stay."""
+    return {**recorded, "confirmed": commit(), "instruments": instruments(), "not_covered": now.not_covered}
 
 
 def commit() -> str:
@@ -252,8 +285,12 @@ def commit() -> str:
     return (head + "+" * bool(changed)) if head else "unknown"
 
 
-def older(recorded: Mapping[str, Any]) -> str:
-    return "" if recorded["instruments"] == instruments() else ", older than what rehearses"
+def of_commit(recorded: Mapping[str, Any]) -> str:
+    """Which commit rehearsed an entry, which confirmed it if one did, and whether what rehearses is other code."""
+    by = recorded.get("confirmed")  # entries of before there were confirmations have no such word
+    confirmation = "" if by is None else f", confirmed by {by}"
+    older = "" if recorded["instruments"] == instruments() else ", older than what rehearses"
+    return recorded["commit"] + confirmation + older
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -265,7 +302,8 @@ the figures are and what a rehearsal cannot see. Peaks are GiB of a rank, with A
 buffers; *plan* is what `nemo-pre plan` says without them, and by how much it is above (+) or under (-) the rehearsed
 peak. *Layers* are the decoder layers that were rehearsed: with fewer than all of them the peak is not the run's.
 *Met* are the messages and collectives of all stages, two replicas and a second tensor-parallel rank that found each
-other, at a layer a chunk. `NAME+fp8_...` is the recipe in FP8. Nothing here was measured on a GPU.
+other, at a layer a chunk. A commit that *confirmed* an entry found the same at a layer a chunk as the one before it,
+which rehearsed it as deep as is said. `NAME+fp8_...` is the recipe in FP8. Nothing here was measured on a GPU.
 
 | recipe | layers | rank | peak | plan | | host waits a step | met | problems | commit | verified on a GPU |
 |---|---|---|---|---|---|---|---|---|---|---|
@@ -290,7 +328,7 @@ def table(entries: Mapping[str, Any]) -> str:
                 str(rank["host_waits"]),
                 met if first else "",
                 str(len(each["problems"])) if first else "",
-                (each["commit"] + older(each)) if first else "",
+                of_commit(each) if first else "",
                 verified if first else "",
             ]
             rows.append("| " + " | ".join(cells) + " |")

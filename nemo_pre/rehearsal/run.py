@@ -184,10 +184,6 @@ def run_rehearsal(config: RunConfig, wishes: Wishes, tell: Tell = lambda text: N
 def rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The run with what cannot be rehearsed replaced, and one sentence on each such thing."""
     left_out = []
-    if config.parallel.context > 1 and config.model.attention == "causal" and not config.data.packing:
-        left_out.append("messages and buffers of Transformer Engine's attention over context ranks")
-    if config.precision.name == "fp8_delayed":
-        left_out.append("the reduction of FP8's largest values over ranks")
     if versions.installed("nemo_toolkit") is None:
         left_out.append("multi_tensor_scale_tensor, by which Megatron clips and which 2.9.0 does not have")
     config, stand_ins = with_stand_ins(config)

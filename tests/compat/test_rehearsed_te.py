@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from nemo_pre.compat import rehearsed_te_layers as layers
+from nemo_pre.compat import rehearsed_te_ring as ring
+from nemo_pre.compat.rehearsed_te_autocast import Autocast, LargestValues, Recipe
 from nemo_pre.compat.rehearsed_te_package import _Package
-from nemo_pre.compat.rehearsed_te_quantized import Autocast, NotTransformerEngines, Recipe, quantized
+from nemo_pre.compat.rehearsed_te_quantized import NotTransformerEngines, quantized
 
 TOKENS, WIDTH, INNER = 256, 128, 384
 RECIPES = (None, "delayed", "tensorwise", "blockwise")
@@ -139,6 +141,87 @@ def test_weights_have_both_copies_where_a_gradient_goes_through_them(recipe):
     }
 
 
+class Ranks:
+    """A group of so many ranks."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def size(self):
+        return self.number
+
+
+@pytest.fixture
+def group(sent, monkeypatch):
+    """Two ranks that scale by the same largest values, in a process where nothing has computed yet."""
+    monkeypatch.setattr(layers.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(layers.dist, "get_world_size", lambda group: group.size())
+    LargestValues.forget()
+    yield Ranks(2)
+    LargestValues.forget()
+
+
+def run(group, *chain, tokens=TOKENS, wanted=True, recipe="delayed"):
+    """What leaves an autocast of the layers, whose backward pass has not run."""
+    hidden = torch.zeros(tokens, 1, WIDTH, dtype=torch.bfloat16, requires_grad=wanted)
+    with Autocast.entered(Recipe(recipe), group):
+        for layer in chain:
+            hidden = layer(hidden)
+    return hidden
+
+
+def test_delayed_scaling_reduces_all_layers_largest_values_once_in_each_pass(group, sent):
+    first, second = column(), row()
+    out = run(group, first, second)
+    assert sent == [("reduce", 2 * 3 * 4)], "as the autocast is left: input, weight and output of both, in float32"
+    out.sum().backward()
+    assert sent[1:] == [("reduce", 2 * 2 * 4)], "as the first layer's backward pass ends: two gradients of both"
+    sent.clear()
+    run(group, column(), second).sum().backward()
+    assert sent == [("reduce", 3 * 3 * 4), ("reduce", 3 * 2 * 4)], "of all layers that ever computed"
+
+
+def test_the_layer_that_reduces_in_the_backward_pass_is_the_first_that_has_one(group, sent):
+    """Of a frozen layer without a gradient to its input nothing runs in the backward pass."""
+    frozen, trained = column(trained=False), row()
+    frozen.layer_norm_weight.requires_grad_(False)
+    run(group, frozen, trained, wanted=False).sum().backward()
+    assert [kind for kind, _ in sent] == ["reduce", "reduce"]
+
+
+def test_largest_values_are_sent_by_delayed_scaling_with_gradients_and_to_others_alone(group, sent):
+    with torch.no_grad():
+        run(group, column(), row())
+    assert sent == []
+    LargestValues.forget()
+    for recipe in ("tensorwise", "blockwise"):
+        run(group, column(), row(), recipe=recipe).sum().backward()
+    assert sent == []
+    LargestValues.forget()
+    run(Ranks(1), column(), row()).sum().backward()
+    assert sent == []
+
+
+def test_a_recomputed_layer_sends_them_again_and_each_of_its_layers_in_the_backward_pass(group, sent):
+    first, second = column(), row()
+    with Autocast.entered(Recipe("delayed"), group), torch.no_grad(), Autocast.recomputing(again=False):
+        second(first(torch.zeros(TOKENS, 1, WIDTH, dtype=torch.bfloat16)))
+    assert sent == [("reduce", 2 * 3 * 4)], "as the autocast is left"
+    sent.clear()
+    with Autocast.recomputing(again=True):
+        out = run(None, first, second)  # its own autocast knows no group, its layers do
+    out.sum().backward()
+    assert sent == [("reduce", 2 * 3 * 4), ("reduce", 2 * 2 * 4), ("reduce", 2 * 2 * 4)]
+
+
+def test_attention_in_bf16_has_largest_values_of_three_products(group, sent):
+    attention = layers.DotProductAttention(8, 32)
+    tensors = [torch.zeros(64, 2, 8, 32, dtype=torch.bfloat16) for _ in range(3)]
+    with Autocast.entered(Recipe("delayed"), group):
+        attention(*tensors)
+    assert sent == [("reduce", 9 * 4)]
+
+
 @pytest.mark.parametrize("groups", [2, 8])
 def test_attention_keeps_its_values_as_a_copy_and_its_output(groups):
     attention = layers.DotProductAttention(8, 32)
@@ -169,3 +252,65 @@ def test_what_has_no_stand_in_can_be_imported_and_not_called():
         quantized(torch.zeros(12, 16), Recipe("delayed"))
     with pytest.raises(NotTransformerEngines, match="LayerNormLinear with LayerNorm has no stand-in"):
         column(normalization="LayerNorm")
+
+
+@pytest.fixture
+def exchanged(monkeypatch):
+    """The bytes that a context rank sends, to which of the others; all arrives at once."""
+    found = []
+
+    class Handle:
+        def wait(self):
+            return True
+
+    def send(tensor, peer, group):
+        found.append((peer, tensor.numel() * tensor.element_size()))
+        return Handle()
+
+    def batch(operations):
+        return [each.op(each.tensor, each.peer, each.group) for each in operations]
+
+    monkeypatch.setattr(ring.dist, "isend", send)
+    monkeypatch.setattr(ring.dist, "irecv", lambda tensor, peer, group: Handle())
+    monkeypatch.setattr(
+        ring.dist,
+        "P2POp",
+        lambda op, tensor, peer, group: SimpleNamespace(op=op, tensor=tensor, peer=peer, group=group),
+    )
+    monkeypatch.setattr(ring.dist, "batch_isend_irecv", batch)
+    return found
+
+
+@pytest.mark.parametrize("ranks, rank", [((3, 5), 0), ((3, 5), 1), ((0, 2, 4, 6), 2)])
+def test_attention_over_context_ranks_sends_keys_on_and_gradients_back(ranks, rank, exchanged):
+    tokens, rows, heads, groups, width = 64, 2, 8, 2, 32
+    query = torch.zeros(tokens, rows, heads, width, dtype=torch.bfloat16, requires_grad=True)
+    key, value = (torch.zeros(tokens, rows, groups, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    kept, flops = {}, []
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = ring.ring_attention(query, key, value, ring.Ring(None, ranks, rank), flops.append)
+    pair, queries = 2 * tokens * rows * groups * width * 2, tokens * rows * heads * width * 2
+    ahead, behind = ranks[(rank + 1) % len(ranks)], ranks[rank - 1]
+    assert exchanged == [(ahead, pair)] * (len(ranks) - 1), "each step but the last sends keys and values on"
+    assert sum(kept.values()) == 2 * queries + pair + tokens * rows * heads * 4, "as much as without context ranks"
+    seen = tokens * (tokens + 1) / 2 + (len(ranks) - 1) * tokens * tokens / 2
+    assert sum(flops) == 4 * rows * heads * width * seen
+    exchanged.clear()
+    out.sum().backward()
+    assert exchanged == [(behind, pair), *[(behind, 2 * pair)] * (len(ranks) - 2), (behind, pair)]
+    assert all(each.grad.shape == each.shape for each in (query, key, value))
+    assert sum(flops) == 3 * 4 * rows * heads * width * seen
+
+
+def test_attention_over_context_ranks_is_refused_where_transformer_engine_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(layers.dist, "get_rank", lambda group: 0)
+    attention = layers.DotProductAttention(8, 32, cp_group=Ranks(2), cp_global_ranks=[0, 1])
+    with pytest.raises(NotTransformerEngines, match="no kernel for float32"):
+        attention(*(torch.zeros(64, 2, 8, 32) for _ in range(3)))
+    with pytest.raises(NotTransformerEngines, match="with a2a has no stand-in"):
+        layers.DotProductAttention(8, 32, cp_group=Ranks(2), cp_global_ranks=[0, 1], cp_comm_type="a2a")

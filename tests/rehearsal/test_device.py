@@ -1,10 +1,13 @@
 """The GPU that is not there: what it knows, what it counts, and that everything is as it was afterwards."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_pre.compat import rehearsed_device, rehearsed_groups, rehearsed_kernels
+from nemo_pre.compat import rehearsed_device, rehearsed_groups, rehearsed_kernels, versions
 from nemo_pre.compat.rehearsed_kernels import attention, pairs_of
 from nemo_pre.rehearsal.device import Rehearsed, UnknownValue
 from nemo_pre.rehearsal.groups import Groups
@@ -136,3 +139,25 @@ def test_every_change_is_undone_exactly():
     for owner, names in zip(owners, before, strict=True):
         assert all(vars(owner).get(name) is value for name, value in names.items())
         assert set(names) == set(vars(owner))
+
+
+def test_the_guards_functions_lie_where_the_installed_torchs_header_has_them():
+    """torch's wheels have the header, whose virtual functions lie in the table in its order."""
+    header = Path(torch.__file__).parent / "include" / "c10" / "core" / "impl" / "DeviceGuardImplInterface.h"
+    interface = re.sub(r"//.*|/\*(.|\n)*?\*/", "", header.read_text()).split("struct NoOpDeviceGuardImpl")[0]
+    names = re.findall(r"virtual\s[^(;{]*?(~?\w+)\s*\(", interface)
+    found = versions.matching(str(versions.installed("torch")), tuple(rehearsed_device.GUARDS))
+    assert found is not None
+    guard = rehearsed_device.GUARDS[found]
+    assert names[:4] == ["type", "exchangeDevice", "getDevice", "setDevice"]
+    streams = ["getStream", "getDefaultStream", "getStreamFromGlobalPool", "getNewStream", "exchangeStream"]
+    assert [names[place] for place in guard.streams] == streams
+    assert [names[place] for place in guard.events] == ["destroyEvent", "record", "block", "synchronizeEvent"]
+    assert names[guard.count] == "deviceCount"
+    assert names[-1].startswith("~") and guard.slots == len(names) + 1, "a destructor takes two places"
+
+
+def test_a_module_that_was_made_on_the_device_can_be_moved(device):
+    """Its parameters are made of detached tensors, the first of each shape not from torch's memory of fake results."""
+    linear = torch.nn.Linear(311, 13, device="cuda")
+    assert linear.to(torch.cuda.current_device()).weight.device.type == "cuda"

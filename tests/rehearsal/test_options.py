@@ -27,6 +27,7 @@ CASES = {
     "split attention": [LAVER, "model.attention_backend=split", "parallel=single"],
     "dense attention, tensor parallelism": [LAVER, "model.attention_backend=dense", "parallel=tp2_sp"],
     "packed rows over context ranks": [PRE, "data.packing=true", "data.sequence_length=256", "parallel=cp2"],
+    "causal rows over context ranks": [PRE, "precision=bf16", "parallel=cp2"],
     "features and an external anchor": [
         PRE,
         "data.features=somewhere",

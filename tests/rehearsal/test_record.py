@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_pre.config.compose import compose_run
+from nemo_pre.launch.ranks import RankFailure
 from nemo_pre.rehearsal import everything, record
 from nemo_pre.rehearsal.compare import Beside
 from nemo_pre.rehearsal.found import Found
@@ -65,7 +66,7 @@ def test_an_entry_is_old_when_the_code_finds_something_else(rehearsed):
     assert record.differences([facts], [{**facts, "kernels": 8}]) == ["rank 0: kernels was 7 and is 8"]
     assert record.differences([facts], [{**facts, "peak": 110}]) == ["rank 0: peak was 100 and is 110"]
     assert record.differences([{**facts, "peak": 10_000}], [{**facts, "peak": 10_001}]) == []
-    assert record.differences([facts], [{**facts, "rank": 1}]) == ["rank 1 is not recorded"]
+    assert record.differences([facts], [{**facts, "rank": 1}]) == ["rank 0 is recorded only", "rank 1 is not recorded"]
 
 
 def test_an_entry_is_old_when_the_plan_is_another(rehearsed):
@@ -151,3 +152,79 @@ def test_all_goes_on_where_it_was_stopped_and_counts_what_has_problems(rehearsed
     assert done == [*names, names[0]]
     with pytest.raises(ValueError, match="nothing is no recipe"):
         everything.rehearse_all(["nothing"], out=str(tmp_path))
+
+
+@pytest.fixture
+def old_entry(rehearsed):
+    """An entry whose plan is as it is now, of code that rehearses otherwise."""
+    entry = json.loads(json.dumps(record.replanned(record.entry(rehearsed.config, rehearsed), rehearsed.config)))
+    return {**entry, "instruments": "before", "commit": "first", "not_covered": ["speed", "weather"]}
+
+
+def test_an_entry_is_confirmed_where_everything_is_found_again(rehearsed, old_entry):
+    config, now = rehearsed.config, replace(rehearsed, layers=1)
+    assert record.why_unconfirmable(old_entry, config) == [] == record.why_unconfirmed(old_entry, now)
+    entry = record.confirmed(old_entry, now)
+    assert record.why_again(entry, config, 2) is None and entry["commit"] == "first" and entry["layers"] == 2
+    assert entry["confirmed"] == record.commit() and entry["not_covered"] == ["speed"]
+    assert f"| first, confirmed by {record.commit()} |" in record.table({"a": entry})
+    older = {**entry, "instruments": "before"}
+    assert "| first, confirmed by " in record.table({"a": older}) and ", older than what" in record.table({"a": older})
+    entry.pop("confirmed")  # as entries were before there were confirmations
+    assert "| first |" in record.table({"a": entry})
+
+
+def test_an_entry_of_something_else_is_not_confirmed_and_says_why(rehearsed, old_entry):
+    config = rehearsed.config
+    longer = replace(config, data=replace(config.data, sequence_length=config.data.sequence_length * 2))
+    assert record.why_unconfirmable(None, config) == ["not recorded"]
+    assert record.why_unconfirmable(old_entry, longer) == ["its configuration is another"]
+    assert record.why_unconfirmable({**old_entry, "at_a_layer_a_chunk": []}, config) == ["recorded without messages"]
+    (planned,) = record.why_unconfirmable({**old_entry, "ranks": [{**old_entry["ranks"][0], "planned": 7}]}, config)
+    assert planned.endswith("and was as 7.")
+    found, met = rehearsed.found[0], rehearsed.met
+    for change, why in (
+        ({"cut": [replace(found, kernels=8)]}, ["rank 0: kernels was 7 and is 8"]),
+        ({"cut": [replace(found, waits=[])]}, ["rank 0: host_waits was 2 and is 0"]),
+        ({"cut": [replace(found, peaks=[90, 101])]}, ["rank 0: peak was 100 and is 101"]),
+        ({"cut": []}, ["rank 0 is recorded only"]),
+        ({"met": replace(met, messages=4)}, ["messages were 3 and are 4"]),
+        ({"met": replace(met, problem="rank 0 waits.")}, ["rank 0 waits."]),
+        ({"met_ranks": 3}, ["met_ranks were 2 and are 3"]),
+    ):
+        assert record.why_unconfirmed(old_entry, replace(rehearsed, **change)) == why
+
+
+def test_all_confirms_what_is_old_for_the_code_alone_and_leaves_the_rest(
+    rehearsed, old_entry, tmp_path, monkeypatch, capsys
+):
+    depths, kernels = [], [7, 8]
+
+    def run(config, wishes, tell):
+        depths.append(wishes.layers)
+        return replace(rehearsed, layers=1, cut=[replace(rehearsed.found[0], kernels=kernels.pop(0))])
+
+    monkeypatch.setattr(everything, "run_rehearsal", run)
+    monkeypatch.setattr(everything, "compose_run", lambda words: rehearsed.config)
+    names = ["digits_tiny", "digits_tiny_pre"]
+    record.write(tmp_path, dict.fromkeys(names, old_entry))
+    with pytest.raises(RankFailure, match=r"1 of 2 entries could not be confirmed: .* rehearse all digits_tiny_pre "):
+        everything.rehearse_all(out=str(tmp_path), jobs=1, confirm=True)
+    assert "digits_tiny_pre is not confirmed: rank 0: kernels was 7 and is 8." in capsys.readouterr().err
+    first, second = (record.read(tmp_path)[name] for name in names)
+    assert first == record.confirmed(old_entry, rehearsed) and second == old_entry
+    everything.rehearse_all(names[:1], out=str(tmp_path), jobs=1, confirm=True)  # of this code: nothing to do
+    assert depths == [2, 2], "a layer a chunk"
+    assert (
+        capsys.readouterr().out
+        == f"0 entries confirmed, 1 are of this code; next: nemo-pre rehearse all out={tmp_path}\n"
+    )
+    with pytest.raises(RankFailure, match="could not be confirmed"):
+        everything.rehearse_all(["llava15_7b_stage1_align"], out=str(tmp_path), confirm=True)
+    assert "llava15_7b_stage1_align is not confirmed: not recorded." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [{"again": True}, {"layers": 2}, {"messages": False}])
+def test_a_confirmation_takes_no_other_depth(other, tmp_path):
+    with pytest.raises(ValueError, match="confirm=true rehearses at a layer a chunk"):
+        everything.rehearse_all(out=str(tmp_path), confirm=True, **other)

@@ -1,9 +1,9 @@
-"""Rehearses the runs whose peak the first contact measures, where torch is the one that rehearsals know.
+"""Rehearses the runs whose peak the first contact measures.
 
     python -m benchmarks.gpu.first_contact.rehearsed
 
-A rehearsal changes compiled classes of torch 2.9, and the GPU machine may have another: so its peaks travel as a file,
-with the digest of the run that each is of.
+A rehearsal takes minutes for which a GPU machine has better uses: so its peaks travel as a file, with the digest of
+the run that each is of.
 """
 
 from __future__ import annotations
