@@ -16,6 +16,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 from benchmarks.overhead import RESULTS, Settings, describe_machine, fit, peak_memory, reset_peak, run_config
+from nemo_pre.config.run import RunConfig
+from nemo_pre.planner.load import largest_load
+from nemo_pre.planner.memory import RankMemory, rank_memory
 
 STEPS = 4
 NONE, PRE = ["objective=none"], ["objective=pre"]
@@ -57,22 +60,7 @@ def main() -> None:
 def run_case(pipe: Any, number: int) -> None:
     from lightning.pytorch.callbacks import Callback
 
-    from nemo_pre.planner.load import largest_load
-    from nemo_pre.planner.memory import rank_memory
-
-    model, layers, rows, precision, words = CASES[number]
-    settings = Settings(
-        name="planned_memory",
-        sides={"case": [*words, f"precision={precision}"]},
-        model=model,
-        layers=layers,
-        precision=precision,
-        micro_batch_size=rows,
-        num_microbatches=2,
-        sequence_length=None,
-        blocks=1,
-        steps_per_block=STEPS,
-    )
+    settings = settings_of(number)
 
     class AfterTheFirstStep(Callback):
         """The first allocates the optimizer's state and TE's workspaces."""
@@ -82,8 +70,7 @@ def run_case(pipe: Any, number: int) -> None:
                 reset_peak()
 
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
-        config = run_config(settings, "case", scratch, STEPS)
-        planned = rank_memory(config, largest_load(config), 0, fused=True)
+        _, planned = planned_case(number, scratch)
         fit(settings, "case", scratch, STEPS, AfterTheFirstStep, megatron_layers=False)
     expected = planned.total - planned.by_kind.get("libraries", 0)
     measured = peak_memory()
@@ -97,6 +84,29 @@ def run_case(pipe: Any, number: int) -> None:
             "by_kind": planned.by_kind,
         }
     )
+
+
+def settings_of(number: int) -> Settings:
+    """A case as the overhead benchmarks' settings."""
+    model, layers, rows, precision, words = CASES[number]
+    return Settings(
+        name="planned_memory",
+        sides={"case": [*words, f"precision={precision}"]},
+        model=model,
+        layers=layers,
+        precision=precision,
+        micro_batch_size=rows,
+        num_microbatches=2,
+        sequence_length=None,
+        blocks=1,
+        steps_per_block=STEPS,
+    )
+
+
+def planned_case(number: int, output: str) -> tuple[RunConfig, RankMemory]:
+    """The run of a case, and the memory that is planned for its one rank."""
+    config = run_config(settings_of(number), "case", output, STEPS)
+    return config, rank_memory(config, largest_load(config), 0, fused=True)
 
 
 def describe(number: int) -> str:

@@ -47,27 +47,9 @@ def peaks(record: Record) -> None:
 
 def planned_case(case: int) -> tuple[Any, int]:
     """The run of one of ``benchmarks.planned_memory``'s cases, and its planned peak without the libraries' own."""
-    from benchmarks.overhead import Settings, run_config
-    from benchmarks.planned_memory import CASES as SETTINGS
-    from benchmarks.planned_memory import STEPS
-    from nemo_pre.planner.load import largest_load
-    from nemo_pre.planner.memory import rank_memory
+    from benchmarks.planned_memory import planned_case as run_and_plan
 
-    model, layers, rows, precision, words = SETTINGS[case]
-    settings = Settings(
-        name="planned_memory",
-        sides={"case": [*words, f"precision={precision}"]},
-        model=model,
-        layers=layers,
-        precision=precision,
-        micro_batch_size=rows,
-        num_microbatches=2,
-        sequence_length=None,
-        blocks=1,
-        steps_per_block=STEPS,
-    )
-    config = run_config(settings, "case", "unused", STEPS)
-    planned = rank_memory(config, largest_load(config), 0, fused=True)
+    config, planned = run_and_plan(case, "unused")
     return config, planned.total - planned.by_kind.get("libraries", 0)
 
 
