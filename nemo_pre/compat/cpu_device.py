@@ -59,7 +59,7 @@ def _itself(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     "cuda-device-is-cpu",
     why="Megatron-Core and NeMo write device='cuda', .cuda() and pin_memory=True at about 120 places in 40 files; the"
     " functions of torch that make or move tensors answer with CPU tensors, where single patches would be copies of"
-    " those files, and a TorchFunctionMode would take a quarter of a small model's step.",
+    " those files, and a TorchFunctionMode would take a fifth of a small model's step.",
     until="Megatron-Core takes its device from the configuration.",
     of={"torch": ("2.9", "2.11")},
 )

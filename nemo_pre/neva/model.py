@@ -316,7 +316,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
                 labels=labels if has_labels and not few else None,
                 runtime_gather_output=runtime_gather_output,
             )
-        self.language_model.set_input_tensor(None)  # Megatron would keep it, with its gradient, until the next
+        self._forget_input()
         if few:
             assert labels is not None and loss_mask is not None
             output = self._losses_of_labelled(output, labels, loss_mask > 0)
@@ -376,11 +376,20 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
             hidden_states = self.language_model.embedding(input_ids=tokens_B1, position_ids=None)
         else:
             self.language_model.set_input_tensor(self._received)
-        return self.language_model(input_ids=None, position_ids=None, attention_mask=None, decoder_input=hidden_states)
+        output = self.language_model(
+            input_ids=None, position_ids=None, attention_mask=None, decoder_input=hidden_states
+        )
+        self._forget_input()
+        return output
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """What the former stage sent; it is taken apart when the micro-batch is known."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _forget_input(self) -> None:
+        """Megatron's block would keep it, and with it its gradient, until the next comes."""
+        self._received = None
+        self.language_model.set_input_tensor(None)
 
     def _enter_chunk(
         self, input_ids: Tensor, position_ids: Tensor | None, images: Tensor | None, micro_batch: MicroBatch
@@ -392,7 +401,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
             if masked is not None:
                 student = torch.cat([student, self.shard(masked)])
             return student, None if unmasked is None else self.shard(unmasked)
-        received, self._received, teacher = self._received, None, None
+        received, teacher = self._received, None
         if micro_batch.branch is not None:
             assert micro_batch.streams is not None
             student_length = sum(micro_batch.streams.lengths)

@@ -11,7 +11,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 job=$RUN_DIR/slurm/$SLURM_JOB_ID # what is kept over restarts
 attempt=$job.$restart            # what belongs to this one
 mkdir -p "$RUN_DIR/slurm"
-rm -f "$attempt".{stop,leaves,verdict,health,log}
+rm -f "$attempt".{stop,leaves,ended,verdict,health,log}
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT # of the shell that submitted
 
 hearing() ( # COMMAND...: a program that hears the signals we ignore
@@ -192,21 +192,26 @@ main() {
 # --- the shell that hears signals -------------------------------------------------------------------------------------
 
 ask_to_stop() { # at the time limit or a preemption; a second signal changes nothing
-  [ -e "$attempt.leaves" ] && exit 0
   [ -e "$attempt.stop" ] || echo "$SECONDS" > "$attempt.stop"
-  heard=1
 }
 
-wait_for() { # PROCESS: ends with its code
-  heard=1
-  while ((heard)); do # a signal interrupts the waiting
-    heard=0
+end_or_ask() { # at a preemption too, or when Slurm ends what goes back into the queue; a warning ends nobody on its way
+  [ -e "$attempt.leaves" ] && exit 0
+  ask_to_stop
+}
+
+wait_for() { # PROCESS: ends as it ended. What wait returns may be a signal's number, also of one that came before.
+  while kill -0 "$1" 2>/dev/null; do
     wait "$1"
-    code=$?
   done
+  read -r code < "$attempt.ended" || code=1 # it was killed
   exit "$code"
 }
 
-main &
-trap ask_to_stop USR1 TERM
+{
+  (main)
+  echo "$?" > "$attempt.ended"
+} &
+trap ask_to_stop USR1
+trap end_or_ask TERM
 wait_for $!

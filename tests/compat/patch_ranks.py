@@ -85,8 +85,13 @@ def cuda_requests() -> None:
         tensor.cuda(),
         tensor.cuda(torch.cuda.current_device()),
         tensor.pin_memory(),
+        tensor.new_zeros(3, device="cuda"),
+        torch.randn(2, device="cuda", pin_memory=True),
+        torch.arange(2, device="cuda:0"),
     ]
     assert all(made_tensor.device.type == "cpu" for made_tensor in made)
+    with torch.device("meta"):
+        assert torch.zeros(2).is_meta, "what makes tensors is no longer known to torch's own device mode"
     assert tensor.to(torch.float64).dtype == torch.float64
     assert not torch.cuda.is_available()
     linear = torch.nn.Linear(2, 2)

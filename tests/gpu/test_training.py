@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SHAPE = [
-    "data.sequence_length=96",
-    "trainer.global_batch_size=8",
-    "trainer.micro_batch_size=4",
-    "trainer.log_every=1",
-    "trainer.val_samples=0",
-    "optim.lr=1e-4",
-    "optim.warmup_ratio=0",
-    "parallel=single",
-]
+from benchmarks.gpu.first_contact.runs import SHAPE
+
 FP8 = ("fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 
 

@@ -81,13 +81,14 @@ class StepRecord:
     """What a rank saw of one step: the logged metrics, its shards of the gradient, and what LaVer masked.
 
     ``masks`` has one mask of visual tokens for every micro-batch; ``weights`` are those after the step, of a job that
-    trains.
+    trains; ``kept_inputs`` says how many decoders still hold their last input then.
     """
 
     metrics: dict[str, float]
     gradients: list[Any]
     masks: list[Tensor] = field(default_factory=list)
     weights: list[Any] = field(default_factory=list)
+    kept_inputs: int = 0
 
 
 def train(job: Job) -> list[StepRecord]:
@@ -195,6 +196,7 @@ def build_recorder(job: Job) -> Any:
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.records[-1].metrics = metrics
+            self.records[-1].kept_inputs = kept_inputs(model_chunks(trainer))
             if job.trains:
                 self.records[-1].weights = weight_shards(model_chunks(trainer))
 
@@ -229,6 +231,14 @@ def build_data(job: Job, run: Any) -> Any:
             return DataLoader([0])  # type: ignore[arg-type]
 
     return GivenData()
+
+
+def kept_inputs(chunks: list[Any]) -> int:
+    """How many of the chunks' decoders, the teacher's among them, still hold what they were given."""
+    decoders = [chunk.language_model.decoder for chunk in chunks]
+    decoders += [chunk.laver_teacher.decoder for chunk in chunks if getattr(chunk, "laver_teacher", None) is not None]
+    received = [chunk._received for chunk in chunks if getattr(chunk, "_received", None) is not None]
+    return len(received) + sum(decoder.input_tensor is not None for decoder in decoders)
 
 
 def load_weights(job: Job, chunks: list[Any]) -> None:

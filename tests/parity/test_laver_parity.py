@@ -258,3 +258,10 @@ def test_bf16_is_as_accurate_as_the_oracle_is_in_bf16(layout):
 
 def test_the_data_has_a_micro_batch_of_text_and_an_uneven_one():
     assert (0, 0) in IMAGES[0] and (2, 3) in IMAGES[0]
+
+
+def test_no_decoder_keeps_its_last_input_until_the_next_step():
+    """Nor does the teacher's: with four chunks on two stages they would be messages of four micro-batches, and their
+    gradients. The language model's own attribute would have them in any layout with a pipeline."""
+    for records in run(case("PP2-VPP2")[0]):
+        assert [record.kept_inputs for record in records] == [0, 0]

@@ -19,7 +19,8 @@ COMMANDS = {
         case "$1 $2" in
         "show hostnames") echo node1 ;;
         "show node") echo "NodeName=node1 NodeAddr=127.0.0.1 x" ;;
-        "requeue 7") kill -TERM $(cat batch.pid) ;;
+        "requeue 7") # a warning while the controller is slow to answer
+            kill -USR1 $(cat batch.pid); /bin/sleep 0.3; touch requeued; kill -TERM $(cat batch.pid) ;;
         esac""",
     "srun": """
         case "$*" in *nemo_pre.slurm.health*) echo node1 is well; exit ;; esac
@@ -64,6 +65,7 @@ def test_every_signal_is_heard_whenever_it_comes(tmp_path):
     assert "unexpected" not in said, said
     assert said.count("asked to stop: the ranks write a checkpoint") == 1, said
     assert "the ranks ended with code 85, verdict requeue" in said, said
+    assert (tmp_path / "requeued").exists(), "the job ended before it was back in the queue"
     assert "stopped at a checkpoint: back into the queue" in said, said
     assert (tmp_path / "srun.signals").read_text() == "heard\n"  # a step's srun does not ignore what we do
 
