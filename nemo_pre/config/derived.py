@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_pre.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from nemo_pre.config.vision_families import feature_width, merge_size, most_visual_tokens
+from nemo_pre.config.vision_families import feature_width, is_native, merge_size, most_visual_tokens
 
 TIME, ROW, COLUMN = 0, 1, 2  # the axes of rotary positions
 FP8_MULTIPLE = 16  # of both sides of a matrix that is multiplied in FP8 (cuBLASLt), and so of a rank's tokens
@@ -30,6 +30,20 @@ def padded_vocab_size(vocab_size: int) -> int:
 def num_visual_tokens(model: ModelConfig) -> int:
     """Visual tokens of one image in the decoder's sequence; with native resolution the most it may have."""
     return most_visual_tokens(model.vision)
+
+
+def fewest_visual_tokens(model: ModelConfig) -> int:
+    """Visual tokens of a tile, or with native resolution the fewest an image may have."""
+    if not is_native(model.vision):
+        return num_visual_tokens(model)
+    assert model.vision.min_visual_tokens is not None
+    return model.vision.min_visual_tokens
+
+
+def sample_text_width(model: ModelConfig, sequence_length: int) -> int:
+    """T, the width of a sample's text: the image is one of its tokens and expands to all visual ones, with native
+    resolution to the fewest an image can have."""
+    return sequence_length - fewest_visual_tokens(model) + 1
 
 
 def projector_widths(model: ModelConfig) -> tuple[int, int, int]:

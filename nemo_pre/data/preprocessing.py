@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_pre.config.derived import num_visual_tokens
+from nemo_pre.config.derived import fewest_visual_tokens, num_visual_tokens, sample_text_width
 from nemo_pre.config.run import RunConfig
 from nemo_pre.config.schema import VisionConfig
 from nemo_pre.config.vision_families import is_native, merge_size
@@ -15,20 +15,18 @@ from nemo_pre.objectives.registry import enabled, wanted_targets
 
 
 def num_text_tokens(config: RunConfig) -> int:
-    """T, the width of the text of a batch: the image is one of its tokens and expands to all visual ones, with native
-    resolution to the fewest an image can have.
+    """T, the width of the text of a batch of samples.
 
     Raises:
         ValueError: the sequence does not hold the image.
     """
     visual = num_visual_tokens(config.model)
-    text = config.data.sequence_length - _fewest_visual_tokens(config) + 1
     if config.data.sequence_length < visual + 1:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} leaves no room for text beside an image of {visual} "
             f"visual tokens: raise it"
         )
-    return text
+    return sample_text_width(config.model, config.data.sequence_length)
 
 
 def looks_at_pixels(config: RunConfig) -> bool:
@@ -49,7 +47,7 @@ def build_preprocessing(config: RunConfig, tokenizer: Any = None) -> Preprocessi
         tokenizer=tokenizer,
         chat_template=config.data.chat_template,
         max_text_tokens=num_text_tokens(config),
-        tile_tokens=_fewest_visual_tokens(config),
+        tile_tokens=fewest_visual_tokens(config.model),
         image_size=vision.image_size,
         image_mean=tuple(vision.image_mean),
         image_std=tuple(vision.image_std),
@@ -74,8 +72,3 @@ def native_resolution(vision: VisionConfig) -> NativeResolution | None:
         return None
     assert vision.min_visual_tokens is not None and vision.max_visual_tokens is not None
     return NativeResolution(vision.patch_size, merge_size(vision), vision.min_visual_tokens, vision.max_visual_tokens)
-
-
-def _fewest_visual_tokens(config: RunConfig) -> int:
-    native = native_resolution(config.model.vision)
-    return num_visual_tokens(config.model) if native is None else native.least

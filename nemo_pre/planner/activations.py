@@ -28,7 +28,7 @@ from nemo_pre.planner.load import (
     uses_token_structure,
 )
 from nemo_pre.planner.parameters import costs, is_fp8_layer, projector_matrices
-from nemo_pre.planner.vision import pixels_of_tile, tower_activations
+from nemo_pre.planner.vision import tower_activations
 
 
 @dataclass
@@ -105,15 +105,17 @@ def chunk_activations(config: RunConfig, load: Load, chunk: Chunk, fused: bool) 
         output = output_activations(config, load, fused)
         found.kept += output
         freed += sum(output.values())
-        found.moments += output_moments(config, load, fused, chunk.first)
+        found.moments += output_moments(config, load, fused)
     for cost in objectives:
         own = cost.kept(load, chunk)
         found.kept += own
         freed += sum(own.values()) if chunk.last else 0
     found.freed_before += freed
-    found.moments.append((found.recomputed if recompute == "full" else 0) + under_way - freed)
+    # What is recomputed ends in the group's output, which Megatron's checkpoint holds until the group's gradients are.
+    again = found.recomputed + layer.input if recompute == "full" else 0
+    found.moments.append(again + under_way - freed)
     if chunk.first and not config.optim.freeze_language:  # the embedding's gradient comes when the layers are through
-        embeddings = load.rows * (load.text + load.visual) * layer.width * layer.bytes
+        embeddings = load.rows * (load.text_width + load.visual) * layer.width * layer.bytes
         found.moments.append(embedding_weight(config) + embeddings - freed - found.kept["decoder"])
     return found
 
@@ -254,13 +256,17 @@ class LayerActivations:
         return self.load.rows * self.heads * self.load.queries * self.load.keys
 
     @property
+    def mask(self) -> int:
+        """Elements of the mask that all heads share."""
+        return self.load.rows * self.load.queries * self.load.keys
+
+    @property
     def core_attention(self) -> int:
         """Bytes kept between rotary embedding and output projection, whose input is counted here."""
         if self.fused:
             return self._fused_attention
         if self.structured:  # PyTorch's kernel keeps its output, which is the projection's input, and a float mask
-            mask = self.load.rows * self.load.queries * self.load.keys * self.bytes
-            return 2 * self.queries + 2 * self.repeated_keys + self.statistics + mask
+            return 2 * self.queries + 2 * self.repeated_keys + self.statistics + self.mask * self.bytes
         if self.load.replicas > 1:  # softmax in float32, then a copy in the values' dtype; a boolean mask
             probabilities = self.scores * (FLOAT + (self.bytes if self.bytes < FLOAT else 0))
             mask = self.load.queries * self.load.keys
@@ -271,13 +277,27 @@ class LayerActivations:
     @property
     def _fused_attention(self) -> int:
         """Kernels keep queries, keys, values (none of them a view of the projection's output any more), and their own
-        output. FlexAttention's has another order than the projection takes, which so keeps a copy."""
+        output."""
         if self.structured:
-            return 2 * self.queries + 2 * self.all_keys + self.statistics + self.projection_input
+            around = 2 * self.queries + self.statistics + self.projection_input
+            return around + self._keys_and_values_of_mixed_attention
         if self.bytes == FLOAT:  # no kernel: the attention matrix, a key and a value for each head
             return self.scores * FLOAT + 3 * self.queries + self.projection_input
         copy = self.projection_input if self.fp8 == "delayed" else 0
         return 2 * self.queries + 2 * self.key + self.statistics + copy
+
+    @property
+    def _keys_and_values_of_mixed_attention(self) -> int:
+        """What its backends keep beside queries and an output that the projection takes in another order, so copied.
+        Run by run, values that lie in order are a view of the projection's output. With a dense mask there are a key
+        and a value for each head, and torch makes a float mask for every call."""
+        alone = self.load.replicas == 1
+        if self.config.model.attention_backend == "split":
+            return self.all_keys + (self.fused_qkv if alone else self.all_keys)
+        if self.config.model.attention_backend == "dense":
+            values = self.fused_qkv if alone and self.heads == self.groups else self.repeated_keys
+            return self.repeated_keys + values + self.mask * self.bytes
+        return 2 * self.all_keys
 
     # --- together ---------------------------------------------------------------------------------------------------
 
@@ -376,9 +396,11 @@ class LayerActivations:
 def first_chunk_activations(config: RunConfig, load: Load, fused: bool) -> Counter[str]:
     """Bytes that encoder, projector and the indices that lay the sequence out keep."""
     visual = load.rows * load.visual
-    indices = load.rows * load.text * (0 if config.optim.freeze_language else 1 + 3) * INDEX + 3 * visual * INDEX
+    indices = 3 * visual * INDEX
+    if not config.optim.freeze_language:
+        indices += load.rows * (load.text_width + 3 * load.text) * INDEX
     if config.parallel.tensor > 1:
-        indices += load.rows * load.text
+        indices += load.rows * load.text_width
     if load.branch:
         whole_text = load.rows * load.text * 3 * INDEX if load.branch_is_whole else 0
         indices += 3 * visual * INDEX + whole_text + load.rows * load.branch
@@ -417,14 +439,10 @@ def output_activations(config: RunConfig, load: Load, fused: bool) -> Counter[st
     return Counter({"logits and loss": logits + loss, "decoder": layer.norm + layer.norm_output})
 
 
-def output_moments(config: RunConfig, load: Load, fused: bool, with_images: bool) -> list[int]:
+def output_moments(config: RunConfig, load: Load, fused: bool) -> list[int]:
     """Bytes beside what is kept at the worst moments of the output layer and the loss, of their backward passes above
     all: the gradient of the logits, or in the forward pass the logits themselves, beside the float32 ones; then these
-    go, and the gradients of hidden states and of the weight come.
-
-    Args:
-        with_images: the chunk has the encoder too.
-    """
+    go, and the gradients of hidden states and of the weight come."""
     layer = LayerActivations(config, load, fused)
     logits = load.sample_tokens * (embedding_weight(config) // layer.width)
     whole = load.sample_tokens * layer.width * layer.bytes
@@ -435,14 +453,7 @@ def output_moments(config: RunConfig, load: Load, fused: bool, with_images: bool
     ):  # they are the float32 ones; Megatron makes their gradient in bf16, and autograd of it theirs
         first = logits + logits // 2
     else:
-        first = logits + (0 if layer.trained else shard) + (image_bytes(config, load) if with_images else 0)
+        first = logits + (0 if layer.trained else shard)
     hidden = whole + (shard if load.shards > 1 else 0)
     first += layer.teacher_message  # the teacher's hidden states, which the branch is compared with
     return [first, logits + hidden + embedding_weight(config) * layer.trained - kept]
-
-
-def image_bytes(config: RunConfig, load: Load) -> int:
-    """Bytes of a micro-batch's images as the loader gives them, in float32, which live as long as the forward pass."""
-    if config.data.features is not None:
-        return 0
-    return load.rows * load.tiles * pixels_of_tile(config.model.vision) * FLOAT

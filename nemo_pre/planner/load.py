@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_pre.config.derived import num_visual_tokens
+from nemo_pre.config.derived import num_visual_tokens, sample_text_width
 from nemo_pre.config.run import RunConfig
 from nemo_pre.objectives.cost import BranchLoad
 from nemo_pre.objectives.registry import enabled
@@ -20,6 +20,7 @@ class Load:
         rows: samples, or packed rows.
         length: tokens of a row, text and images.
         text: text tokens of a row.
+        text_width: width of the tensors that hold the text, with their padding.
         images: images of a row.
         tiles: tiles of all images of a row: what the encoder runs on.
         tile_tokens: visual tokens of a tile in the decoder.
@@ -33,6 +34,7 @@ class Load:
     rows: int
     length: int
     text: int
+    text_width: int
     images: int
     tiles: int
     tile_tokens: int
@@ -102,6 +104,7 @@ def largest_load(config: RunConfig, images_per_row: int | None = None) -> Load:
         rows=config.trainer.micro_batch_size,
         length=data.sequence_length,
         text=max(data.sequence_length - visual, 0) + images_per_row,
+        text_width=data.sequence_length if data.packing else sample_text_width(config.model, data.sequence_length),
         images=images_per_row,
         tiles=tiles,
         tile_tokens=tile_tokens,

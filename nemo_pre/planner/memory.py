@@ -8,10 +8,18 @@ from typing import Any
 
 from nemo_pre.config.derived import fp8_recipe
 from nemo_pre.config.run import RunConfig
+from nemo_pre.config.vision_families import feature_width
 from nemo_pre.objectives.registry import enabled
-from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations, image_bytes
+from nemo_pre.planner.activations import ChunkActivations, LayerActivations, chunk_activations
 from nemo_pre.planner.chunks import chunks_of_stages
-from nemo_pre.planner.load import FLOAT, INDEX, Load, has_explicit_positions, uses_token_structure
+from nemo_pre.planner.load import (
+    FLOAT,
+    INDEX,
+    Load,
+    activation_bytes,
+    has_explicit_positions,
+    uses_token_structure,
+)
 from nemo_pre.planner.parameters import (
     costs,
     fp8_layers_among,
@@ -20,6 +28,7 @@ from nemo_pre.planner.parameters import (
     trainable_parameters,
 )
 from nemo_pre.planner.schedule import peak
+from nemo_pre.planner.vision import pixels_of_tile
 
 GIB = 1024**3
 GPU_LIBRARIES = 3 * GIB  # CUDA's context, NCCL's and cuBLAS' buffers
@@ -145,7 +154,9 @@ def rank_activations(config: RunConfig, load: Load, stage: int, fused: bool) -> 
     if recomputed:
         found["recomputed"] = recomputed
     if not (fused or uses_token_structure(config) or config.parallel.context > 1):
-        found["causal mask"] = load.length**2
+        found["mask"] = load.length**2
+    elif fused and uses_token_structure(config) and config.model.attention_backend == "dense":
+        found["mask"] = (in_flight[0] + 1) * LayerActivations(config, load, fused).mask  # a bool
     return found, in_flight
 
 
@@ -185,11 +196,22 @@ def working_memory(config: RunConfig, load: Load, stage: int, fused: bool) -> di
         "sent to later stages": sent,
         "communication": messages + gathered,
         "layout": layout_bytes(config, load, max(in_flight), len(chunks)),
-        # The last micro-batch's stay with its step's arguments while the other chunks compute.
-        "images": image_bytes(config, load) if stage == 0 and layout.pipeline > 1 else 0,
+        "images": loaded_image_bytes(config, load) if stage == 0 else 0,
         "gradients under way": round(with_working - saved),
         "libraries": GPU_LIBRARIES if fused else 0,
     }
+
+
+def loaded_image_bytes(config: RunConfig, load: Load) -> int:
+    """Bytes of the last micro-batch's images as the loader gives them, in float32, or of their stored features. NeMo
+    holds a micro-batch until the next one comes, the backward pass long."""
+    vision, tiles, found = config.model.vision, load.rows * load.tiles, 0
+    if config.data.features is not None:
+        found += tiles * load.tile_tokens * feature_width(vision) * activation_bytes(config)
+    if config.data.features is None or any(objective.looks_at_pictures() for objective in enabled(config)):
+        found += tiles * pixels_of_tile(vision) * FLOAT
+    kept_by_tower = not config.optim.freeze_vision and activation_bytes(config) == FLOAT  # the same tensor
+    return 0 if kept_by_tower else found
 
 
 def layout_bytes(config: RunConfig, load: Load, in_flight: int, chunks: int) -> int:
@@ -199,7 +221,7 @@ def layout_bytes(config: RunConfig, load: Load, in_flight: int, chunks: int) -> 
     Args:
         in_flight: micro-batches; the one before is not forgotten yet.
     """
-    tokens, text, visual = load.rows * load.keys, load.rows * load.text, load.rows * load.visual
+    tokens, text, visual = load.rows * load.keys, load.rows * load.text_width, load.rows * load.visual
     positions = load.rows if has_explicit_positions(config, load) else 1
     head = config.model.language.hidden_size // config.model.language.num_attention_heads
     tables = tokens * (5 * INDEX + 2 * FLOAT) + text * (3 * INDEX + FLOAT) + visual * 3 * INDEX

@@ -44,6 +44,16 @@ CASES = {
         "parallel=single",
     ],
     "an interleaved pipeline": [PRE, "parallel=pp2_vpp2"],
+    # The images of a frozen encoder are held while a micro-batch's backward pass goes on, and so is a recomputed
+    # group's output.
+    "a frozen encoder in float32": ["experiment=digits_taught"],
+    "recomputation in float32": ["experiment=digits_taught", "parallel.recompute=full"],
+    "recomputation, interleaved, in FP8": [
+        "experiment=digits_tiny",
+        "parallel=pp2_vpp2",
+        "precision=fp8_delayed",
+        "parallel.recompute=full",
+    ],
 }
 
 
@@ -56,6 +66,7 @@ def test_an_option_that_no_recipe_takes_is_rehearsed(words, tmp_path):
     assert found.met is None or found.met.problem is None
     for rank in found.found:
         assert len(rank.peaks) == 2 and rank.growth < LEAK and rank.kernels > 0 and all(rank.forward_flops)
+    assert [beside for beside in found.besides if beside.over < 0] == []  # no plan is under
 
 
 def test_the_record_is_of_nemos_training_and_refused_where_there_is_none(monkeypatch, tmp_path):
