@@ -51,6 +51,12 @@ def world_size(parallel: dict[str, Any]) -> int:
     return math.prod(parallel.get(axis, 1) for axis in ("tensor", "pipeline", "context", "data"))
 
 
+def num_steps(parallel: dict[str, Any]) -> int:
+    """How many steps of data a layout is given: all three, or the first two where more than two ranks compute them, a
+    quarter of the suite's time. What a step leaves to the next does not hang on how many axes are there."""
+    return 3 if world_size(parallel) <= 2 else 2
+
+
 # Those of the tests that hold on both backends (:mod:`tests.backend`).
 CORE = ("one-rank", "TP2-SP", "PP2", "PP2-VPP2", "CP2", "DP2-sharded-optimizer", "TP2-SP-PP2-CP2-DP2")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.parity import test_laver_parity, test_parity
-from tests.parity.layouts import EVERY_LAYOUT
+from tests.parity.layouts import EVERY_LAYOUT, num_steps
 from tests.reference import tiny
 
 ROWS = [  # images per sample: a micro-batch has two rows, of which each holds several samples
@@ -53,7 +53,7 @@ def steps(layout: dict[str, Any]) -> list[list[list[dict[str, Any]]]]:
             [packed_batch(rows, seed=100 * step + 10 * rank + m) for m, rows in enumerate(ROWS[(step + rank) % 3])]
             for rank in range(layout.get("data", 1))
         ]
-        for step in range(3)
+        for step in range(num_steps(layout))
     ]
 
 

@@ -26,7 +26,7 @@ import torch
 
 from nemo_pre.objectives.schedules import ScheduleConfig
 from tests.parity.job import Job, StepRecord, train
-from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS, PRODUCTS, on_both
+from tests.parity.layouts import EVERY_LAYOUT, LAYOUTS, PRODUCTS, num_steps, on_both
 from tests.ranks import run_on_standing_ranks
 from tests.ranks.sharded import assemble
 from tests.reference import tiny
@@ -46,7 +46,7 @@ IMAGES = [
 
 
 def batches(layout: dict[str, Any], num_microbatches: int, **shape: Any) -> list[list[list[dict[str, Any]]]]:
-    """Three steps of data for ``layout``: one per entry of IMAGES."""
+    """Steps of data for ``layout``: one per entry of IMAGES, as many as its :func:`num_steps`."""
     ranks = range(layout.get("data", 1))
     return [
         [
@@ -56,7 +56,7 @@ def batches(layout: dict[str, Any], num_microbatches: int, **shape: Any) -> list
             ]
             for rank in ranks
         ]
-        for step in range(3)
+        for step in range(num_steps(layout))
     ]
 
 

@@ -245,3 +245,15 @@ def test_the_plan_of_every_recipe_can_be_made() -> None:
         config = experiment(name)
         made = plan_layout(config, H100, ASSUMED)
         assert made.problem is None and made.time is not None and made.fullest[1].total > 0
+
+
+@pytest.mark.parametrize(
+    "words, width",
+    [
+        (["experiment=digits_tiny"], 64 - 36 + 1),  # the image's token among them
+        (["experiment=aimv2native_qwen25_7b_laver_stage3_instruct"], 2048 - 16 + 1),  # the smallest image's room
+        (["experiment=digits_tiny", "data.packing=true"], 64),
+    ],
+)
+def test_text_is_as_wide_as_its_batch_pads_it(words: list[str], width: int) -> None:
+    assert largest_load(compose_run(words)).text_width == width

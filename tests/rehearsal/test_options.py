@@ -44,8 +44,10 @@ CASES = {
         "parallel=single",
     ],
     "an interleaved pipeline": [PRE, "parallel=pp2_vpp2"],
-    # The images of a frozen encoder are held while a micro-batch's backward pass goes on, and so is a recomputed
-    # group's output.
+}
+# The images of a frozen encoder are held while a micro-batch's backward pass goes on, and so is a recomputed group's
+# output.
+HELD_LONG = {
     "a frozen encoder in float32": ["experiment=digits_taught"],
     "recomputation in float32": ["experiment=digits_taught", "parallel.recompute=full"],
     "recomputation, interleaved, in FP8": [
@@ -67,6 +69,12 @@ def test_an_option_that_no_recipe_takes_is_rehearsed(words, tmp_path):
     for rank in found.found:
         assert len(rank.peaks) == 2 and rank.growth < LEAK and rank.kernels > 0 and all(rank.forward_flops)
     assert [beside for beside in found.besides if beside.over < 0] == []  # no plan is under
+
+
+@pytest.mark.parametrize("words", HELD_LONG.values(), ids=HELD_LONG)
+def test_a_plan_knows_what_is_held_longer_than_it_is_used(words):
+    for beside in run_rehearsal(compose_run(words), Wishes(layers=2, jobs=2, messages=False)).besides:
+        assert 0 <= beside.over < 0.03, beside.place
 
 
 def test_the_record_is_of_nemos_training_and_refused_where_there_is_none(monkeypatch, tmp_path):
