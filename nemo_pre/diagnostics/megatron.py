@@ -33,7 +33,7 @@ from nemo_pre.diagnostics.states import (
     token_classes,
 )
 from nemo_pre.generation import TokenSequence
-from nemo_pre.generation.forward import Batch, evaluating, make_batches, run_whole
+from nemo_pre.generation.forward import Batch, evaluating, make_batches, run_to_states, run_whole
 from nemo_pre.generation.forward import run as run_pipeline
 from nemo_pre.neva.model import MCoreVisualNevaModel
 from nemo_pre.parallel.sequence_layout import SequenceLayout
@@ -111,7 +111,7 @@ class MegatronModel:
             batches = make_batches(self._chunks, [self._sequence(sample) for sample in samples], self._rows)
             kept = _Kept(batches, self._groups, self._image_token, self.vocabulary)
             with _hooks(self._chunks, kept, everything):
-                forward = kept.run_with_words if everything else run_whole
+                forward = kept.run_with_words if everything else run_to_states
                 length = batches[0].micro_batch.layout.sequence_length
                 nothing = torch.empty(0, 1, device=torch.cuda.current_device())
                 run_pipeline(self._chunks, batches, length, forward, _no_rows, nothing)
@@ -149,9 +149,7 @@ class MegatronModel:
         language = self._chunks[-1].language_model
         assert self._peers == 1 and self._chunks[-1].post_process and self._chunks[0].pre_process, "on one rank only"
         states = language.decoder.final_layernorm(tokens.to(next(language.parameters()).dtype)[:, None])
-        weight = language.shared_embedding_or_output_weight() if language.share_embeddings_and_output_weights else None
-        scores: Tensor = language.output_layer(states, weight=weight)[0]
-        return scores[:, 0, : self.vocabulary].float()
+        return self._chunks[-1].logits_of(states[:, 0])[:, : self.vocabulary].float()
 
     def text_loss(self, passages: Sequence[Tensor]) -> tuple[float, int]:
         assert self._peers == 1, "on one rank only"
@@ -246,10 +244,11 @@ class _Kept:
     def run_with_words(self, chunk: MCoreVisualNevaModel, batch: Batch) -> Tensor:
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-        output: Tensor = run_whole(chunk, batch)
+        output: Tensor = run_to_states(chunk, batch)
         if chunk.post_process:
-            visual = output[_is_visual(batch.micro_batch.layout).to(output.device)]
-            scores = gather_from_tensor_model_parallel_region(visual.float())[:, : self._vocabulary]
+            visual = output.transpose(0, 1)[_is_visual(batch.micro_batch.layout).to(output.device)]
+            logits = chunk.logits_of(visual).float()
+            scores = gather_from_tensor_model_parallel_region(logits)[:, : self._vocabulary]
             if self._image_token is not None:
                 scores[:, self._image_token] = float("-inf")  # it is never said
             self.words.append(scores.argmax(1))

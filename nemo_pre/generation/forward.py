@@ -7,7 +7,7 @@ be given the same and call together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,12 @@ def run(
 def run_whole(chunk: MCoreVisualNevaModel, batch: Batch) -> Any:
     """A chunk's output for whole sequences."""
     return chunk(**_inputs(chunk, batch))
+
+
+def run_to_states(chunk: MCoreVisualNevaModel, batch: Batch) -> Any:
+    """A chunk's output for whole sequences; of the last the states ``[S, B, d]`` that the output layer would see."""
+    with chunk.without_output_layer() if chunk.post_process else nullcontext():
+        return chunk(**_inputs(chunk, batch))
 
 
 def _inputs(chunk: MCoreVisualNevaModel, batch: Batch) -> dict[str, Any]:

@@ -307,7 +307,7 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
             labels, loss_mask = self.context_shard(labels, 1), self.context_shard(loss_mask, 1)
         streams = micro_batch.streams
         few = has_labels and self.config.labelled_output
-        with self._without_output_layer() if few else nullcontext():
+        with self.without_output_layer() if few else nullcontext():
             output = self.language_model(
                 input_ids=None,
                 position_ids=streams.positions_3BQ if streams is not None else None,
@@ -328,8 +328,8 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
         return scale_gradient(output, micro_batch.plan.weights.get("lm", 1.0)), loss_mask.contiguous()
 
     @contextmanager
-    def _without_output_layer(self) -> Iterator[None]:
-        """The language model gives its last layer's states, normed."""
+    def without_output_layer(self) -> Iterator[None]:
+        """The last stage's language model gives its last layer's states ``[S, B, d]``, normed, for logits."""
         self.language_model.post_process = False
         try:
             yield
@@ -340,12 +340,17 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
         """Cross-entropies ``[B, S]`` of the tokens with a label, zeros elsewhere. Of the sequence only these go
         through the output layer, which a large vocabulary makes a fourth of a small model. How many they are the host
         waits for, on a GPU."""
+        logits = self.logits_of(states_SBd.transpose(0, 1)[labelled_BS])
+        losses = self.language_model.compute_language_model_loss(labels_BS[labelled_BS][None], logits[:, None])
+        return losses.new_zeros(labels_BS.shape).masked_scatter(labelled_BS, losses[0])
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """This tensor-parallel rank's logits ``[n, V]`` of normed states ``[n, d]``, on the last stage."""
         language = self.language_model
         shared = language.share_embeddings_and_output_weights
         weight = language.shared_embedding_or_output_weight() if shared else None
-        logits, _ = language.output_layer(states_SBd.transpose(0, 1)[labelled_BS][:, None], weight=weight)
-        losses = language.compute_language_model_loss(labels_BS[labelled_BS][None], logits)
-        return losses.new_zeros(labels_BS.shape).masked_scatter(labelled_BS, losses[0])
+        logits: Tensor = language.output_layer(states[:, None], weight=weight)[0]
+        return logits[:, 0]
 
     @property
     def stream_shape(self) -> StreamShape:
