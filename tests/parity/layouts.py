@@ -52,8 +52,8 @@ def world_size(parallel: dict[str, Any]) -> int:
 
 
 def num_steps(parallel: dict[str, Any]) -> int:
-    """How many steps of data a layout is given: all three, or the first two where more than two ranks compute them, a
-    quarter of the suite's time. What a step leaves to the next does not hang on how many axes are there."""
+    """How many steps of data a layout is given: all three, or the first two where more than two ranks compute them,
+    which takes seconds. So the step that follows one of text alone is proven axis by axis, not for products."""
     return 3 if world_size(parallel) <= 2 else 2
 
 
