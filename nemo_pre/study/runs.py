@@ -59,10 +59,10 @@ class StudyRun:
 
     @property
     def is_finished(self) -> bool:
-        return self._is_trained and _read(self.directory / DIAGNOSED) == {"options": list(self.diagnose)}
+        return self.is_trained and _read(self.directory / DIAGNOSED) == {"options": list(self.diagnose)}
 
     @property
-    def _is_trained(self) -> bool:
+    def is_trained(self) -> bool:
         if self.model is not None:
             return True
         found = _read(self.directory / TRAINED)
@@ -73,7 +73,7 @@ class StudyRun:
         """Read off its metrics, while another process trains."""
         from nemo_pre.run_files.metrics import METRICS, read_metrics
 
-        if self._is_trained:
+        if self.is_trained:
             return self.steps
         file = self.directory / METRICS
         return max((int(line["step"]) for line in read_metrics(file)), default=0) if file.is_file() else 0
@@ -81,7 +81,7 @@ class StudyRun:
     @property
     def phase(self) -> str:
         """What the run's process is at, in a few words."""
-        return "diagnosing" if self._is_trained else f"{self.steps_done}/{self.steps}"
+        return "diagnosing" if self.is_trained else f"{self.steps_done}/{self.steps}"
 
     def check(self) -> None:
         """Refuse a directory that holds a run with other options.
@@ -105,7 +105,7 @@ class StudyRun:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         _write(self.directory / OPTIONS, {"options": list(self.overrides)})
-        if not self._is_trained:
+        if not self.is_trained:
             for place in (self.directory, *self.diagnosed_at().values()):
                 (place / DIAGNOSED).unlink(missing_ok=True)  # of other weights
             started = time.monotonic()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from nemo_pre.launch.environment import uses_gpu, visible_gpus
@@ -24,34 +23,87 @@ def do_all(
 ) -> list[str]:
     """Do what is not finished, ``at_a_time`` runs in parallel; returns a sentence for each that failed.
 
+    A run begins as soon as what it starts from is trained, while that may still be diagnosed; one whose turn it is not
+    yet holds nobody up. A failure is told at once.
+
     Args:
-        runs: each behind the run it starts from.
+        runs: in order of importance, each behind the run it starts from.
         on_gpu: every run has a GPU of its own.
     """
-    todo = [run for run in runs if not run.is_finished]
-    devices: queue.Queue[dict[str, str]] = queue.Queue()
-    for environment in _environments(at_a_time, on_gpu):
-        devices.put(environment)
-    done: dict[StudyRun, Future[None]] = {}
+    turns = Turns([run for run in runs if not run.is_finished], starts_from)
 
-    def work(run: StudyRun) -> None:
-        before = done.get(starts_from[run]) if run in starts_from else None
-        if before is not None and before.exception() is not None:
-            raise RunFailed(f"{run.name}: not started, since its first stage failed.")
-        environment = devices.get()
+    def work(environment: dict[str, str]) -> None:
+        while (run := turns.take()) is not None:
+            failure: str | None = f"{run.name}: not finished, by an error of the study's own."
+            try:
+                run.do(environment)
+                failure = None
+            except RunFailed as told:
+                failure = str(told)
+            finally:
+                turns.end(run, failure)
+
+    with ThreadPoolExecutor(at_a_time) as pool, _progress(turns):
         try:
-            run.do(environment)
+            workers = [pool.submit(work, environment) for environment in _environments(at_a_time, on_gpu)]
+            for worker in as_completed(workers):
+                worker.result()
         finally:
-            devices.put(environment)
+            turns.stop()  # Ctrl-C ends the running processes by itself
+    return turns.failures()
 
-    with ThreadPoolExecutor(at_a_time) as pool, _progress(todo, done):
-        try:
-            for run in todo:
-                done[run] = pool.submit(work, run)
-            return [str(error) for run in todo if (error := done[run].exception()) is not None]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C ends the running processes by itself
-            raise
+
+class Turns:
+    """Whose turn it is: of the runs that nobody has taken, the first that can begin."""
+
+    ASK_AGAIN = 5.0  # seconds: a run writes down that it is trained in the middle of its turn
+
+    def __init__(self, todo: Sequence[StudyRun], starts_from: Mapping[StudyRun, StudyRun]) -> None:
+        self.todo = list(todo)
+        self.running: list[StudyRun] = []
+        self.ended: dict[StudyRun, str | None] = {}
+        self._starts_from = starts_from
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def take(self) -> StudyRun | None:
+        """The next run, once there is one that can begin; None when none is left."""
+        with self._changed:
+            while not self._stopped:
+                for run in self._waiting():
+                    before = self._starts_from.get(run)
+                    if before is None or before.is_trained:
+                        self.running.append(run)
+                        return run
+                    if before in self.ended or before not in self.todo:
+                        self._end(run, f"{run.name}: not started, since its first stage failed.")
+                if not self._waiting():
+                    break
+                self._changed.wait(self.ASK_AGAIN)
+        return None
+
+    def end(self, run: StudyRun, failure: str | None = None) -> None:
+        with self._changed:
+            self.running.remove(run)
+            self._end(run, failure)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nothing more begin."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def failures(self) -> list[str]:
+        return [failure for run in self.todo if (failure := self.ended.get(run)) is not None]
+
+    def _waiting(self) -> list[StudyRun]:
+        return [run for run in self.todo if run not in self.ended and run not in self.running]
+
+    def _end(self, run: StudyRun, failure: str | None) -> None:
+        self.ended[run] = failure
+        if failure is not None:
+            print(failure, file=sys.stderr, flush=True)
 
 
 def _environments(at_a_time: int, on_gpu: bool) -> list[dict[str, str]]:
@@ -94,42 +146,44 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(todo: Sequence[StudyRun], done: Mapping[StudyRun, Future[None]]) -> Iterator[None]:
-    ended = threading.Event()
-    clock = Clock(todo, time.monotonic())
+def _progress(turns: Turns) -> Iterator[None]:
+    stopped = threading.Event()
+    clock = Clock(turns, time.monotonic())
 
     def tell() -> None:
-        while not ended.wait(REPORT_EVERY):
-            print(clock.line(dict(done), time.monotonic()), file=sys.stderr, flush=True)
+        while not stopped.wait(REPORT_EVERY):
+            print(clock.line(time.monotonic()), file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         teller.join()
 
 
 class Clock:
     """How far a study is, and when it will be done, judging by the steps since ``now``, weighted by their cost."""
 
-    def __init__(self, todo: Sequence[StudyRun], now: float) -> None:
-        self._todo, self._started = todo, now
+    def __init__(self, turns: Turns, now: float) -> None:
+        self._turns, self._started = turns, now
         self._at_start = self._work()
-        self._total = sum(run.steps * run.cost for run in todo)
+        self._total = sum(run.steps * run.cost for run in turns.todo)
 
     def _work(self) -> float:
-        return sum(min(run.steps_done, run.steps) * run.cost for run in self._todo)
+        return sum(min(run.steps_done, run.steps) * run.cost for run in self._turns.todo)
 
-    def line(self, done: Mapping[StudyRun, Future[None]], now: float) -> str:
+    def line(self, now: float) -> str:
         work = self._work()
         speed = (work - self._at_start) / max(now - self._started, 1e-9)
         left = f"about {_time((self._total - work) / speed)} left" if speed > 0 else "starting"
-        finished = sum(future.done() for future in done.values())
-        running = [f"{run.name} {run.phase}" for run, future in done.items() if future.running()]
+        ended = self._turns.ended.copy()
+        failed = sum(failure is not None for failure in ended.values())
+        finished = f"{len(ended) - failed}/{len(self._turns.todo)} runs" + (f", {failed} failed" if failed else "")
+        running = [f"{run.name} {run.phase}" for run in self._turns.running.copy()]
         share = work / self._total if self._total else 1.0
-        return f"{finished}/{len(self._todo)} runs, {share:.0%}, {left} | {'; '.join(running)}"
+        return f"{finished}, {share:.0%}, {left} | {'; '.join(running)}"
 
 
 def _time(seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import Future
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -16,7 +15,7 @@ from nemo_pre.study import runs as study_runs
 from nemo_pre.study.arms import digits_arms, first_stages
 from nemo_pre.study.digits import study
 from nemo_pre.study.runs import StudyRun
-from nemo_pre.study.schedule import Clock, alone
+from nemo_pre.study.schedule import Clock, Turns, alone
 from tests.cli.in_a_rank import command_line
 from tests.study.processes import Processes
 
@@ -91,12 +90,15 @@ def test_other_options_do_not_continue_a_run(ask):
         ask(arms="baseline", steps=3)
 
 
-def test_a_failed_run_is_told_and_left_out_and_the_others_go_on(ask, processes, tmp_path):
+def test_a_failed_run_is_told_at_once_and_left_out_and_the_others_go_on(ask, processes, tmp_path, capsys):
     processes.failing = {"first_mixed_2d_seed1"}
     with pytest.raises(
         RankFailure, match="2 of 8 runs failed: first_mixed_2d, seed 1: nemo-pre train ended with code 1"
     ):
         ask(arms="baseline,laver")
+    told = capsys.readouterr().err
+    assert "first_mixed_2d, seed 1: nemo-pre train ended with code 1" in told
+    assert "laver, seed 1: not started, since its first stage failed." in told
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [len(arm["seeds"]) for arm in summary["arms"].values()] == [2, 1, 2, 1]
     processes.failing = set()
@@ -143,14 +145,37 @@ def test_the_time_left_follows_from_the_steps_done_since_the_start(tmp_path):
     (tmp_path / "one").mkdir()
     metrics = tmp_path / "one" / "metrics.jsonl"
     metrics.write_text('{"step": 40}\n')
-    clock = Clock([one, two], now=0.0)
-    running: Future[None] = Future()
-    running.set_running_or_notify_cancel()
-    assert "13%, starting" in clock.line({one: running}, now=60.0)
+    turns = Turns([one, two], {})
+    clock = Clock(turns, now=0.0)
+    assert turns.take() is one
+    assert "13%, starting" in clock.line(now=60.0)
     metrics.write_text('{"step": 40}\n{"step": 60}\n')
-    assert clock.line({one: running}, now=60.0) == "0/2 runs, 20%, about 12 min left | one, seed 1 60/100"
+    assert clock.line(now=60.0) == "0/2 runs, 20%, about 12 min left | one, seed 1 60/100"
     (tmp_path / "one" / "trained.json").write_text(json.dumps({"options": list(one.overrides)}))
-    assert clock.line({one: running}, now=60.0).endswith("one, seed 1 diagnosing")
+    assert clock.line(now=60.0).endswith("one, seed 1 diagnosing")
+
+
+def test_what_starts_from_a_trained_run_begins_while_that_is_diagnosed_and_nobody_waits_for_a_turn(tmp_path):
+    def run(name: str) -> StudyRun:
+        return StudyRun(name, 1, tmp_path / name, (), 2, 1.0, "data", ())
+
+    first, second, other, later = runs = [run(name) for name in ("first", "second", "other", "later")]
+    turns = Turns(runs, {second: first, later: other})
+    assert turns.take() is first
+    assert turns.take() is other  # second cannot begin yet, and a worker that waited for it would do nothing
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "trained.json").write_text(json.dumps({"options": []}))
+    assert turns.take() is second and not first.is_finished
+    turns.end(first, "first, seed 1: its diagnosis failed.")
+    turns.end(other, "other, seed 1: its training failed.")
+    assert turns.take() is None
+    turns.end(second)
+    assert turns.failures() == [
+        "first, seed 1: its diagnosis failed.",
+        "other, seed 1: its training failed.",
+        "later, seed 1: not started, since its first stage failed.",
+    ]
+    assert turns.ended[second] is None
 
 
 def test_two_studies_do_not_work_in_one_place(tmp_path):
