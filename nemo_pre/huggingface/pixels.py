@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.config.schema import DataConfig, VisionConfig
+from nemo_pre.config.untrained import no_data
 from nemo_pre.config.vision_families import FAMILIES, is_native, merge_size, token_pixels
 
 OWN, NESTED, NESTED_KEY = "preprocessor_config.json", "processor_config.json", "image_processor"
@@ -94,10 +95,8 @@ class Pixels:
 
     def data(self, sequence_length: int) -> DataConfig:
         """The options of an import, which has no data."""
-        return DataConfig(
-            name="none",
-            path="",
-            sequence_length=sequence_length,
+        return replace(
+            no_data(sequence_length),
             image_resize=self.resize,
             image_filter=self.image_filter,
             image_crop_from=self.crop_from,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from data_prep.emoji import prepare
 from nemo_pre.data.conversation import TEMPLATES
@@ -17,6 +18,7 @@ from nemo_pre.huggingface.exporter import export_checkpoint
 from nemo_pre.huggingface.importer import import_checkpoint
 from nemo_pre.huggingface.processor import jinja_template
 from nemo_pre.verbs.diagnose import diagnose
+from tests.cli.in_a_rank import command_line
 from tests.data_prep.emoji_packages import write_all
 from tests.diagnostics.diagnose_ranks import classes_of_stripes, diagnose_checkpoint, numbers
 from tests.huggingface.test_logits import written
@@ -29,6 +31,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[dict[str, int]]]] = {
 }
 CASES = [(name, layout) for name, (_, layouts) in MODELS.items() for layout in layouts]
 CASES.sort(key=lambda case: math.prod(case[1].values()))  # ranks that stand take jobs of their number
+SMALL = ["num_images=2", "num_fit=4", "batch_size=2", "platform=cpu"]
 ASKED = {"num_images": 11, "num_fit": 24, "platform": "cpu"}
 
 
@@ -68,6 +71,17 @@ def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, 
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
     assert [word["token"] for word in found["logit_lens"]] == [word["token"] for word in expected["logit_lens"]]
     assert len(found["pictures"]["heat_maps"][0]["maps"]) == 5
+
+
+def test_an_import_is_asked_and_diagnosed_on_the_command_line(diagnosed, digits, tmp_path):
+    """Its configuration names no data, and passes the checks of a user's options all the same."""
+    checkpoint, out = str(diagnosed / "causal" / "checkpoint"), str(tmp_path / "out")
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "x.png")
+    asked = ["prompt=hello", f"image={tmp_path / 'x.png'}", "max_new_tokens=2", "chat_template=plain", "platform=cpu"]
+    for words in (["generate", checkpoint, *asked], ["diagnose", checkpoint, str(digits), out, *SMALL]):
+        code, said = command_line(words)
+        assert code == 0, said
+    assert len(results(Path(out))["layers"]) == len(results(diagnosed / "causal" / "out")["layers"])
 
 
 def test_pictures_by_themselves_chosen_layers_and_plain_text_have_the_same_numbers_too(diagnosed, emoji, tmp_path):
