@@ -104,7 +104,6 @@ class MegatronModel:
         layout = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
         return {"source": "checkpoint", "path": getattr(self._run, "checkpoint", ""), "layout": layout}
 
-    @torch.no_grad()
     def states(self, samples: Sequence[DiagnosticSample], everything: bool) -> VisualStates:
         assert not (everything and self._groups), "attention and words are read off whole sequences"
         with evaluating(self._chunks):

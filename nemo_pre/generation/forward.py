@@ -37,7 +37,6 @@ class TokenSequence:
     grids: list[Grid] | None = None
 
 
-@torch.no_grad()
 def answer_loss(
     chunks: list[MCoreVisualNevaModel], sequences: Sequence[TokenSequence], micro_batch_size: int = 8
 ) -> tuple[float, int]:
@@ -236,11 +235,12 @@ def _image_tiles(sequence: TokenSequence, chunk: MCoreVisualNevaModel) -> list[l
 
 @contextmanager
 def evaluating(chunks: list[MCoreVisualNevaModel]) -> Iterator[None]:
-    """Evaluation mode, and the training mode it found restored; objectives neither see nor send anything, and nothing
-    is computed in FP8."""
+    """Evaluation mode without gradients, and the training mode it found restored; objectives neither see nor send
+    anything, and nothing is computed in FP8."""
     training = [chunk.training for chunk in chunks]
     try:
-        with unobserved(chunks), without_fp8(chunk.language_model.config for chunk in chunks):
+        configs = [chunk.language_model.config for chunk in chunks]
+        with torch.no_grad(), unobserved(chunks), without_fp8(configs):
             for chunk in chunks:
                 chunk.eval()
             yield

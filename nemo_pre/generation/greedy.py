@@ -30,7 +30,6 @@ from nemo_pre.neva.key_value_cache import CachedBatch, KeyValueCache, cached_att
 from nemo_pre.neva.model import MCoreVisualNevaModel
 
 
-@torch.no_grad()
 def generate(
     chunks: list[MCoreVisualNevaModel],
     prompts: Sequence[TokenSequence],

@@ -8,7 +8,11 @@ from typing import Any
 
 def diagnose_checkpoint(
     checkpoint: str, data: str, out: str, layout: dict[str, int], batch_size: int, more: dict[str, Any] | None = None
-) -> None:
+) -> int:
+    """Returns how many modules with weights kept what a backward pass would need of them; of the others Megatron lets
+    a gradient pass through a layer's sum whatever the mode."""
+    from torch.nn.modules.module import register_module_forward_hook
+
     from nemo_pre.verbs.diagnose import diagnose_rank, diagnose_run
 
     run = diagnose_run(checkpoint, tempfile.mkdtemp(), platform="cpu", **layout)
@@ -19,7 +23,19 @@ def diagnose_checkpoint(
     run.out, run.title = out, "a checkpoint"
     for name, value in (more or {}).items():
         setattr(run, name, value)
-    diagnose_rank(run)
+    with_gradients = []
+
+    def look(module: Any, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if getattr(first, "grad_fn", None) is not None and list(module.parameters(recurse=False)):
+            with_gradients.append(module)
+
+    looking = register_module_forward_hook(look)
+    try:
+        diagnose_rank(run)
+    finally:
+        looking.remove()
+    return len(with_gradients)
 
 
 def numbers(value: Any, path: str = "") -> dict[str, float]:

@@ -65,7 +65,9 @@ def results(directory: Path) -> dict[str, Any]:
 def test_a_checkpoint_in_any_layout_has_the_numbers_of_the_exported_model(name, layout, diagnosed, digits, tmp_path):
     ranks = math.prod(layout.values())
     checkpoint = str(diagnosed / name / "checkpoint")
-    run_on_standing_ranks(diagnose_checkpoint, ranks, checkpoint, str(digits), str(tmp_path), layout, 3)
+    asked = str(digits), str(tmp_path), layout, 3
+    with_gradients = run_on_standing_ranks(diagnose_checkpoint, ranks, checkpoint, *asked)
+    assert with_gradients == [0] * ranks
     expected, found = results(diagnosed / name / "out"), results(tmp_path)
     ours, theirs = numbers(found["layers"]), numbers(expected["layers"])
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
@@ -93,7 +95,9 @@ def test_pictures_by_themselves_chosen_layers_and_plain_text_have_the_same_numbe
     checkpoint = str(diagnosed / "causal" / "checkpoint")
     more = {**asked, "layers": [0, 2, 4]}
     (tmp_path / "out").mkdir()
-    run_on_standing_ranks(diagnose_checkpoint, 1, checkpoint, data, str(tmp_path / "out"), {}, 3, more)
+    out = str(tmp_path / "out")
+    with_gradients = run_on_standing_ranks(diagnose_checkpoint, 1, checkpoint, data, out, {}, 3, more)
+    assert with_gradients == [0], "what a gradient could flow through stays in memory: 14 GiB of SmolLM2's text"
     expected, found = results(tmp_path / "hf"), results(tmp_path / "out")
     assert [layer["layer"] for layer in found["layers"]] == [0, 2, 4]
     assert numbers(found["layers"]) == pytest.approx(numbers(expected["layers"]), rel=1e-4, abs=1e-4)
