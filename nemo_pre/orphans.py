@@ -1,8 +1,8 @@
 """No helper process outlives the rank that started it.
 
-The writers of a checkpoint, and the server they report to, hold a rank's memory and its output. Where no cgroup ends
-them with it, a rank that is killed would leave them behind, and Slurm waits for a minute for all that hold a task's
-output. Linux only; elsewhere nothing happens.
+The writers of a checkpoint, the server they report to, and a loader's workers hold a rank's memory and its output.
+Where no cgroup ends them with it, a rank that is killed would leave them behind, and Slurm waits for a minute for all
+that hold a task's output. Linux only; elsewhere nothing happens.
 """
 
 from __future__ import annotations
@@ -41,6 +41,20 @@ def forked_processes_die_with_their_parent() -> None:
 def end_with_the_pool() -> None:
     """Have this worker process of a pool end when the process that has the pool does, however that ends: nobody is
     left to take the results. Ctrl-C ends the worker without a traceback."""
+    _follow_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_with_the_loader(worker: int) -> None:
+    """Have this worker process of a data loader end when the process that has the loader does (``worker_init_fn``).
+
+    Torch's own watch is for another process id of the parent: where a server forks the workers, as in a rank that was
+    forked by one, the server stays, and with it workers that wait for a killed rank's next request for ever.
+    """
+    _follow_parent()
+
+
+def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -49,4 +63,3 @@ def end_with_the_pool() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

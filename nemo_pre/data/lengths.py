@@ -24,6 +24,7 @@ from nemo_pre.data.dataset import Preprocessing
 from nemo_pre.data.errors import SampleError
 from nemo_pre.data.manifest import Manifest
 from nemo_pre.data.shards import ShardedSamples
+from nemo_pre.orphans import end_with_the_pool
 
 UNREADABLE = 0  # a sample that will be passed over, or end the run, when it is read
 CHUNK = 1000  # samples a process measures at a time
@@ -58,7 +59,7 @@ def measure_lengths(manifest: Manifest, how: Preprocessing, workers: int | None 
     progress = Progress(f"lengths of {manifest.directory}", total)
     parts = []
     count = min(workers or os.cpu_count() or 1, -(-total // CHUNK))
-    with multiprocessing.get_context("fork").Pool(count) as pool:
+    with multiprocessing.get_context("fork").Pool(count, end_with_the_pool) as pool:
         starts = range(0, total, CHUNK)
         for part in pool.imap(partial(_measure, manifest, how), zip(starts, repeat(CHUNK), strict=False)):
             parts.append(part)

@@ -24,6 +24,7 @@ from nemo_pre.features.writer import ShardFeatures, claim
 from nemo_pre.launch.environment import uses_gpu
 from nemo_pre.neva.vision import VisionTowerConfig, encoder_features
 from nemo_pre.objectives.target import Target
+from nemo_pre.orphans import end_with_the_loader
 from nemo_pre.terms.frozen_vision import FrozenVision
 
 NAMED = 20  # unreadable samples; the rest are counted
@@ -157,7 +158,8 @@ def _pictures(config: RunConfig, work: Work) -> Iterator[tuple[int, Tensor | Non
     none."""
     wanted = [position for position, images in enumerate(work.images_of_samples) if images]
     pictures = _Pictures(config, work, wanted)
-    yield from DataLoader(pictures, batch_size=None, num_workers=config.data.num_workers)  # type: ignore[arg-type]
+    workers = {"num_workers": config.data.num_workers, "worker_init_fn": end_with_the_loader}
+    yield from DataLoader(pictures, batch_size=None, **workers)  # type: ignore[arg-type]
 
 
 class _Pictures:

@@ -39,6 +39,7 @@ from nemo_pre.data.sampler import (
 )
 from nemo_pre.data.tokenizer import padding_id
 from nemo_pre.options import choices_of
+from nemo_pre.orphans import end_with_the_loader
 from nemo_pre.run_files.skipped_samples import Skipped, read_skipped
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class GlobalStreamSampler(MegatronDataSampler):
             collate_fn=dataloader.collate_fn,
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
+            worker_init_fn=dataloader.worker_init_fn,
         )
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
@@ -183,6 +185,7 @@ class ShardedVLMDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=end_with_the_loader,
         )
 
     @property

@@ -17,6 +17,7 @@ def read_steps(path: str, steps: int, state: dict | None, workers: int = 0) -> t
     from megatron.core import parallel_state
 
     from nemo_pre.nemo.data import build_data_module
+    from nemo_pre.orphans import end_with_the_loader
 
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
@@ -28,6 +29,7 @@ def read_steps(path: str, steps: int, state: dict | None, workers: int = 0) -> t
     loader = module.data_sampler.transform_dataloader(module.train_dataloader())
     num_microbatches = 16 // (2 * dist.get_world_size())
     read = []
+    assert loader.worker_init_fn is end_with_the_loader  # also where NeMo has made another loader of ours
     batches = iter(loader)
     for _ in range(steps):
         read += [batch["tokens"].tolist() for batch in islice(batches, num_microbatches)]

@@ -99,6 +99,18 @@ def sleep_with_a_helper(config: RunConfig) -> None:
     time.sleep(60)
 
 
+def sleep_with_a_loader(config: RunConfig) -> None:
+    """Its loader's worker, started as a rank starts processes, has done what it was asked, and waits for more."""
+    from torch.utils.data import DataLoader
+
+    from nemo_pre.orphans import end_with_the_loader
+
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True, worker_init_fn=end_with_the_loader)
+    assert len(list(loader)) == 4
+    _started(config)
+    time.sleep(60)
+
+
 def _rank() -> int:
     return int(os.environ["RANK"])
 

@@ -198,6 +198,18 @@ def test_nothing_is_left_where_a_launcher_ends_while_ranks_train(tmp_path, numbe
     wait_for(lambda: not any(map(is_alive, started)), seconds=15)
 
 
+def test_a_loaders_workers_do_not_outlive_a_rank_that_is_killed(tmp_path):
+    """The server that forked them is not the rank, and Linux would end them with their parent alone."""
+    job = start("sleep_with_a_loader", tmp_path, "parallel=single")
+    wait_for(lambda: (tmp_path / "pid0").exists() and (tmp_path / "pid0").read_text(), seconds=60)
+    rank = int((tmp_path / "pid0").read_text())
+    started = all_below(rank)
+    assert len(started) >= 2  # a server and the worker
+    os.kill(rank, signal.SIGKILL)
+    assert job.wait(timeout=15) == 1
+    wait_for(lambda: not any(map(is_alive, started)), seconds=15)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_nothing_is_left_where_a_launcher_ends_while_the_libraries_are_imported(tmp_path, number, code):
     server = tmp_path / "server"
