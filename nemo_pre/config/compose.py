@@ -144,7 +144,13 @@ def to_yaml(config: Any) -> str:
 
 
 def save_resolved(config: RunConfig, path: str | Path) -> None:
-    """Write the run's every value as YAML to ``path``; its directory is made."""
+    """Write the run's every value as YAML to ``path``; its directory is made.
+
+    Raises:
+        ValueError: a value is off its option's range, which whoever reads the file would refuse.
+    """
+    for problem in value_problems(config):
+        raise ValueError(problem)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_yaml(config))

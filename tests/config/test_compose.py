@@ -117,3 +117,11 @@ def test_the_saved_config_is_the_run_and_holds_every_field(tmp_path):
     assert set(saved) == {field.name for field in dataclasses.fields(RunConfig)}
     assert "${" not in (tmp_path / "run" / "config.yaml").read_text()
     assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), saved)) == run
+
+
+def test_nothing_is_saved_that_a_reader_would_refuse(tmp_path):
+    run = compose_run(["experiment=digits_tiny_pre"])
+    run.data.path = ""
+    with pytest.raises(ValueError, match="data.path is empty"):
+        save_resolved(run, tmp_path / "config.yaml")
+    assert not (tmp_path / "config.yaml").exists()
