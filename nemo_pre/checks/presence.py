@@ -9,16 +9,17 @@ from nemo_pre.data.hub import find_hf_file
 from nemo_pre.data.tokenizer import tokenizer_path
 from nemo_pre.objectives.registry import enabled
 from nemo_pre.run_files.checkpoints import checkpoint_dir, former_stage, numbered_checkpoints
-from nemo_pre.run_files.saved_config import check_same_model, check_same_weights
+from nemo_pre.run_files.saved_config import check_same_model, check_same_weights, read_saved
 
 
-def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
+def check_presence(config: RunConfig, former: RunConfig | None = None, checkpoint: str | None = None) -> str:
     """Check every file a run starts from; returns one line on the data. Where the tokenizer is that of ``init_from``,
     the configuration names it from now on.
 
     Args:
         config: the run.
         former: the run, checked already, whose checkpoint ``init_from`` is going to be.
+        checkpoint: the run's own, from which it goes on.
 
     Raises:
         ValueError: one sentence on what is missing or does not fit, and what to do.
@@ -45,7 +46,7 @@ def check_presence(config: RunConfig, former: RunConfig | None = None) -> str:
         check_encoder_start(config)
     if not named and manifest.tokenizer is None:
         # so that the run's checkpoints say which it was
-        config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
+        config.model.tokenizer = (former and former.model.tokenizer) or _tokenizer_of_run(config, checkpoint)
         _check_tokenizer_of_weights(config)
     sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
     return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
@@ -69,6 +70,15 @@ def check_init_from(config: RunConfig) -> None:
 
 def _continues(config: RunConfig) -> bool:
     return config.resume and bool(numbered_checkpoints(checkpoint_dir(config)))
+
+
+def _tokenizer_of_run(config: RunConfig, checkpoint: str | None) -> str:
+    """The one that the run's own checkpoint names, wherever the former stage is now; else as at its first start."""
+    if checkpoint is not None:
+        named = read_saved(checkpoint).model.tokenizer
+        if named and Path(named).expanduser().is_dir():
+            return str(named)
+    return tokenizer_path(config)
 
 
 def _check_words_of_weights(config: RunConfig, with_data: str | Path) -> None:

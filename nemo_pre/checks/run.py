@@ -89,10 +89,11 @@ def check_run(config: RunConfig, former: RunConfig | None = None) -> Report:
     warnings = check_options(config)
     memory, too_little = check_memory(config)
     continues = continuation(config)
-    data = check_presence(config, former) if former is not None else check_presence(config)
+    data = check_presence(config, former, continues.checkpoint if continues is not None else None)
     warnings += check_pixels(config)
     _check_blend(config)
     if continues is not None:
+        continues.config.model.tokenizer = config.model.tokenizer  # which may have been found
         _check_same_samples(config, continues)
     if config.data.features is not None:
         from nemo_pre.features.check import check_features

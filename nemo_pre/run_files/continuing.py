@@ -112,12 +112,14 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[ChangedOp
     return [
         ChangedOption(name, before[name], value, _rule(name).of(before[name], value, config))
         for name, value in now.items()
-        if before[name] != value and name not in passed_over
+        if before[name] != value and name not in passed_over and not (name in FOUND and value is None)
     ]
 
 
 # Of one start, and not of the run; an output_dir that was moved is where the checkpoint was found.
 NOT_COMPARED = ("output_dir", "dry_run", "resume")
+# Where null means whatever the checks find, which a run's checkpoints name.
+FOUND = ("model.tokenizer",)
 
 
 def begin_anew(config: RunConfig) -> str:

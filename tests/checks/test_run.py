@@ -209,7 +209,7 @@ def test_missing_data_is_refused_with_the_command_that_prepares_it(tmp_path):
 
 
 def test_a_checked_run_is_summarised(monkeypatch):
-    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "somewhere")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda *_: "somewhere")
     report = check_run(run_with("objective.pre.layers=[-1]", experiment="digits_tiny_pre"))
     summary = report.summary()
     assert "2 rank(s) on CPU: TP1 x PP2 x CP1 x DP1, fp32" in summary
@@ -267,6 +267,6 @@ def test_the_first_stage_carries_the_vision_tower():
 
 
 def test_a_model_that_cannot_fit_is_refused(monkeypatch):
-    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda *_: "")
     with pytest.raises(ValueError, match="A rank of pipeline stage 1 needs about .* GiB .*ignore_memory_estimate"):
         check_run(run_with("model=llava15_7b", "data.sequence_length=1024", "model.language.num_layers=3200"))

@@ -123,7 +123,7 @@ def test_dry_run_on_prepared_data_prints_the_summary_and_starts_nothing(tmp_path
 def test_train_launches_the_ranks_and_writes_nothing_beside_the_lock(tmp_path, monkeypatch):
     started = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda *_: "")
     monkeypatch.setattr(
         "nemo_pre.launch.ranks.launch", lambda config, entry, **_: started.append((config.name, entry))
     )

@@ -181,7 +181,7 @@ def test_a_complete_run_says_so_and_what_it_does_not_do(run: Callable[..., RunCo
 )
 def test_a_start_that_trains_nothing_touches_nothing(tmp_path, monkeypatch, capsys, more, code, words) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda *_: "")
     monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda *_: pytest.fail("ranks were started"))
     options = [*RUN, "output_dir=run"]
     saved(compose_run(options), 12)
@@ -196,7 +196,7 @@ def test_a_start_that_trains_nothing_touches_nothing(tmp_path, monkeypatch, caps
 
 def test_the_ranks_are_given_what_is_kept(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda config: "")
+    monkeypatch.setattr("nemo_pre.checks.run.check_presence", lambda *_: "")
     started: list[RunConfig] = []
     monkeypatch.setattr("nemo_pre.launch.ranks.launch", lambda config, entry, **_: started.append(config))
     options = [*RUN, "output_dir=run", "init_from=former"]
@@ -264,3 +264,35 @@ def test_a_newest_checkpoint_whose_place_cannot_be_read_is_passed_over_and_that_
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(first.parent) == str(first)
     assert "step=6 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("former_stage", ["there", "moved"])
+def test_a_run_goes_on_with_the_tokenizer_of_its_weights_and_its_checkpoints_go_on_naming_it(
+    former_stage, digits, tmp_path
+) -> None:
+    """It names none, and none lies with its data: the checks find the one that came with the weights."""
+    import shutil
+
+    from nemo_pre.checks.run import check_run
+
+    weights, data = tmp_path / "weights", tmp_path / "data"
+    shutil.copytree(digits, data)
+    weights.mkdir()
+    shutil.move(data / "tokenizer", weights / "huggingface")
+    manifest = data / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": None}))
+    words = ["experiment=digits_tiny", f"data.path={data}", f"output_dir={tmp_path / 'run'}", "platform=cpu"]
+    words.append(f"init_from={weights}")
+    save_resolved(compose_run(words), weights / "config.yaml")
+    (weights / "weights").mkdir()
+    begun = compose_run(words)
+    check_run(begun)
+    assert begun.model.tokenizer == str(weights / "huggingface")
+    known = begun.model.tokenizer
+    if former_stage == "moved":
+        known = begun.model.tokenizer = str(digits / "tokenizer")  # a folder that stays
+        shutil.rmtree(weights)
+    saved(begun, 3)
+    goes_on = check_run(compose_run([*words, "trainer.max_steps=12"])).continuation
+    assert goes_on is not None and goes_on.config.model.tokenizer == known
+    assert not [sentence for sentence in goes_on.sentences() if "tokenizer" in sentence], "nobody has changed it"
