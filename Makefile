@@ -46,9 +46,9 @@ demo: $(INSTALLED)
 	@echo "for transformers $(DEMO_RUN)/hf"
 	@echo "report           $(DEMO_RUN)/report.html"
 
-# Which tests stay together, for what they share, and which come first: tests/ranks/scheduling.py. One worker more than
-# two cores, since some tests wait (for Slurm, for a hang to be noticed) and others compute meanwhile.
-WORKERS ?= 3
+# Which tests stay together, for what they share, and which come first: tests/ranks/scheduling.py. Two workers keep two
+# cores busy; a third one gains nothing there (docs/experiments.md).
+WORKERS ?= 2
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --durations=40
 
