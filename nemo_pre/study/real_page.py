@@ -263,7 +263,7 @@ def _method(summary: Summary, files: str) -> str:
         f"{settings['precision']}, from the first stage of its seed and on other scenes. Layers: {depths}. Probes are "
         f"linear, fitted on the pictures in {settings['num_fit']} scenes of the training styles and tested on those "
         f"in {settings['num_images']} of the style held out; {settings['val_samples']} validation questions are "
-        f"answered. Second stages took {hours:.1f} hours so far. Options of all runs: "
+        f"answered. Second stages took {hours:.1f} hours, each since it was last started. Options of all runs: "
         f"{', '.join(settings['options']) or 'none'}. "
         f"Every number of every run: [{SUMMARY}]({files}/{SUMMARY}).\n\n"
         "    nemo-pre data emoji PACKAGES out=data/emoji num_scenes=60000 held_out_style=google   # docs/emoji.md\n"
