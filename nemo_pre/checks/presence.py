@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_pre.config.run import RunConfig
 from nemo_pre.data.hub import find_hf_file
+from nemo_pre.data.manifest import read_manifest
 from nemo_pre.data.tokenizer import tokenizer_path
 from nemo_pre.objectives.registry import enabled
 from nemo_pre.run_files.checkpoints import checkpoint_dir, former_stage, numbered_checkpoints
@@ -14,7 +15,7 @@ from nemo_pre.run_files.saved_config import check_same_model, check_same_weights
 
 def check_presence(config: RunConfig, former: RunConfig | None = None, checkpoint: str | None = None) -> str:
     """Check every file a run starts from; returns one line on the data. Where the tokenizer is that of ``init_from``,
-    the configuration names it from now on.
+    or the one that the run went on with so far, the configuration names it from now on.
 
     Args:
         config: the run.
@@ -27,6 +28,8 @@ def check_presence(config: RunConfig, former: RunConfig | None = None, checkpoin
     from nemo_pre.checks.data import check_data
     from nemo_pre.data.tokenizer import SETTINGS, tokenizer_problem
 
+    if checkpoint is not None and not config.model.tokenizer:
+        config.model.tokenizer = _tokenizer_of_run(checkpoint, config.data.path)
     named = config.model.tokenizer
     manifest = check_data(config.data.path, None if named else config.model.language.vocab_size)
     if named:
@@ -46,7 +49,7 @@ def check_presence(config: RunConfig, former: RunConfig | None = None, checkpoin
         check_encoder_start(config)
     if not named and manifest.tokenizer is None:
         # so that the run's checkpoints say which it was
-        config.model.tokenizer = (former and former.model.tokenizer) or _tokenizer_of_run(config, checkpoint)
+        config.model.tokenizer = (former and former.model.tokenizer) or tokenizer_path(config)
         _check_tokenizer_of_weights(config)
     sizes = ", ".join(f"{manifest.num_samples(split):,} {split}" for split in sorted(manifest.shards))
     return f"{config.data.path} ({manifest.dataset}: {sizes} samples)"
@@ -72,13 +75,14 @@ def _continues(config: RunConfig) -> bool:
     return config.resume and bool(numbered_checkpoints(checkpoint_dir(config)))
 
 
-def _tokenizer_of_run(config: RunConfig, checkpoint: str | None) -> str:
-    """The one that the run's own checkpoint names, wherever the former stage is now; else as at its first start."""
-    if checkpoint is not None:
-        named = read_saved(checkpoint).model.tokenizer
-        if named and Path(named).expanduser().is_dir():
-            return str(named)
-    return tokenizer_path(config)
+def _tokenizer_of_run(checkpoint: str, data: str) -> str | None:
+    """The tokenizer that a run's own checkpoint names, with whose words it goes on wherever the former stage is now;
+    None where it names none. One that is gone is looked for anew, unless that would find another one with the data.
+    """
+    named = read_saved(checkpoint).model.tokenizer
+    if not named or not (Path(named).expanduser().is_dir() or read_manifest(data).tokenizer):
+        return None
+    return str(named)
 
 
 def _check_words_of_weights(config: RunConfig, with_data: str | Path) -> None:

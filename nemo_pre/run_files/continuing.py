@@ -118,7 +118,7 @@ def changed_options(config: RunConfig, checkpoint: str | Path) -> list[ChangedOp
 
 # Of one start, and not of the run; an output_dir that was moved is where the checkpoint was found.
 NOT_COMPARED = ("output_dir", "dry_run", "resume")
-# Where null means whatever the checks find, which a run's checkpoints name.
+# Where null means whatever the checks find: what the run's checkpoint names, first of all.
 FOUND = ("model.tokenizer",)
 
 

@@ -146,7 +146,7 @@ def test_losses_and_gradients_of_one_micro_batch_without_pre(layout):
 
 
 @pytest.mark.parametrize(
-    "layout", on_both(["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-VPP2-CP2"], ["TP2-SP", "PP2"])
+    "layout", on_both(["one-rank", "TP2-SP", "PP2", "CP2", "DP2", "TP2-SP-PP2-CP2-DP2"], ["TP2-SP", "PP2"])
 )
 def test_the_released_codes_variant(layout):
     job, config = case(layout, RELEASED_CODE, rope="mrope")

@@ -34,7 +34,7 @@ def native(job, config, family="qwen25_vl"):
     "family, layout",
     [
         *(("qwen25_vl", layout) for layout in ("one-rank", "TP2-SP", "PP2", "CP2", "TP2-SP-PP2-CP2-DP2")),
-        *(("aimv2_native", layout) for layout in ("one-rank", "TP2-SP-PP2-VPP2-CP2")),
+        *(("aimv2_native", layout) for layout in ("one-rank", "TP2-SP-PP2-CP2-DP2")),
     ],
 )
 def test_losses_and_gradients_of_pre_and_laver_with_four_uneven_micro_batches(family, layout):

@@ -166,7 +166,7 @@ def test_a_weight_and_its_schedule_scale_the_gradient(layout: str) -> None:
     check(replace(job, viral=viral), config, weights=[0.1, 0.175, 0.25])
 
 
-@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "PP2-VPP2", "CP2", "TP2-SP-PP2-VPP2-CP2"])
+@pytest.mark.parametrize("layout", ["one-rank", "TP2-SP", "PP2", "PP2-VPP2", "CP2", "TP2-SP-PP2-CP2-DP2"])
 def test_beside_pre(layout: str) -> None:
     """Both send an anchor of their own, to different layers."""
     check(*case(layout, SIMILARITY, pre_layers=(3,)))

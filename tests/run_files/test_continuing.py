@@ -296,3 +296,25 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_weights_and_its_checkpoints_go_
     goes_on = check_run(compose_run([*words, "trainer.max_steps=12"])).continuation
     assert goes_on is not None and goes_on.config.model.tokenizer == known
     assert not [sentence for sentence in goes_on.sentences() if "tokenizer" in sentence], "nobody has changed it"
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_run_does_not_go_on_with_other_words_because_its_tokenizer_is_no_longer_named(
+    is_gone, digits, tmp_path
+) -> None:
+    """The data have one of their own, which a run that begins would take."""
+    import shutil
+
+    from nemo_pre.checks.run import check_run
+
+    own = tmp_path / "own"
+    shutil.copytree(digits / "tokenizer", own)
+    words = ["experiment=digits_tiny", f"data.path={digits}", f"output_dir={tmp_path / 'run'}", "platform=cpu"]
+    saved(compose_run([*words, f"model.tokenizer={own}"]), 3)
+    if is_gone:
+        shutil.rmtree(own)
+        with pytest.raises(ValueError, match=f"model.tokenizer={own}"):
+            check_run(compose_run(words))
+        return
+    goes_on = check_run(compose_run(words)).continuation
+    assert goes_on is not None and goes_on.config.model.tokenizer == str(own)
