@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.options import Count, PathText, Seed
+from nemo_pre.options import Count, CountOrNone, PathText, Seed
 
 
 def prepare(
@@ -19,6 +19,8 @@ def prepare(
     held_out_style: str | None = "openmoji",
     held_out_concepts: float = 0.1,
     val_fraction: float = 0.05,
+    num_concepts: CountOrNone | None = None,
+    questions: str | None = None,
     scenes_per_shard: Count = 500,
     workers: Count | None = None,
     sheet: PathText | None = None,
@@ -34,6 +36,9 @@ def prepare(
     each; the splits val_style, val_concept and val_pair do, and val shows what training may. Each has ``val_fraction``
     of the scenes. ``sheet`` names a PNG for a look at the first of them.
 
+    ``num_concepts`` (drawn by the seed; null: all) and ``questions`` (types, name,colour; null: all) make a smaller
+    task, which less training learns.
+
     The bytes written depend on every option but ``workers`` (processes; None: one per core) and ``sheet``. Data that
     is already complete is left as it is; what is missing or cut of it is written again.
 
@@ -47,7 +52,16 @@ def prepare(
     if not packages:
         raise ValueError("packages is empty: name the fetched packages, or their folder")
     given = Parameters(
-        num_scenes, seed, image_size, singles, held_out_style, held_out_concepts, val_fraction, scenes_per_shard
+        num_scenes,
+        seed,
+        image_size,
+        singles,
+        held_out_style,
+        held_out_concepts,
+        val_fraction,
+        num_concepts,
+        questions,
+        scenes_per_shard,
     )
     if sheet is not None:
         check_sheet(sheet)

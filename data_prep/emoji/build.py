@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from data_prep import generated
-from data_prep.emoji.concepts import shared_concepts
+from data_prep.emoji.concepts import FEWEST, shared_concepts, some_of
 from data_prep.emoji.packages import Package
 from data_prep.emoji.pictures import Gallery, load_gallery
-from data_prep.emoji.questions import draw_sample
+from data_prep.emoji.questions import chosen_kinds, draw_sample
 from data_prep.emoji.scene import SMALLEST_CANVAS, Scene, render
 from data_prep.emoji.splits import HELD_OUT_SPLITS, Cast, casts
 from data_prep.generated import GeneratedSet, composed, say
@@ -40,6 +40,8 @@ class Parameters:
     held_out_style: str | None
     held_out_concepts: float
     val_fraction: float
+    num_concepts: int | None
+    questions: str | None
     scenes_per_shard: int
 
     def __post_init__(self) -> None:
@@ -51,6 +53,17 @@ class Parameters:
             raise ValueError(
                 f"val_fraction={self.val_fraction}: give a fraction above 0 and below 0.2; four splits take it"
             )
+        if self.num_concepts is not None and self.num_concepts < FEWEST:
+            raise ValueError(f"num_concepts={self.num_concepts}: give at least {FEWEST}, or null for all")
+        self.kinds()
+
+    def kinds(self) -> tuple[str, ...]:
+        """The types of question that are asked.
+
+        Raises:
+            ValueError: there is no such type, or single pictures cannot be asked it.
+        """
+        return chosen_kinds(self.questions, self.singles)
 
     def split_sizes(self, splits: list[str]) -> dict[str, int]:
         held = [split for split in splits if split != "train"]
@@ -84,7 +97,8 @@ class Emoji(GeneratedSet):
     def sample(
         self, rng: np.random.Generator, source: Gallery, split: str, key: str
     ) -> tuple[dict[str, bytes], list[str]]:
-        scene, turns = draw_sample(rng, source, self.casts[split], self.given.image_size, self.given.singles)
+        given = self.given
+        scene, turns = draw_sample(rng, source, self.casts[split], given.image_size, given.singles, given.kinds())
         kinds = [kind for kind, _, _ in turns]
         if scene is None:
             return composed(key, None, None, turns), kinds
@@ -132,13 +146,16 @@ def build(out: Path, given: Parameters, packages: list[Package], workers: int | 
             "several, or null to hold none out"
         )
     concepts, left_out, names_from = shared_concepts(packages)
+    shared = len(concepts)
+    concepts = some_of(concepts, given.num_concepts, given.seed)
     held_out = part_nearest(given.held_out_concepts, len(concepts))
     if 0 < held_out < FEWEST_HELD_OUT:
         raise ValueError(
             f"held_out_concepts={given.held_out_concepts} of {len(concepts)} concepts are {held_out}: give a fraction "
             f"that makes at least {FEWEST_HELD_OUT}, or 0"
         )
-    say(f"{len(concepts):,} concepts that {', '.join(styles)} share; left out: {_listed(left_out)}")
+    drawn = f"{len(concepts):,} of " if len(concepts) < shared else ""
+    say(f"{drawn}{shared:,} concepts that {', '.join(styles)} share; left out: {_listed(left_out)}")
     made = Emoji(
         given,
         {p.style: {"name": p.name, "version": p.version, "sha256": p.checksum()} for p in packages},

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from data_prep.emoji.packages import Package, code
 
 NOT_THINGS = ("Flags", "Symbols", "Component")
@@ -61,6 +63,20 @@ def shared_concepts(packages: Sequence[Package]) -> tuple[list[Concept], dict[st
         )
     names_from = f"{annotated.name} annotations" if annotated is not None else f"{about.name} emoji.json"
     return list(concepts.values()), dict(sorted(left_out.items())), names_from
+
+
+def some_of(concepts: list[Concept], number: int | None, seed: int) -> list[Concept]:
+    """``number`` of the concepts, drawn by ``seed``, in their order; all of them for None.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if number is None:
+        return concepts
+    if number > len(concepts):
+        raise ValueError(f"num_concepts={number}: the packages share {len(concepts)}; give at most these, or null")
+    drawn = np.random.default_rng([seed, 2]).permutation(len(concepts))[:number]
+    return [concepts[place] for place in sorted(drawn.tolist())]
 
 
 def _reason(packages: Sequence[Package], codes: str, name: str, entry: dict[str, Any]) -> str | None:

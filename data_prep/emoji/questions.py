@@ -65,17 +65,23 @@ _SILENT_H = ("hour", "honest")
 
 
 def draw_sample(
-    rng: np.random.Generator, gallery: Gallery, cast: Cast, size: int, singles: bool
+    rng: np.random.Generator,
+    gallery: Gallery,
+    cast: Cast,
+    size: int,
+    singles: bool,
+    kinds: Sequence[str] = tuple(SHARES),
 ) -> tuple[Scene | None, list[Turn]]:
-    """A scene (None for a text-only sample) and the two turns asked about it.
+    """A scene (None for a text-only sample) and the two turns asked about it; one, where ``kinds`` have no second.
 
     Args:
         singles: every scene is of one picture.
+        kinds: the types of question that are asked.
 
     Raises:
         ValueError: the cast can play no scene that suits the question drawn.
     """
-    shares = {kind: share for kind, share in SHARES.items() if _possible(kind, cast, singles)}
+    shares = {kind: share for kind, share in SHARES.items() if kind in kinds and _possible(kind, cast, singles)}
     weights = np.array(list(shares.values()))
     first = str(rng.choice(list(shares), p=weights / weights.sum()))
     if first == "text":
@@ -84,11 +90,35 @@ def draw_sample(
         scene = _scene_for(rng, gallery, cast, size, first, singles)
         if _fits(first, scene):
             others = [kind for kind in shares if kind not in (first, "text") and _fits(kind, scene)]
-            second = others[int(rng.integers(len(others)))]
-            return scene, [_ask(rng, kind, scene, gallery, cast) for kind in (first, second)]
+            asked = [first, others[int(rng.integers(len(others)))]] if others else [first]
+            return scene, [_ask(rng, kind, scene, gallery, cast) for kind in asked]
     raise ValueError(
         f"no scene of {len(cast.concepts)} concepts suits a question of type {first}: give other packages"
     )
+
+
+def chosen_kinds(names: str | None, singles: bool) -> tuple[str, ...]:
+    """The types of question that ``names`` lists, in the order of ``SHARES``; all that can be asked for None.
+
+    Args:
+        singles: every scene is of one picture.
+
+    Raises:
+        ValueError: there is no such type, it is not asked of single pictures, or a split would have nothing to ask:
+            that of pairs of concept and place has scattered pictures alone.
+    """
+    can = [kind for kind in SHARES if kind == "text" or not singles or "single" in LAYOUTS[kind]]
+    if names is None:
+        return tuple(can)
+    wanted = [name.strip() for name in names.split(",")]
+    if wrong := [name for name in wanted if name not in can]:
+        of = " of single pictures" if singles else ""
+        raise ValueError(f"questions={names}: {', '.join(wrong)} is not asked{of}; give some of {','.join(can)}")
+    if not any(("single" if singles else "scattered") in LAYOUTS.get(kind, ()) for kind in wanted):
+        scattered = [kind for kind, layouts in LAYOUTS.items() if "scattered" in layouts]
+        needed = "a type that asks for a picture" if singles else f"one of {','.join(scattered)}"
+        raise ValueError(f"questions={names}: give {needed}, too, so that every split has something to ask")
+    return tuple(kind for kind in can if kind in wanted)
 
 
 def _possible(kind: str, cast: Cast, singles: bool) -> bool:

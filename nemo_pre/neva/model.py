@@ -339,10 +339,15 @@ class MCoreVisualNevaModel(VisionLanguageChunk):
     def _losses_of_labelled(self, states_SBd: Tensor, labels_BS: Tensor, labelled_BS: Tensor) -> Tensor:
         """Cross-entropies ``[B, S]`` of the tokens with a label, zeros elsewhere. Of the sequence only these go
         through the output layer, which a large vocabulary makes a fourth of a small model. How many they are the host
-        waits for, on a GPU."""
-        logits = self.logits_of(states_SBd.transpose(0, 1)[labelled_BS])
-        losses = self.language_model.compute_language_model_loss(labels_BS[labelled_BS][None], logits[:, None])
-        return losses.new_zeros(labels_BS.shape).masked_scatter(labelled_BS, losses[0])
+        waits for, on a GPU.
+
+        They are chosen in the states' own order: chosen of a transposed view, every layer's gradient would be strided,
+        and a processor multiplies such by a weight forty times slower.
+        """
+        labelled_SB, labels_SB = labelled_BS.t(), labels_BS.t()
+        logits = self.logits_of(states_SBd[labelled_SB])
+        losses = self.language_model.compute_language_model_loss(labels_SB[labelled_SB][None], logits[:, None])
+        return losses.new_zeros(labels_SB.shape).masked_scatter(labelled_SB, losses[0]).t().contiguous()
 
     def logits_of(self, states: Tensor) -> Tensor:
         """This tensor-parallel rank's logits ``[n, V]`` of normed states ``[n, d]``, on the last stage."""

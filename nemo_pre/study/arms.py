@@ -26,6 +26,7 @@ class Arm:
         first_stage: the name of the arm whose weights it starts from; None for a first stage itself.
         against: names of the arms it is compared with.
         main: trained with every seed, the others with the ablations' seeds.
+        followed: measured along its stage, too, where a study measures only ends of the others.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Arm:
     first_stage: str | None = None
     against: tuple[str, ...] = ()
     main: bool = False
+    followed: bool = False
 
     @property
     def cost(self) -> float:

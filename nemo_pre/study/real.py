@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from nemo_pre.config.run import RunConfig
 from nemo_pre.options import Count, CountOrNone, PathText, rule_of
 from nemo_pre.study.arms import ALIGN, Arm, chosen
+from nemo_pre.study.kept import read_kept
 from nemo_pre.study.naming import IMAGE_SIZE
 from nemo_pre.study.prepare_real import (
     ENCODER,
@@ -24,12 +25,11 @@ from nemo_pre.study.prepare_real import (
 from nemo_pre.study.real_arms import RANDOM, real_arms, real_depths, real_first_stages, run_order
 from nemo_pre.study.runs import RunFailed, StudyRun
 
-RECORDS = 8  # checkpoints of a second stage, of which every fourth part is diagnosed
 FIRST_RATE, RATE = 1e-3, 2e-4
-BATCH = 16  # scenes
-# With their 36 visual tokens scenes are 91 tokens long, 142 at most. In rows of 160 of their own two fifths would be
-# padding: packed, six rows hold about sixteen of them.
-ROWS, ROW_LENGTH = 6, 256
+BATCH = 16  # scenes, where nothing is learned
+# With their 36 visual tokens scenes of two questions are 70 to 142 tokens long. In rows of 160 of their own two fifths
+# would be padding: packed, a row holds about three of them.
+ROW_LENGTH = 256
 PACKED = "data.packing=true", f"data.sequence_length={ROW_LENGTH}"
 SEES = "model=of_init_from", f"model.vision.image_size={IMAGE_SIZE}"
 # Beside other work, at the lowest priority, a step may take an hour.
@@ -48,12 +48,13 @@ def study(
     arms: str | None = None,
     seeds: Count = 3,
     other_seeds: Count = 1,
-    encoder_steps: Count = 12000,
-    first_steps: Count = 100,
-    steps: Count = 280,
-    num_images: Count = 400,
-    num_fit: Count = 1200,
-    val_samples: Count = 256,
+    encoder_steps: Count = 6000,
+    first_steps: Count = 120,
+    steps: Count = 240,
+    rows: Count = 3,
+    num_images: Count = 240,
+    num_fit: Count = 600,
+    val_samples: Count = 192,
     at_a_time: Count = 1,
     most_runs: CountOrNone | None = None,
     precision: str = "bf16",
@@ -62,31 +63,36 @@ def study(
 ) -> None:
     """Train and diagnose LLaVA's two stages on a language model that has read, then write numbers, figures and page.
 
-      nemo-pre data emoji PACKAGES out=data/emoji num_scenes=60000 held_out_style=google
+      nemo-pre data emoji PACKAGES out=data/emoji num_scenes=40000 held_out_style=google num_concepts=250 \
+          questions=name,colour,category,count,text
       nemo-pre smollm2 out=checkpoints/smollm2
       nemo-pre study real                                          everything, or whatever is not there yet of it
       nemo-pre study real most_runs=0                              the page and its numbers anew, also while it runs
 
     An encoder learns to name pictures (nemo-pre study encoder, unless RUNS/encoder is there) and is frozen; its
     features are computed once. The first stage trains the projector alone for first_steps steps, the second projector
-    and language model for steps steps of about 16 scenes, from the first stage of its seed. Main arms (baseline, pre,
+    and language model for steps steps, each of rows packed rows of about three scenes, from the first stage of its
+    seed. Main arms (baseline, pre,
     mixed_2d, laver, random) have seeds 1 to seeds, the others 1 to other_seeds; random has the same language model
-    with random weights. Every model is diagnosed before the first stage, after it, and three times along the second:
+    with random weights. Models are diagnosed before the first stage, after it, and at the end of the second; baseline
+    and PRe at a quarter and a half of it, too:
     probes fitted on num_fit scenes of the training styles and tested on num_images of the style held out, layers 0,
     1/4, 1/2, 3/4 and last, and the loss on plain text (text=FILE; null: prose of Python's own help). val_samples
     questions are answered four times along the second stage. Runs come in an order in which every beginning of the
     list answers something; most_runs ends after so many. options are overrides for all runs.
 
-    Killed and started again with the same options it goes on where it was. On one GPU at_a_time=4 platform=gpu does
-    all of it in the memory of one; a CPU takes 20 to 40 core-hours.
+    Killed and started again with the same options it goes on where it was. OUT's summary keeps the numbers of what is
+    finished, so that a run whose directory is gone is not repeated. On one GPU at_a_time=4 platform=gpu does all of it
+    in the memory of one.
 
     Raises:
-        ValueError: an option that cannot work.
+        ValueError: an option that cannot work, or a summary in OUT of other settings or of another encoder.
         RankFailure: a run failed; the summary is written without it.
     """
     from nemo_pre.data.manifest import read_manifest
     from nemo_pre.launch.ranks import RankFailure
     from nemo_pre.study.real_page import write_real
+    from nemo_pre.study.real_summary import FORMAT, FORMAT_VERSION
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
 
     if steps % 4:
@@ -117,35 +123,19 @@ def study(
         tuple(f"{name}={value}" for name, value in measure.items()),
         first_steps,
         steps,
+        rows,
         val_samples,
     )
     for arm in asked:
         for seed in range(1, (seeds if arm.main else other_seeds) + 1):
             plan.add(arm, seed)
-    ordered = plan.ordered(asked)
-    if dry_run:
-        for run in ordered:
-            print(f"{run.directory}: nemo-pre train {' '.join(run.overrides)}" if run.overrides else run.directory)
-        return
-    failures: list[str] = []
-    for run in ordered:
-        run.check()
-    if most_runs is None or most_runs > 0:
-        with alone(root):
-            if text is None:
-                write_text(own_text)
-            _, on_gpu = most_at_a_time(platform)
-            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, platform)
-            try:
-                starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in ordered}))
-            except RunFailed as failure:
-                raise RankFailure(str(failure)) from failure
-            todo = [run for run in ordered if not run.is_finished][:most_runs]
-            failures = do_all(todo, plan.starts_from, at_a_time, on_gpu)
     settings = {
+        "data": manifest.raw["parameters"],
+        "encoder_steps": encoder_steps,
         "first_steps": first_steps,
         "steps": steps,
-        "batch": BATCH,
+        "rows": rows,
+        "row_length": ROW_LENGTH,
         "train_samples": manifest.num_samples("train"),
         "val_samples": val_samples,
         "num_images": num_images,
@@ -154,13 +144,43 @@ def study(
         "options": list(options),
         "layers": depths,
         "most_frequent": most_frequent(data, val_samples),
-        "encoder": _read_encoder(root),
     }
-    write_real([*real_first_stages(), *asked], ordered, settings, Path(out), Path(page))
-    finished = sum(run.is_finished for run in ordered)
-    print(f"{finished} of {len(ordered)} runs are there: {Path(out)}, {page}; next: nemo-pre study real goes on")
+    kept = read_kept(Path(out), settings, FORMAT, FORMAT_VERSION)
+    kept.check_encoder(_read_encoder(root))
+    all_arms = real_arms(num_layers, steps)
+    plan.add_others(kept.finished, all_arms)
+    ordered = plan.ordered(all_arms)
+    todo = plan.needed([run for run in ordered if run.measured and not kept.has(run)], ordered)
+    for run in ordered:
+        run.check()
+    if dry_run:
+        for run in todo:
+            print(f"{run.directory}: nemo-pre train {' '.join(run.overrides)}" if run.overrides else run.directory)
+        return
+    failures: list[str] = []
+    if todo and (most_runs is None or most_runs > 0):
+        with alone(root):
+            if text is None:
+                write_text(own_text)
+            _, on_gpu = most_at_a_time(platform)
+            starts = Starts(root, Path(language), Path(data), plan.common, encoder_steps, platform)
+            try:
+                starts.prepare(sorted({(run.seed, plan.is_random(run)) for run in todo}))
+            except RunFailed as failure:
+                raise RankFailure(str(failure)) from failure
+            kept.check_encoder(_read_encoder(root))
+            failures = do_all(todo[:most_runs], plan.starts_from, at_a_time, on_gpu)
+    encoder = _read_encoder(root) or (kept.summary["settings"]["encoder"] if kept.summary else None)
+    write_real(
+        [*real_first_stages(), *all_arms], ordered, {**settings, "encoder": encoder}, Path(out), Path(page), kept
+    )
+    second = [run for run in ordered if run.measured]
+    finished = sum(run.is_finished or kept.has(run) for run in second)
+    print(
+        f"{finished} of {len(second)} second stages are there: {Path(out)}, {page}; next: nemo-pre study real goes on"
+    )
     if failures:
-        raise RankFailure(f"{len(failures)} of {len(ordered)} runs failed: {' '.join(failures)}")
+        raise RankFailure(f"{len(failures)} of {len(todo)} runs failed: {' '.join(failures)}")
 
 
 def _read_encoder(root: Path) -> dict[str, Any] | None:
@@ -180,6 +200,7 @@ class Plan:
     diagnose: tuple[str, ...]
     first_steps: int
     steps: int
+    rows: int
     val_samples: int
     starts_from: dict[StudyRun, StudyRun] = field(default_factory=dict)
     _first: dict[tuple[str, int], StudyRun] = field(default_factory=dict)
@@ -195,17 +216,17 @@ class Plan:
         kind = "random_start" if stage.name.endswith(RANDOM) else "start"
         if (kind, seed) not in self._before:
             self._before[kind, seed] = self._start(kind, seed)
-        every = max(1, self.steps // RECORDS)
+        every = self.steps // 4
         overrides = (
             *self._overrides(arm, seed, 1000 + seed, self.steps, RATE),
             f"init_from={self._first[key].directory / 'checkpoints'}",
             f"trainer.checkpoint_every={every}",
-            f"trainer.keep_checkpoints={RECORDS + 1}",
-            f"trainer.val_every={self.steps // 4}",
-            f"trainer.log_grad_norms_every={2 * every}",
+            "trainer.keep_checkpoints=5",
+            f"trainer.val_every={every}",
+            f"trainer.log_grad_norms_every={every}",
             f"trainer.val_samples={self.val_samples}",
         )
-        measured = (self.steps // 4, self.steps // 2, self.steps)
+        measured = (every, self.steps // 2, self.steps) if arm.followed else (self.steps,)
         run = StudyRun(
             arm.name,
             seed,
@@ -221,6 +242,23 @@ class Plan:
         self._second.append(run)
         self.starts_from[run] = self._first[key]
 
+    def add_others(self, named: Collection[tuple[str, int]], arms: Sequence[Arm]) -> None:
+        """Second stages, (arm, seed), as far as they are not there yet."""
+        there = {(run.arm, run.seed) for run in self._second}
+        by_name = {arm.name: arm for arm in arms}
+        for name, seed in sorted({*named} - there):
+            self.add(by_name[name], seed)
+
+    def needed(self, wanted: Sequence[StudyRun], ordered: Sequence[StudyRun]) -> list[StudyRun]:
+        """What of ``ordered`` is not finished of the ``wanted`` second stages and what these start from."""
+        found = {*wanted, *(run for second in wanted for run in self._before_it(second))}
+        return [run for run in ordered if run in found and not run.is_finished]
+
+    def _before_it(self, second: StudyRun) -> tuple[StudyRun, StudyRun]:
+        """The start that a second stage is compared with, and its first stage."""
+        kind = "random_start" if self.is_random(second) else "start"
+        return self._before[kind, second.seed], self.starts_from[second]
+
     def is_random(self, run: StudyRun) -> bool:
         return RANDOM in run.arm
 
@@ -229,9 +267,7 @@ class Plan:
         places = {arm.name: (arm, place) for place, arm in enumerate(arms)}
         found: list[StudyRun] = []
         for run in sorted(self._second, key=lambda run: run_order(places[run.arm][0], run.seed, places[run.arm][1])):
-            first = self.starts_from[run]
-            kind = "random_start" if self.is_random(run) else "start"
-            found += [each for each in (self._before[kind, run.seed], first) if each not in found]
+            found += [each for each in self._before_it(run) if each not in found]
             found.append(run)
         return found
 
@@ -265,8 +301,8 @@ class Plan:
             f"seed={seed}",
             f"data.shuffle_seed={order}",
             f"trainer.max_steps={steps}",
-            f"trainer.global_batch_size={ROWS}",
-            f"trainer.micro_batch_size={ROWS}",
+            f"trainer.global_batch_size={self.rows}",
+            f"trainer.micro_batch_size={self.rows}",
             "trainer.log_every=1",
             "data.num_workers=0",
             *PATIENT,

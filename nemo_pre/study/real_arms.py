@@ -31,13 +31,13 @@ def real_arms(num_layers: int, steps: int) -> list[Arm]:
         return Arm(name, label, overrides, "first_mixed_2d", ("mixed_2d", BASELINE), main)
 
     def causal(name: str, label: str, *overrides: str, main: bool = False) -> Arm:
-        return Arm(name, label, overrides, "first_causal", (BASELINE,), main)
+        return Arm(name, label, overrides, "first_causal", (BASELINE,), main, followed=main)
 
     by_image = ("objective.laver.mim_reduction=image", "objective.laver.gram_reduction=image")
     of_encoder = "target=encoder", "target_path=null", "target_image_size=null"
     own_encoder = tuple(f"objective.viral.{option}" for option in of_encoder)
     return [
-        Arm(BASELINE, "baseline", (NONE,), "first_causal", (), main=True),
+        Arm(BASELINE, "baseline", (NONE,), "first_causal", (), main=True, followed=True),
         causal("pre", "PRe, middle layer, lambda 0.5", PRE, of_pre, main=True),
         Arm("mixed_2d", "mixed attention + 2D-RoPE", (NONE, *spatial), "first_mixed_2d", (BASELINE,), main=True),
         laver("laver", "MIM + clipped Gram-anchoring (LaVer)", main=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from nemo_pre.report.intervals import Estimate
 from nemo_pre.study.arms import Arm
 from nemo_pre.study.claims import CLAIMS, LAVER, PRE, UNDECIDED, Claim
+from nemo_pre.study.kept import Kept
 from nemo_pre.study.page import markdown_table
 from nemo_pre.study.real_figures import ANSWERS, LAYERS, PHASES_FIGURE, TRADE_OFF, answer_kinds, draw
 from nemo_pre.study.real_summary import PHASES, Summary, between, over_seeds, summarise
@@ -39,10 +41,10 @@ NORMS = ("grad_norm", "grad_norm/lm", "grad_norm/pre", "grad_norm/mim", "grad_no
 
 
 def write_real(
-    arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any], out: Path, page: Path
+    arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any], out: Path, page: Path, kept: Kept
 ) -> Summary:
-    """The summary, the figures and the page of what is there; returns the summary."""
-    summary = summarise(arms, runs, settings)
+    """The summary, the figures and the page of what is there and of what is kept; returns the summary."""
+    summary = summarise(arms, runs, settings, kept)
     write_summary(summary, out)
     drawn = draw(summary, out)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -259,15 +261,28 @@ def _method(summary: Summary, files: str) -> str:
     hours = sum(of["seconds"] or 0 for of in _all_seeds(summary)) / 3600
     return (
         f"## How it was done\n\n{seen}Stage 1 trains the projector for {settings['first_steps']} steps of "
-        f"about {settings['batch']} scenes, stage 2 projector and language model for {settings['steps']}, in "
+        f"{settings['rows']} rows of {settings['row_length']} tokens, each packed with about three scenes, stage "
+        f"2 projector and language model for {settings['steps']}, in "
         f"{settings['precision']}, from the first stage of its seed and on other scenes. Layers: {depths}. Probes are "
         f"linear, fitted on the pictures in {settings['num_fit']} scenes of the training styles and tested on those "
         f"in {settings['num_images']} of the style held out; {settings['val_samples']} validation questions are "
         f"answered. Second stages took {hours:.1f} hours, each since it was last started. Options of all runs: "
         f"{', '.join(settings['options']) or 'none'}. "
-        f"Every number of every run: [{SUMMARY}]({files}/{SUMMARY}).\n\n"
-        "    nemo-pre data emoji PACKAGES out=data/emoji num_scenes=60000 held_out_style=google   # docs/emoji.md\n"
-        "    nemo-pre smollm2 out=checkpoints/smollm2\n"
-        "    nemo-pre study real                       # goes on where it was; most_runs=0 writes this page anew\n"
-        "    nemo-pre study real platform=gpu at_a_time=4 # on a GPU"
+        f"Every number of every run: [{SUMMARY}]({files}/{SUMMARY}).\n\n{_commands(settings)}"
     )
+
+
+def _commands(settings: Mapping[str, Any]) -> str:
+    """What makes the page again, every setting written out."""
+    of_data = {name: value for name, value in settings["data"].items() if name != "packages" and value is not None}
+    named = ("encoder_steps", "first_steps", "steps", "rows", "num_images", "num_fit", "val_samples", "precision")
+    study = " ".join(["nemo-pre study real", *(f"{name}={settings[name]}" for name in named), *settings["options"]])
+    data = " ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in of_data.items()
+    )
+    lines = (
+        f"nemo-pre data emoji PACKAGES out=data/emoji {data}",
+        "nemo-pre smollm2 out=checkpoints/smollm2",
+        f"{study}   # goes on where it was; most_runs=0 writes this page anew",
+    )
+    return "\n".join(f"    {line}" for line in lines)

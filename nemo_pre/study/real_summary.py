@@ -14,25 +14,31 @@ from typing import Any
 
 from nemo_pre.report.intervals import Estimate, difference, mean_interval
 from nemo_pre.study.arms import Arm
+from nemo_pre.study.kept import Kept
 from nemo_pre.study.runs import TRAINED, StudyRun
 from nemo_pre.study.summary import BY_LAYER, provenance
 
-FORMAT, FORMAT_VERSION = "nemo-pre real study", 1
+FORMAT, FORMAT_VERSION = "nemo-pre real study", 2
 PHASES = ("start", "aligned", "1/4", "1/2", "end")
 OF_OBJECTS = ("concept", "category", "colour", "place")
 SAYS_NAME = ("says_name", "says_name_among_10")
 LAST_STEPS = 40  # whose median a gradient norm is
 TOP_WORDS = 6
+PROVENANCE = ("date", "machine", "versions")
+NOTHING_KEPT = Kept()
 
 Summary = dict[str, Any]
 
 
-def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any]) -> Summary:
-    """A summary of what is there: of a run that is not finished the phases that are."""
+def summarise(
+    arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any], kept: Kept = NOTHING_KEPT
+) -> Summary:
+    """A summary of what is there: of a run that is not finished the phases that are, and of one that is kept its
+    numbers as they were."""
     second = [run for run in runs if run.measured]
     found: dict[str, Any] = {}
     for arm in arms:
-        seeds = {run.seed: _second_stage(run, arm, runs) for run in second if run.arm == arm.name}
+        seeds = {run.seed: _numbers(run, arm, runs, kept) for run in second if run.arm == arm.name}
         seeds = {seed: phases for seed, phases in seeds.items() if phases["phases"]}
         if seeds:
             found[arm.name] = {
@@ -45,15 +51,40 @@ def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[s
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **(provenance(finished) if finished else {}),
+        **(provenance(finished) if finished else _provenance_of(kept)),
         "settings": dict(settings),
         "labels": {arm.name: arm.label for arm in arms},
         "runs": [
-            {"arm": run.arm, "seed": run.seed, "steps": run.steps, "done": run.steps_done, "finished": run.is_finished}
+            {
+                "arm": run.arm,
+                "seed": run.seed,
+                "steps": run.steps,
+                "done": _done(run, kept),
+                "finished": _is_there(run, kept),
+            }
             for run in second
         ],
         "arms": found,
     }
+
+
+def _is_there(run: StudyRun, kept: Kept) -> bool:
+    return run.is_finished or kept.has(run)
+
+
+def _done(run: StudyRun, kept: Kept) -> int:
+    return run.steps if _is_there(run, kept) else run.steps_done
+
+
+def _provenance_of(kept: Kept) -> dict[str, Any]:
+    """When, where and with what the runs kept were made."""
+    return {name: kept.summary[name] for name in PROVENANCE if name in kept.summary} if kept.summary else {}
+
+
+def _numbers(run: StudyRun, arm: Arm, runs: Sequence[StudyRun], kept: Kept) -> dict[str, Any]:
+    if kept.has(run) and not run.is_finished:
+        return kept.numbers(run)
+    return _second_stage(run, arm, runs)
 
 
 def _second_stage(run: StudyRun, arm: Arm, runs: Sequence[StudyRun]) -> dict[str, Any]:
@@ -76,6 +107,7 @@ def _second_stage(run: StudyRun, arm: Arm, runs: Sequence[StudyRun]) -> dict[str
         "answers": answers,
         "training": _training(run) if run.directory.is_dir() else {},
         "seconds": _seconds(run),
+        "date": provenance([run])["date"] if run.is_finished else None,
     }
 
 

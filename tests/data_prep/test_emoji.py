@@ -244,6 +244,31 @@ def test_single_pictures_alone_are_a_set_too_and_the_sheet_shows_the_first(packa
     assert Image.open(tmp_path / "sheet.png").width > 6 * 112
 
 
+def test_fewer_concepts_and_fewer_types_of_question_are_a_smaller_task(emoji, packages, tmp_path):
+    asked = {**ASKED, "num_concepts": 24, "questions": "count, colour,text"}
+    manifest = prepare([str(packages)], tmp_path / "few", **asked)
+    assert manifest["concepts"] == 24
+    names, whole = ({p["name"] for split in SPLITS for p in _shown(of, split)} for of in (tmp_path / "few", emoji))
+    assert len(names) == 24 < len(whole) == 28
+    kinds: Counter[str] = Counter()
+    for split in SPLITS:
+        for record in _records(tmp_path / "few", split):
+            kinds.update(record["question_types"])
+            assert len(record["conversations"]) == 2 * len(record["question_types"]) in (2, 4)
+    assert {*kinds} == {"count", "colour", "text"}, "of each there is some, and of others none"
+    assert prepare([str(packages)], tmp_path / "few", **asked) == manifest
+    assert tree(tmp_path / "few") != tree(emoji)
+    other = prepare([str(packages)], tmp_path / "other", **{**asked, "seed": 4})
+    assert {p["name"] for split in SPLITS for p in _shown(tmp_path / "other", split)} != names
+    assert other["parameters"]["questions"] == "count, colour,text"
+
+
+def test_a_single_type_is_asked_once(packages, tmp_path):
+    prepare([str(packages)], tmp_path / "one", **{**ASKED, "questions": "name", "singles": True})
+    for record in _records(tmp_path / "one", "train"):
+        assert record["question_types"] == ["name"] and len(record["conversations"]) == 2
+
+
 def test_without_anything_held_out_there_are_train_val_and_pairs(packages, tmp_path):
     asked = {**ASKED, "held_out_style": None, "held_out_concepts": 0.0, "num_scenes": 24, "val_fraction": 0.1}
     manifest = prepare([str(packages)], tmp_path / "out", **asked)
@@ -316,6 +341,13 @@ def test_a_damaged_package_is_one_sentence(files, told, tmp_path):
         ({"val_fraction": 0.2}, "val_fraction=0.2"),
         ({"val_fraction": float("nan")}, "val_fraction=nan"),
         ({"num_scenes": 4}, "num_scenes=4: give more than 4"),
+        ({"num_concepts": 29}, "num_concepts=29: the packages share 28"),
+        ({"num_concepts": 19}, "num_concepts=19: give at least 20"),
+        ({"questions": "name,color"}, "questions=name,color: color is not asked; give some of name,place,"),
+        ({"questions": ""}, "questions=:  is not asked"),
+        ({"questions": "count", "singles": True}, "questions=count: count is not asked of single pictures"),
+        ({"questions": "text", "singles": True}, "give a type that asks for a picture, too"),
+        ({"questions": "name,read,text"}, "give one of place,count,exists,"),
         ({"image_size": 16}, "image_size=16: give at least 48"),
         ({"sheet": "nowhere/sheet.png"}, "sheet=nowhere/sheet.png: its folder does not exist"),
         ({"sheet": "sheet.jpg"}, "ends in .png"),

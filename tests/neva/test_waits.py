@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.neva.waits_ranks import waits_of
+from tests.neva.waits_ranks import strided_gradients_of, waits_of
 from tests.ranks import run_ranks
 from tests.reference.tiny import LAVER_HEAD, NATIVE
 from tests.waits import DEVICE, Waits, no_waits
@@ -53,6 +53,16 @@ def waits():
 @pytest.mark.parametrize("name", CASES)
 def test_the_passes_of_a_step_never_wait_for_the_device(waits, name):
     assert waits[name] is None, waits[name]
+
+
+def test_every_gradient_comes_as_a_matrix_product_takes_it():
+    """A strided one costs a processor forty times as much; the output layer at labelled tokens alone made all so."""
+    labelled = {"parallel.labelled_output": True}
+    cases = {name: {"changes": labelled, **CASES[name]} for name in ("NeVA", "PRe", "VIRAL of whole images", "LaVer")}
+    (found,) = run_ranks(strided_gradients_of, 1, {"the whole output layer": {}, **cases})
+    for name, (reached, strided) in found.items():
+        assert reached >= 8, f"{name}: the decoder's products were not looked at"
+        assert not strided, f"{name}: {strided}"
 
 
 @pytest.mark.parametrize(

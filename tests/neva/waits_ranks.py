@@ -37,15 +37,14 @@ def waits_of(cases: dict[str, dict[str, Any]]) -> dict[str, str | None]:
     return found
 
 
-def run_passes(changes: dict[str, Any] | None = None, similarity: bool = False, **options: Any) -> None:
-    """Plan a step of one micro-batch on the host and run its passes where waiting is an error."""
+def prepare_pass(
+    changes: dict[str, Any] | None = None, similarity: bool = False, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A chunk with its terms, on the host, and the planned micro-batch of its first step."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from nemo_pre.compat import cpu_device
-    from nemo_pre.device_copies import to_device
-    from nemo_pre.neva import split_attention
     from nemo_pre.neva.build import build_neva_config
     from nemo_pre.objectives.registry import enabled
     from nemo_pre.terms.step_planner import StepPlanner
@@ -77,6 +76,50 @@ def run_passes(changes: dict[str, Any] | None = None, similarity: bool = False, 
     planner.plan(training, [batch])
     for term in terms:
         term.start_step()
+    return chunk, batch
+
+
+def strided_gradients_of(cases: dict[str, dict[str, Any]]) -> dict[str, tuple[int, list[str]]]:
+    """For every case the number of gradients that reached the decoder's matrix products in a step, and the names of
+    those that came strided."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    found: dict[str, tuple[int, list[str]]] = {}
+    for name, case in cases.items():
+        chunk, batch = prepare_pass(**case)
+        seen: list[str] = []
+        strided: list[str] = []
+        for place, module in chunk.language_model.decoder.named_modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.register_forward_hook(_listener(place, seen, strided))
+        losses, loss_mask = _run(chunk, batch, batch)
+        (losses * loss_mask).sum().backward()
+        found[name] = len(seen), strided
+    return found
+
+
+def _listener(place: str, seen: list[str], strided: list[str]) -> Any:
+    def look(gradient: torch.Tensor) -> None:
+        seen.append(place)
+        if not gradient.is_contiguous():
+            strided.append(place)
+
+    def listen(_module: Any, _given: Any, output: Any) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(look)
+
+    return listen
+
+
+def run_passes(changes: dict[str, Any] | None = None, similarity: bool = False, **options: Any) -> None:
+    """Plan a step of one micro-batch on the host and run its passes where waiting is an error."""
+    import torch.distributed as dist
+
+    from nemo_pre.compat import cpu_device
+    from nemo_pre.device_copies import to_device
+    from nemo_pre.neva import split_attention
+
+    chunk, batch = prepare_pass(changes, similarity, **options)
     _move(chunk)
     with no_waits(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(dist, "all_reduce", lambda *_, **__: None)  # Megatron's cross entropy asks one rank too
@@ -86,19 +129,24 @@ def run_passes(changes: dict[str, Any] | None = None, similarity: bool = False, 
         pinned = {
             key: to_device(batch[key], DEVICE) for key in ("tokens", "position_ids", "media", "labels", "loss_mask")
         }
-        losses, loss_mask = chunk(
-            input_ids=pinned["tokens"],
-            position_ids=pinned["position_ids"],
-            images=pinned["media"],
-            labels=pinned["labels"],
-            loss_mask=pinned["loss_mask"],
-            num_image_tiles=batch["num_media_tiles"],
-            image_grids=batch.get("media_grids"),
-            micro_batch=batch["micro_batch"],
-        )
+        losses, loss_mask = _run(chunk, batch, pinned)
         (losses * loss_mask).sum().backward()
     trained = [name for name, each in chunk.named_parameters() if each.requires_grad and each.grad is None]
     assert not trained, f"no gradient reached {trained}"
+
+
+def _run(chunk: Any, batch: dict[str, Any], tensors: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    losses, loss_mask = chunk(
+        input_ids=tensors["tokens"],
+        position_ids=tensors["position_ids"],
+        images=tensors["media"],
+        labels=tensors["labels"],
+        loss_mask=tensors["loss_mask"],
+        num_image_tiles=batch["num_media_tiles"],
+        image_grids=batch.get("media_grids"),
+        micro_batch=batch["micro_batch"],
+    )
+    return losses, loss_mask
 
 
 def _seen(queries: int, keys: int) -> torch.Tensor:

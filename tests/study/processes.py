@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from nemo_pre.diagnostics.results import FORMAT, FORMAT_VERSION
@@ -32,6 +33,11 @@ class Processes:
         elif verb == "diagnose":
             _diagnose(Path(words[0]), Path(words[2]))
         return subprocess.CompletedProcess(command, 0)
+
+    def stand_in(self, monkeypatch: Any) -> None:
+        """In place of the study's own way to run a process; what libraries run is run."""
+        seen = SimpleNamespace(run=self, STDOUT=subprocess.STDOUT)
+        monkeypatch.setattr("nemo_pre.study.runs.subprocess", seen)
 
     def verbs(self) -> list[tuple[str, str]]:
         """(verb, run's directory) in order."""

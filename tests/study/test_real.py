@@ -10,7 +10,6 @@ import pytest
 
 from data_prep.emoji import prepare
 from nemo_pre.report.intervals import Estimate
-from nemo_pre.study import runs as study_runs
 from nemo_pre.study.claims import NOT_SEEN, OPPOSITE, SEEN, UNDECIDED, Claim
 from nemo_pre.study.prepare_real import write_text
 from nemo_pre.study.real import study
@@ -37,10 +36,8 @@ def emoji(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def processes(monkeypatch) -> Processes:
-    import scipy.stats  # noqa: F401  (whose import runs a process)
-
     found = Processes()
-    monkeypatch.setattr(study_runs.subprocess, "run", found)
+    found.stand_in(monkeypatch)
     monkeypatch.setattr("nemo_pre.study.prepare_real.random_language", lambda language, root, seed: root / "random")
     return found
 
@@ -96,6 +93,7 @@ def test_a_run_is_measured_before_after_and_along_its_second_stage_and_a_kill_co
     assert "/random_start_seed1" in diagnosed
     of_baseline = next(words for verb, *words in processes.commands if verb == "train" and "baseline" in words[-1])
     assert f"init_from={tmp_path / 'runs' / 'first_causal_seed1' / 'checkpoints'}" in of_baseline
+    assert [words for words in diagnosed if "/random_seed1/" in words] == ["/random_seed1/checkpoints/step=4"]
     (tmp_path / "runs" / "baseline_seed1" / "diagnosed.json").unlink()  # killed behind the second of three
     (tmp_path / "runs" / "baseline_seed1" / "diagnostics-4" / "diagnosed.json").unlink()
     processes.commands.clear()
@@ -129,6 +127,62 @@ def test_what_has_run_is_told_with_intervals_and_what_has_not_is_pending(ask, tm
     assert "6 of 21 second stages are finished." in page and "Two steps decide nothing." in page
     laver = next(line for line in page.splitlines() if "LaVer less the same without its losses" in line)
     assert "not decidable here" in laver
+
+
+def test_what_was_finished_on_another_machine_is_neither_repeated_nor_lost(ask, processes, tmp_path):
+    before = ask(arms="baseline,pre", seeds=2)
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    processes.commands.clear()
+    again = ask(arms="baseline", seeds=2)  # of fewer arms, and of nothing that is here
+    assert again == before and not processes.commands
+    assert ask(arms="baseline,pre", seeds=2, most_runs=0) == before
+    page = (tmp_path / "study.md").read_text()
+    assert "4 of 4 second stages are finished." in page and "exact match: PRe less baseline" in page
+
+    more = ask(arms="pre", seeds=3)
+    begun = {name for verb, name in processes.verbs() if verb == "train"}
+    assert begun == {"first_causal_seed3", "pre_seed3"}
+    assert list(more["arms"]["pre"]["seeds"]) == ["1", "2", "3"]
+    for seed in ("1", "2"):
+        assert more["arms"]["pre"]["seeds"][seed] == before["arms"]["pre"]["seeds"][seed]
+    assert list(more["arms"]["baseline"]["seeds"]) == ["1", "2"]
+
+
+def test_a_summary_of_other_settings_or_of_another_encoder_is_not_mixed_with_or_written_over(ask, processes, tmp_path):
+    ask(arms="baseline", seeds=1)
+    file = tmp_path / "out" / "summary.json"
+    held = file.read_bytes()
+    processes.commands.clear()
+    for options, told in (
+        ({"steps": 8}, "other settings \\(steps 4, here 8\\)"),
+        ({"options": ["optim.lr=1e-5"], "num_fit": 7}, "num_fit 600, here 7; options"),
+        ({"most_runs": 0, "val_samples": 9}, "val_samples 192, here 9"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ask(arms="baseline", seeds=2, **options)
+    taught = tmp_path / "runs" / "encoder" / "encoder.json"
+    taught.parent.mkdir(exist_ok=True)
+    for name, accuracy in (("the same", 0.5), ("another", 0.6)):
+        summary = json.loads(held)
+        summary["settings"]["encoder"] = _encoder(0.5)
+        file.write_text(json.dumps(summary))
+        taught.write_text(json.dumps(_encoder(accuracy)))
+        if name == "the same":
+            ask(arms="baseline", seeds=1)
+        else:
+            with pytest.raises(ValueError, match="another encoder"):
+                ask(arms="baseline", seeds=2)
+    assert not processes.commands
+    for broken in ("{}", "[1]", '{"format": 1', json.dumps({**json.loads(held), "format_version": 1})):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="give another out=DIRECTORY, or remove it"):
+            ask(arms="baseline", seeds=2)
+        assert file.read_text() == broken
+
+
+def _encoder(accuracy: float) -> dict[str, Any]:
+    vision = {"num_layers": 1, "hidden_size": 64, "image_size": 96, "patch_size": 16}
+    return {"steps": 1, "batch": 2, "concepts": 3, "vision": vision, "accuracy": {"val": {"name": accuracy}}}
 
 
 @pytest.mark.parametrize(

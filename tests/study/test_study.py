@@ -23,7 +23,7 @@ from tests.study.processes import Processes
 @pytest.fixture
 def processes(monkeypatch) -> Processes:
     found = Processes()
-    monkeypatch.setattr(study_runs.subprocess, "run", found)
+    found.stand_in(monkeypatch)
     return found
 
 
