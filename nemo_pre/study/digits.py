@@ -74,7 +74,7 @@ def study(
     from nemo_pre.study.figures import draw
     from nemo_pre.study.page import write_page
     from nemo_pre.study.schedule import alone, do_all, most_at_a_time
-    from nemo_pre.study.summary import summarise, write_summary
+    from nemo_pre.study.summary import refuse_loss, summarise, write_summary
 
     manifest = read_manifest(data, "data")
     run_config = compose_run(["experiment=digits_tiny", f"data.path={data}", *options])
@@ -99,6 +99,18 @@ def study(
         for run in ordered:
             print(f"{run.directory}: nemo-pre train {' '.join(run.overrides)}")
         return
+    settings = {
+        "language_steps": language_steps,
+        "first_steps": first_steps,
+        "steps": steps,
+        "train_samples": manifest.num_samples("train"),
+        "val_samples": val_samples,
+        "num_images": num_images,
+        "num_fit": num_fit,
+        "options": list(options),
+        "layers": depths(num_layers),
+    }
+    refuse_loss(Path(out), settings, {(run.arm, run.seed) for run in ordered})
     most, on_gpu = most_at_a_time(platform)
     with alone(Path(runs)):
         for run in ordered:
@@ -113,21 +125,12 @@ def study(
             except RunFailed as failure:
                 raise RankFailure(str(failure)) from failure
         failures = do_all(ordered, plan.starts_from, at_a_time or most, on_gpu)
-    settings = {
-        "encoder": encoder and {name: encoder[name] for name in ("steps", "accuracy")},
-        "language_steps": language_steps,
-        "first_steps": first_steps,
-        "steps": steps,
-        "train_samples": manifest.num_samples("train"),
-        "val_samples": val_samples,
-        "num_images": num_images,
-        "num_fit": num_fit,
-        "options": list(options),
-        "layers": depths(num_layers),
-    }
+    told = encoder and {name: encoder[name] for name in ("steps", "accuracy")}
     finished = [run for run in ordered if run.is_finished]
     if finished:
-        summary = summarise([*(first_stages() if first_steps else []), *asked], finished, settings)
+        summary = summarise(
+            [*(first_stages() if first_steps else []), *asked], finished, {"encoder": told, **settings}
+        )
         write_summary(summary, Path(out))
         draw(summary, Path(out))
         write_page(summary, Path(out), Path(page))

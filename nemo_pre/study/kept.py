@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_pre.study.runs import StudyRun
-from nemo_pre.study.summary import SUMMARY
+from nemo_pre.study.summary import SUMMARY, differing
 
 ENCODER = "encoder"  # the setting that is known only once it has been taught
 
@@ -81,17 +81,9 @@ def read_kept(out: Path, settings: Mapping[str, Any], format_name: str, version:
         ) from error
     if told != (format_name, version):
         raise ValueError(f"{file} is a summary of another kind ({told}): give another out=DIRECTORY, or remove it.")
-    asked = json.loads(json.dumps(dict(settings)))
-    differ = [name for name in sorted({*asked, *before}) if name != ENCODER and asked.get(name) != before.get(name)]
-    if differ:
-        told_apart = "; ".join(f"{name} {_short(before.get(name))}, here {_short(asked.get(name))}" for name in differ)
+    if told_apart := differing(before, settings, {*settings, *before} - {ENCODER}):
         raise ValueError(
             f"{file} has the numbers of a study with other settings ({told_apart}): give these, or another "
             f"out=DIRECTORY."
         )
     return Kept(summary, finished)
-
-
-def _short(value: Any) -> str:
-    told = json.dumps(value)
-    return told if len(told) <= 60 else told[:57] + "..."

@@ -50,11 +50,11 @@ def study(
     other_seeds: Count = 1,
     encoder_steps: Count = 6000,
     first_steps: Count = 120,
-    steps: Count = 240,
+    steps: Count = 120,
     rows: Count = 3,
     num_images: Count = 240,
     num_fit: Count = 600,
-    val_samples: Count = 192,
+    val_samples: Count = 128,
     at_a_time: Count = 1,
     most_runs: CountOrNone | None = None,
     precision: str = "bf16",
@@ -72,14 +72,13 @@ def study(
     An encoder learns to name pictures (nemo-pre study encoder, unless RUNS/encoder is there) and is frozen; its
     features are computed once. The first stage trains the projector alone for first_steps steps, the second projector
     and language model for steps steps, each of rows packed rows of about three scenes, from the first stage of its
-    seed. Main arms (baseline, pre,
-    mixed_2d, laver, random) have seeds 1 to seeds, the others 1 to other_seeds; random has the same language model
-    with random weights. Models are diagnosed before the first stage, after it, and at the end of the second; baseline
-    and PRe at a quarter and a half of it, too:
-    probes fitted on num_fit scenes of the training styles and tested on num_images of the style held out, layers 0,
-    1/4, 1/2, 3/4 and last, and the loss on plain text (text=FILE; null: prose of Python's own help). val_samples
-    questions are answered four times along the second stage. Runs come in an order in which every beginning of the
-    list answers something; most_runs ends after so many. options are overrides for all runs.
+    seed. Main arms (baseline, pre, mixed_2d, laver, random) have seeds 1 to seeds, the others 1 to other_seeds; random
+    has the same language model with random weights. Models are diagnosed before the first stage, after it, and at the
+    end of the second, the baseline along it, too: probes fitted on num_fit scenes of the training styles and tested on
+    num_images of the style held out, layers 0, 1/4, 1/2, 3/4 and last, and the loss on plain text (text=FILE; null:
+    prose of Python's own help). val_samples questions are answered at the end, by the baseline at every quarter. Runs
+    come in an order in which every beginning of the list answers something; most_runs ends after so many. options are
+    overrides for all runs.
 
     Killed and started again with the same options it goes on where it was. OUT's summary keeps the numbers of what is
     finished, so that a run whose directory is gone is not repeated. On one GPU at_a_time=4 platform=gpu does all of it
@@ -141,6 +140,7 @@ def study(
         "num_images": num_images,
         "num_fit": num_fit,
         "precision": precision,
+        "text": text and str(text),
         "options": list(options),
         "layers": depths,
         "most_frequent": most_frequent(data, val_samples),
@@ -222,7 +222,7 @@ class Plan:
             f"init_from={self._first[key].directory / 'checkpoints'}",
             f"trainer.checkpoint_every={every}",
             "trainer.keep_checkpoints=5",
-            f"trainer.val_every={every}",
+            f"trainer.val_every={every if arm.followed else self.steps}",
             f"trainer.log_grad_norms_every={every}",
             f"trainer.val_samples={self.val_samples}",
         )
@@ -243,10 +243,18 @@ class Plan:
         self.starts_from[run] = self._first[key]
 
     def add_others(self, named: Collection[tuple[str, int]], arms: Sequence[Arm]) -> None:
-        """Second stages, (arm, seed), as far as they are not there yet."""
+        """Second stages, (arm, seed), as far as they are not there yet.
+
+        Raises:
+            ValueError: there is no such arm.
+        """
         there = {(run.arm, run.seed) for run in self._second}
         by_name = {arm.name: arm for arm in arms}
         for name, seed in sorted({*named} - there):
+            if name not in by_name:
+                raise ValueError(
+                    f"The summary has numbers of an arm {name!r}, which is none: give another out=DIRECTORY."
+                )
             self.add(by_name[name], seed)
 
     def needed(self, wanted: Sequence[StudyRun], ordered: Sequence[StudyRun]) -> list[StudyRun]:

@@ -31,7 +31,7 @@ def real_arms(num_layers: int, steps: int) -> list[Arm]:
         return Arm(name, label, overrides, "first_mixed_2d", ("mixed_2d", BASELINE), main)
 
     def causal(name: str, label: str, *overrides: str, main: bool = False) -> Arm:
-        return Arm(name, label, overrides, "first_causal", (BASELINE,), main, followed=main)
+        return Arm(name, label, overrides, "first_causal", (BASELINE,), main)
 
     by_image = ("objective.laver.mim_reduction=image", "objective.laver.gram_reduction=image")
     of_encoder = "target=encoder", "target_path=null", "target_image_size=null"

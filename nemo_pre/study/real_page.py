@@ -202,9 +202,12 @@ def _arms(summary: Summary) -> str:
                 less = [_told(column, between(summary, name, other, column), signed=True) for column in columns]
                 if any(cell != "-" for cell in less):
                     rows.append([f"less {_label(summary, other)}", "", *less])
+    larger = ""
+    if "exact_match/larger" in kinds:
+        larger = "Of `larger` one of the two names in the question is right half of the time. "
     return (
         f"## All arms at the end\n\n{markdown_table(header, rows)}\n\n"
-        "Of `larger` one of the two names in the question is right half of the time. Losses are in nats a token: of "
+        f"{larger}Losses are in nats a token: of "
         "the validation answers, and on plain text less what it was before the first stage, which is what was "
         "forgotten."
     )
@@ -275,8 +278,12 @@ def _method(summary: Summary, files: str) -> str:
 def _commands(settings: Mapping[str, Any]) -> str:
     """What makes the page again, every setting written out."""
     of_data = {name: value for name, value in settings["data"].items() if name != "packages" and value is not None}
-    named = ("encoder_steps", "first_steps", "steps", "rows", "num_images", "num_fit", "val_samples", "precision")
-    study = " ".join(["nemo-pre study real", *(f"{name}={settings[name]}" for name in named), *settings["options"]])
+    named = ("first_steps", "steps", "rows", "num_images", "num_fit", "val_samples", "precision", "text")
+    taught = (settings["encoder"] or {}).get(
+        "steps", settings["encoder_steps"]
+    )  # one that was there is taken as it is
+    given = [f"encoder_steps={taught}", *(f"{n}={settings[n]}" for n in named if settings.get(n) is not None)]
+    study = " ".join(["nemo-pre study real", *given, *settings["options"]])
     data = " ".join(
         f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in of_data.items()
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,50 @@ def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[s
 def write_summary(summary: Summary, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / SUMMARY).write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def refuse_loss(out: Path, settings: Mapping[str, Any], asked: Collection[tuple[str, int]]) -> None:
+    """Refuse to write over a summary whose numbers the new one would not have.
+
+    Args:
+        settings: of the study that is about to run, but for what is known only at its end.
+        asked: arm and seed of each of its runs.
+
+    Raises:
+        ValueError: ``out`` has a summary of other settings, of runs that are not asked for, or one that is none.
+    """
+    file = out / SUMMARY
+    if not file.is_file():
+        return
+    elsewhere = "give another out=DIRECTORY, or remove it"
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        before = summary["settings"]
+        held = {(arm, int(seed)) for arm, of in summary["arms"].items() for seed in of["seeds"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no summary of this study ({error!r}): {elsewhere}.") from error
+    if told_apart := differing(before, settings, settings):
+        raise ValueError(f"{file} has the numbers of a study with other settings ({told_apart}): {elsewhere}.")
+    if lost := sorted(held - {*asked}):
+        named = ", ".join(f"{arm} seed {seed}" for arm, seed in lost)
+        raise ValueError(
+            f"{file} has numbers of runs that are not asked for ({named}): ask for these too, or {elsewhere}."
+        )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], names: Collection[str]) -> str:
+    """Which settings of ``names`` differ, with both values; empty where none does."""
+    asked = json.loads(json.dumps(dict(now)))
+    return "; ".join(
+        f"{name} {_short(before.get(name))}, here {_short(asked.get(name))}"
+        for name in sorted(names)
+        if before.get(name) != asked.get(name)
+    )
+
+
+def _short(value: Any) -> str:
+    told = json.dumps(value)
+    return told if len(told) <= 60 else told[:57] + "..."
 
 
 def _measured(run: StudyRun) -> dict[str, Any]:

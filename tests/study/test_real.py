@@ -156,7 +156,7 @@ def test_a_summary_of_other_settings_or_of_another_encoder_is_not_mixed_with_or_
     for options, told in (
         ({"steps": 8}, "other settings \\(steps 4, here 8\\)"),
         ({"options": ["optim.lr=1e-5"], "num_fit": 7}, "num_fit 600, here 7; options"),
-        ({"most_runs": 0, "val_samples": 9}, "val_samples 192, here 9"),
+        ({"most_runs": 0, "val_samples": 9}, "val_samples 128, here 9"),
     ):
         with pytest.raises(ValueError, match=told):
             ask(arms="baseline", seeds=2, **options)

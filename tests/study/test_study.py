@@ -84,10 +84,29 @@ def test_what_is_finished_is_not_repeated_and_what_was_killed_is_started_again_a
     assert processes.commands == []
 
 
-def test_other_options_do_not_continue_a_run(ask):
+def test_other_options_do_not_continue_a_run(ask, tmp_path):
     ask(arms="baseline")
     with pytest.raises(ValueError, match=r"holds a run with other options \(.*trainer.max_steps=3"):
-        ask(arms="baseline", steps=3)
+        ask(arms="baseline", steps=3, out=str(tmp_path / "other"))
+
+
+def test_a_summary_is_not_written_over_by_one_that_lacks_its_numbers(ask, processes, tmp_path):
+    ask(arms="baseline,pre")
+    summary = tmp_path / "out" / "summary.json"
+    held = summary.read_bytes()
+    processes.commands.clear()
+    for options, told in (
+        ({"arms": "baseline,pre", "steps": 3}, r"other settings \(steps 2, here 3\)"),
+        ({"arms": "pre"}, r"not asked for \(baseline seed 1, baseline seed 2\)"),
+        ({"arms": "baseline,pre", "seeds": 1}, r"\(baseline seed 2, first_causal seed 2, pre seed 2\)"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ask(**options)
+    assert summary.read_bytes() == held and not processes.commands
+    assert set(ask(arms="baseline,pre,laver")["arms"]) > {"baseline", "pre", "laver"}
+    summary.write_text("{}")
+    with pytest.raises(ValueError, match="is no summary of this study"):
+        ask(arms="baseline,pre,laver")
 
 
 def test_a_failed_run_is_told_at_once_and_left_out_and_the_others_go_on(ask, processes, tmp_path, capsys):
@@ -131,7 +150,7 @@ def test_the_page_answers_each_question_with_its_table_and_takes_up_remarks(ask,
     assert "![measures by layer](../out/layers.png)" in page
     for figure in ("layers.png", "answers.png", "trade_off.png"):
         assert (tmp_path / "out" / figure).stat().st_size > 5_000
-    ask(arms="baseline", seeds=1)
+    ask(arms="baseline", seeds=1, out=str(tmp_path / "fewer"))
     page = (tmp_path / "docs" / "study.md").read_text()
     assert "Not run: it takes the arms mim, mixed_2d, mim_ga, laver." in page
     assert "not to be judged (one seed)" in page
