@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_pre.options import Count, CountOrNone, PathText, Seed
+from nemo_pre.options import Count, PathText, Seed
 
 
 def prepare(
@@ -19,7 +19,7 @@ def prepare(
     held_out_style: str | None = "openmoji",
     held_out_concepts: float = 0.1,
     val_fraction: float = 0.05,
-    num_concepts: CountOrNone | None = None,
+    num_concepts: Count | None = None,
     questions: str | None = None,
     scenes_per_shard: Count = 500,
     workers: Count | None = None,

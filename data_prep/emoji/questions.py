@@ -70,18 +70,18 @@ def draw_sample(
     cast: Cast,
     size: int,
     singles: bool,
-    kinds: Sequence[str] = tuple(SHARES),
+    kinds: Sequence[str],
 ) -> tuple[Scene | None, list[Turn]]:
     """A scene (None for a text-only sample) and the two turns asked about it; one, where ``kinds`` have no second.
 
     Args:
         singles: every scene is of one picture.
-        kinds: the types of question that are asked.
+        kinds: the types of question that are asked, of :func:`chosen_kinds`.
 
     Raises:
         ValueError: the cast can play no scene that suits the question drawn.
     """
-    shares = {kind: share for kind, share in SHARES.items() if kind in kinds and _possible(kind, cast, singles)}
+    shares = {kind: share for kind, share in SHARES.items() if kind in kinds and _possible(kind, cast)}
     weights = np.array(list(shares.values()))
     first = str(rng.choice(list(shares), p=weights / weights.sum()))
     if first == "text":
@@ -121,13 +121,8 @@ def chosen_kinds(names: str | None, singles: bool) -> tuple[str, ...]:
     return tuple(kind for kind in can if kind in wanted)
 
 
-def _possible(kind: str, cast: Cast, singles: bool) -> bool:
-    if kind == "text":
-        return True
-    layouts = set(LAYOUTS[kind])
-    if singles:
-        return "single" in layouts
-    return "scattered" in layouts if cast.outer_places else True
+def _possible(kind: str, cast: Cast) -> bool:
+    return kind == "text" or not cast.outer_places or "scattered" in LAYOUTS[kind]
 
 
 def _scene_for(rng: np.random.Generator, gallery: Gallery, cast: Cast, size: int, kind: str, singles: bool) -> Scene:

@@ -25,14 +25,11 @@ SAYS_NAME = ("says_name", "says_name_among_10")
 LAST_STEPS = 40  # whose median a gradient norm is
 TOP_WORDS = 6
 PROVENANCE = ("date", "machine", "versions")
-NOTHING_KEPT = Kept()
 
 Summary = dict[str, Any]
 
 
-def summarise(
-    arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any], kept: Kept = NOTHING_KEPT
-) -> Summary:
+def summarise(arms: Sequence[Arm], runs: Sequence[StudyRun], settings: Mapping[str, Any], kept: Kept) -> Summary:
     """A summary of what is there: of a run that is not finished the phases that are, and of one that is kept its
     numbers as they were."""
     second = [run for run in runs if run.measured]
@@ -82,9 +79,7 @@ def _provenance_of(kept: Kept) -> dict[str, Any]:
 
 
 def _numbers(run: StudyRun, arm: Arm, runs: Sequence[StudyRun], kept: Kept) -> dict[str, Any]:
-    if kept.has(run) and not run.is_finished:
-        return kept.numbers(run)
-    return _second_stage(run, arm, runs)
+    return kept.numbers(run) if kept.has(run) else _second_stage(run, arm, runs)
 
 
 def _second_stage(run: StudyRun, arm: Arm, runs: Sequence[StudyRun]) -> dict[str, Any]:
